@@ -1,0 +1,178 @@
+"""What every test stands on: nothing is left behind, a hang is loud, and two runs do the same.
+
+* `no_process_left` and `nothing_left_at_the_end` fail a test, or the run, that leaves child processes or
+  non-daemon threads behind.
+* A test past its timeout ends the run at once, with the stacks of every thread here and in every child process.
+* `@pytest.mark.gpu(2)` skips, and says why, where there are fewer than two CUDA devices.
+* Hypothesis draws the same examples every time, and never judges by the clock.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import psutil
+import pytest
+
+SETTLE = 5.0
+"""Seconds that processes and threads get to end by themselves once their test is over."""
+
+faulthandler.register(signal.SIGUSR1, all_threads=True)
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # so that children print their stacks when they are aborted
+
+hypothesis.settings.register_profile(
+    "deterministic",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # that one looks at the clock too
+)
+hypothesis.settings.load_profile("deterministic")
+
+
+# Nothing is left behind.
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail a test that leaves child processes or non-daemon threads which were not there before it."""
+    processes, threads = set(_children()), set(threading.enumerate())
+    yield
+    _fail_on_leftovers(processes, threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_left_at_the_end() -> Iterator[None]:
+    """The same for fixtures that outlive a test."""
+    processes, threads = set(_children()), set(threading.enumerate())
+    yield
+    _fail_on_leftovers(processes, threads)
+
+
+def _fail_on_leftovers(processes: set[psutil.Process], threads: set[threading.Thread]) -> None:
+    def left_processes() -> list[psutil.Process]:
+        return [child for child in _children() if child not in processes]
+
+    def left_threads() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t not in threads and not t.daemon]
+
+    _wait_until(lambda: not left_processes() and not left_threads(), SETTLE)
+    complaints = [f"process {_describe(child)}" for child in left_processes()]
+    complaints += [f"non-daemon thread {t.name!r}" for t in left_threads()]
+    for child in left_processes():
+        _end(child)  # the next test is not to pay for this one
+    if complaints:
+        pytest.fail("left behind: " + "; ".join(complaints), pytrace=False)
+
+
+def _children() -> list[psutil.Process]:
+    """Every living descendant, and every dead one nobody waited for, but for Python's own helper."""
+    multiprocessing.active_children()  # waits for those of multiprocessing's that are done
+    return [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
+
+
+def _is_resource_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        command = " ".join(process.cmdline()) or process.name()
+        return f"{process.pid} ({process.status()}): {command[:200]}"
+    except psutil.Error:
+        return f"{process.pid}"
+
+
+def _end(process: psutil.Process) -> None:
+    try:
+        process.kill()
+        process.wait(SETTLE)
+    except (psutil.Error, psutil.TimeoutExpired):
+        pass  # gone already, or beyond what a test run can end
+
+
+def _wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+# A hang is a loud failure. pytest-timeout's own thread method prints this process's stacks alone and leaves
+# the children running, where the cause of a hang between two processes often is.
+
+
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
+    timer = threading.Timer(settings.timeout, _give_up, (item, settings.timeout))
+    timer.name = f"timeout of {item.nodeid}"
+    timer.daemon = True
+    timer.start()
+
+    def cancel() -> None:
+        timer.cancel()
+        timer.join()
+
+    item.cancel_timeout = cancel  # type: ignore[attr-defined]  # called by pytest-timeout
+    return True
+
+
+def _give_up(item: pytest.Item, seconds: float) -> None:
+    """Print the stacks of all threads of this process and its children, end the children, and exit."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        if not _is_resource_tracker(child):
+            _signal(child, signal.SIGABRT)  # faulthandler prints all its threads, and it ends
+            _signal(child, signal.SIGCONT)  # in case it was stopped
+    _wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children), 2.0)
+    for child in children:
+        _signal(child, signal.SIGKILL)
+
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    if capture:
+        capture.suspend_global_capture(item)
+        for title, text in zip(("stdout", "stderr"), capture.read_global_capture(), strict=True):
+            if text:
+                print(f"--- captured {title} ---\n{text}", file=sys.stderr)
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    print(f"\n+++ Timeout: {item.nodeid} took more than {seconds:g} s. Threads:", file=sys.stderr)
+    for ident, name in names.items():
+        print(f"    {ident:#018x} {name}", file=sys.stderr)
+    sys.stderr.flush()
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.Error:
+        pass  # it has ended
+
+
+# Where there are no GPUs.
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
+        return
+    import torch
+
+    wanted = marker.kwargs.get("count", marker.args[0] if marker.args else 1)
+    if not torch.cuda.is_available():
+        pytest.skip(f"needs {wanted} CUDA device{'s'[: wanted != 1]}; torch finds none")
+    if torch.cuda.device_count() < wanted:
+        pytest.skip(f"needs {wanted} CUDA devices; there are {torch.cuda.device_count()}")
