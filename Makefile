@@ -44,7 +44,7 @@ imports: $(VENV)/dev.stamp  ## who may import whom
 	$(BIN)/lint-imports
 
 docs: $(VENV)/dev.stamp  ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/dev.stamp  ## measure, beside the limits of this machine
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -2,7 +2,7 @@
 
 * `no_process_left` and `nothing_left_at_the_end` fail a test, or the run, that leaves child processes or
   non-daemon threads behind.
-* A test past its timeout ends the run at once, with the stacks of every thread here and in every child process.
+* A test past its timeout ends the run at once, with the stacks of every thread here and in its children.
 * `@pytest.mark.gpu(2)` skips, and says why, where there are fewer than two CUDA devices.
 * Hypothesis draws the same examples every time, and never judges by the clock.
 """
@@ -13,7 +13,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ import pytest
 SETTLE = 5.0
 """Seconds that processes and threads get to end by themselves once their test is over."""
 
-faulthandler.register(signal.SIGUSR1, all_threads=True)
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # so that children print their stacks when they are aborted
 
 hypothesis.settings.register_profile(
@@ -61,6 +59,7 @@ def nothing_left_at_the_end() -> Iterator[None]:
 
 def _fail_on_leftovers(processes: set[psutil.Process], threads: set[threading.Thread]) -> None:
     def left_processes() -> list[psutil.Process]:
+        multiprocessing.active_children()  # waits for those of multiprocessing's that are done
         return [child for child in _children() if child not in processes]
 
     def left_threads() -> list[threading.Thread]:
@@ -77,7 +76,6 @@ def _fail_on_leftovers(processes: set[psutil.Process], threads: set[threading.Th
 
 def _children() -> list[psutil.Process]:
     """Every living descendant, and every dead one nobody waited for, but for Python's own helper."""
-    multiprocessing.active_children()  # waits for those of multiprocessing's that are done
     return [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
 
 
@@ -113,6 +111,18 @@ def _wait_until(true: Callable[[], bool], seconds: float) -> None:
 # A hang is a loud failure. pytest-timeout's own thread method prints this process's stacks alone and leaves
 # the children running, where the cause of a hang between two processes often is.
 
+TERMINAL = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TERMINAL] = os.dup(2)  # nothing is being captured yet
+    faulthandler.register(signal.SIGUSR1, config.stash[TERMINAL], all_threads=True)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    faulthandler.unregister(signal.SIGUSR1)
+    os.close(config.stash[TERMINAL])
+
 
 def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
     timer = threading.Timer(settings.timeout, _give_up, (item, settings.timeout))
@@ -130,28 +140,34 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
 
 def _give_up(item: pytest.Item, seconds: float) -> None:
     """Print the stacks of all threads of this process and its children, end the children, and exit."""
-    children = psutil.Process().children(recursive=True)
+    terminal = item.config.stash[TERMINAL]
+
+    def say(text: str) -> None:
+        os.write(terminal, f"{text}\n".encode())
+
+    say(f"\n+++ Timeout: {item.nodeid} took more than {seconds:g} s")
+    for thread in threading.enumerate():
+        say(f"    thread {thread.ident:#018x} is {thread.name!r}")
+    faulthandler.dump_traceback(terminal, all_threads=True)
+
+    children = _children()
     for child in children:
-        if not _is_resource_tracker(child):
-            _signal(child, signal.SIGABRT)  # faulthandler prints all its threads, and it ends
-            _signal(child, signal.SIGCONT)  # in case it was stopped
-    _wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children), 2.0)
+        say(f"    child {_describe(child)}")
+        _signal(child, signal.SIGABRT)  # faulthandler prints all its threads, and it ends
+        _signal(child, signal.SIGCONT)  # in case it was stopped
+    psutil.wait_procs(children, timeout=2.0)
     for child in children:
         _signal(child, signal.SIGKILL)
 
+    # The test may come to its end because its children did. What they printed is then in its report.
+    time.sleep(0.5)
     capture = item.config.pluginmanager.getplugin("capturemanager")
-    if capture:
-        capture.suspend_global_capture(item)
-        for title, text in zip(("stdout", "stderr"), capture.read_global_capture(), strict=True):
-            if text:
-                print(f"--- captured {title} ---\n{text}", file=sys.stderr)
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    print(f"\n+++ Timeout: {item.nodeid} took more than {seconds:g} s. Threads:", file=sys.stderr)
-    for ident, name in names.items():
-        print(f"    {ident:#018x} {name}", file=sys.stderr)
-    sys.stderr.flush()
-    faulthandler.dump_traceback(sys.stderr, all_threads=True)
-    sys.stderr.flush()
+    if capture.is_globally_capturing():
+        item.add_report_section("call", "stdout", "\n".join(capture.read_global_capture()))
+    for _, key, text in item._report_sections:
+        if text.strip():
+            say(f"--- captured {key} ---\n{text}")
+    say(f"+++ The run ends here: {item.nodeid} took more than {seconds:g} s")
     os._exit(1)
 
 
