@@ -1,0 +1,108 @@
+"""Every error tensorfork raises on purpose, by whose fault it is.
+
+::
+
+    TensorForkError
+    ├── the caller's
+    │   ├── UnsupportedTensor       a tensor of a kind that cannot be forked (also a TypeError)
+    │   ├── LayoutMismatch          the two models differ in names, dtypes, shapes, strides or ties
+    │   └── TransportUnavailable    the transport cannot work between these two processes
+    ├── the peer's
+    │   ├── PeerUnreachable         nobody answers there, or it stopped answering
+    │   ├── PeerRefused             it answered no
+    │   └── ProtocolError           it speaks something else
+    └── the copy's
+        ├── TransferFailed          the bytes stopped coming
+        ├── VerificationFailed      the bytes that came are not the seed's
+        └── SeedChanged             the seed's weights changed under the copy
+
+docs/errors.md says for each in which state it leaves the model.
+"""
+
+from collections.abc import Sequence
+
+
+class TensorForkError(Exception):
+    """Base of every error of this library."""
+
+
+class UnsupportedTensor(TensorForkError, TypeError):
+    """A tensor that cannot be forked: sparse, quantized, without memory, ... The message names it."""
+
+
+class LayoutMismatch(TensorForkError):
+    """The seed's model and ours are not the same tensors. Nothing was copied; the model is untouched.
+
+    Attributes:
+        missing: names we have and the seed lacks.
+        unexpected: names the seed has and we lack.
+        mismatched: names both have, each with the difference in words.
+    """
+
+    def __init__(
+        self, *, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[tuple[str, str]]
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        lines = [f"missing from the seed: {name}" for name in self.missing]
+        lines += [f"only in the seed: {name}" for name in self.unexpected]
+        lines += [f"{name}: {why}" for name, why in self.mismatched]
+        super().__init__(
+            f"the seed's model is not this model ({len(lines)} differences); nothing was copied. "
+            "Build both from the same code and configuration, at the same stage of their life:\n  "
+            + "\n  ".join(lines)
+        )
+
+
+class TransportUnavailable(TensorForkError):
+    """A transport cannot work here or between these two processes; the message has the reason and the remedy."""
+
+
+class PeerUnreachable(TensorForkError):
+    """Nobody answered at the address, or the peer went away; the message names the address and the step."""
+
+
+class PeerRefused(TensorForkError):
+    """The peer answered, and said no; the message has its reason."""
+
+
+class ProtocolError(TensorForkError):
+    """What answers at the address is not a tensorfork seed of our version, or broke the protocol."""
+
+
+class TransferFailed(TensorForkError):
+    """The bytes stopped coming. Tensors filled in place hold some new and some old bytes; meta ones stay meta.
+
+    Attributes:
+        complete: names of the tensors that had arrived whole (not verified).
+        undrained: stretches of our memory, as (address, nbytes), that the library beneath may still be
+            writing. They are kept alive until it has stopped; do not use them.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        complete: Sequence[str] = (),
+        undrained: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.complete = tuple(complete)
+        self.undrained = tuple(undrained)
+
+
+class VerificationFailed(TensorForkError):
+    """What arrived differs from what the seed holds. Do not use the model; meta models stay meta.
+
+    Attributes:
+        tensors: names of the tensors whose digests differ.
+    """
+
+    def __init__(self, message: str, *, tensors: Sequence[str]) -> None:
+        super().__init__(message)
+        self.tensors = tuple(tensors)
+
+
+class SeedChanged(TensorForkError):
+    """The seed's weights changed while they were being copied, so that what arrived may be of two moments."""

@@ -1,0 +1,276 @@
+"""From two layouts to copies. Pure: nothing here touches memory or a socket.
+
+`match` pairs our tensors with the seed's, or says everything that differs. `cut` turns the pairs into copies, once both
+sides' regions are known: every destination byte exactly once, neighbours merged, nothing across a region's edge, and no
+piece longer than the transport likes.
+"""
+
+import sys
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+
+from attrs import frozen
+
+from tensorfork.errors import LayoutMismatch
+from tensorfork.layout import ModelLayout, TensorLayout
+from tensorfork.transports.base import Copy, Place
+
+MAX_RUNS = 1024
+"""A tensor in more stretches than this is fetched with its gaps, and copied into place on our side."""
+MAX_RUNS_COMPARED = 1 << 18
+"""How many stretches are looked at to tell whether interleaved tensors really overlap."""
+
+
+@frozen
+class Pair:
+    """One of our tensors, and the seed's that fills it."""
+
+    theirs: TensorLayout
+    ours: TensorLayout
+
+    @property
+    def name(self) -> str:
+        """The name both have."""
+        return self.ours.name
+
+
+@frozen
+class Plan:
+    """What to fetch: `copies`, straight into place; then `strided`, in too many stretches for that."""
+
+    copies: tuple[Copy, ...]
+    strided: tuple[Pair, ...]
+
+
+@frozen(order=True)
+class _Run:
+    """A stretch of one of our storages, and where in theirs its bytes are."""
+
+    storage: int
+    start: int
+    end: int
+    source: int
+    shift: int
+    """Their offset less ours."""
+    name: str
+
+
+def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
+    """Pair every tensor of ours with the seed's of that name.
+
+    Raises `LayoutMismatch` naming every tensor that only one side has, that differs, or that cannot share memory here
+    because the seed's do not.
+    """
+    known = {tensor.name: tensor for tensor in theirs.tensors}
+    wanted = {tensor.name: tensor for tensor in ours.tensors}
+    pairs = [Pair(known[name], tensor) for name, tensor in wanted.items() if name in known]
+    mismatched = [(pair.name, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
+    differing = {name for name, _ in mismatched}
+    mismatched += _conflicts([pair for pair in pairs if pair.name not in differing])
+    missing = [name for name in wanted if name not in known]
+    unexpected = [name for name in known if name not in wanted]
+    if missing or unexpected or mismatched:
+        raise LayoutMismatch(missing=missing, unexpected=unexpected, mismatched=mismatched)
+    return pairs
+
+
+def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, Place], piece: int) -> Plan:
+    """The copies that fill all pairs. `theirs` and `ours` say where each storage lies in the transport's regions."""
+    direct, strided = [], []
+    for pair in pairs:
+        if pair.ours.numel:
+            (direct if len(_few_runs(pair, MAX_RUNS)) <= MAX_RUNS else strided).append(pair)
+    runs = _merge([run for pair in direct for run in _few_runs(pair, MAX_RUNS)])
+    covered = _Cover(runs)
+    left = tuple(pair for pair in strided if not covered.holds(_extent(pair)))
+    copies = (_copy(run, theirs[run.source], ours[run.storage]) for run in runs)
+    return Plan(tuple(part for copy in _join(copies) for part in _pieces(copy, piece)), left)
+
+
+def complete(pairs: Sequence[Pair], ours: Mapping[int, Place], done: Sequence[Copy]) -> list[str]:
+    """The names of the tensors whose every byte the done copies brought."""
+    arrived: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for copy in sorted(done, key=lambda copy: (copy.into, copy.at)):
+        spans = arrived[copy.into]
+        if spans and spans[-1][1] >= copy.at:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], copy.at + copy.nbytes))
+        else:
+            spans.append((copy.at, copy.at + copy.nbytes))
+    return [pair.name for pair in pairs if _arrived(pair, ours, arrived)]
+
+
+def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
+    """A tensor's bytes as a grid of equal stretches: the bytes of one, and the (step in bytes, size) of each dimension
+    along which it is repeated, longest step first. What touches or overlaps is one stretch."""
+    length = tensor.torch_dtype.itemsize
+    steps = []
+    for step, size in sorted(zip(tensor.stride, tensor.shape, strict=True)):
+        step *= tensor.torch_dtype.itemsize
+        if size == 1 or step == 0:
+            continue
+        if step <= length and not steps:
+            length += (size - 1) * step
+        else:
+            steps.append((step, size))
+    return length, steps[::-1]
+
+
+def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
+    """The stretches of memory that a tensor's elements fill, as (offset from its first byte, bytes), merged where they
+    touch; at most `limit` + 1 of them, which then are not all.
+    """
+    if tensor.numel == 0:
+        return []
+    length, steps = grid_of(tensor)
+    found: list[tuple[int, int]] = []
+    for offset in sorted(islice(_offsets(steps), limit + 1)):
+        if found and found[-1][0] + found[-1][1] >= offset:
+            start = found[-1][0]
+            found[-1] = (start, max(found[-1][1], offset + length - start))
+        else:
+            found.append((offset, length))
+    return found
+
+
+def _offsets(steps: Sequence[tuple[int, int]]) -> Iterator[int]:
+    if not steps:
+        yield 0
+        return
+    step, size = steps[0]
+    for i in range(size):
+        for inner in _offsets(steps[1:]):
+            yield i * step + inner
+
+
+def _few_runs(pair: Pair, limit: int) -> list[_Run]:
+    shift = pair.theirs.offset - pair.ours.offset
+    return [
+        _Run(
+            pair.ours.storage,
+            pair.ours.offset + at,
+            pair.ours.offset + at + nbytes,
+            pair.theirs.storage,
+            shift,
+            pair.name,
+        )
+        for at, nbytes in runs_of(pair.ours, limit)
+    ]
+
+
+def _extent(pair: Pair) -> _Run:
+    shift = pair.theirs.offset - pair.ours.offset
+    start = pair.ours.offset
+    return _Run(pair.ours.storage, start, start + pair.ours.extent, pair.theirs.storage, shift, pair.name)
+
+
+def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Tensors that share memory here, and not (or not so) in the seed: no bytes could be right for both."""
+    suspects: dict[str, Pair] = {}
+    by_name = {pair.name: pair for pair in pairs}
+    for one, other in _clashes([_extent(pair) for pair in pairs if pair.ours.numel]):
+        suspects[one.name], suspects[other.name] = by_name[one.name], by_name[other.name]
+    if not suspects:
+        return []
+    exact = [run for pair in suspects.values() for run in _few_runs(pair, MAX_RUNS_COMPARED)]
+    return sorted(
+        {
+            other.name: f"shares memory with {one.name} here, and not so in the seed; untie them, or tie the seed's"
+            for one, other in _clashes(exact)
+        }.items()
+    )
+
+
+def _clashes(runs: Sequence[_Run]) -> Iterator[tuple[_Run, _Run]]:
+    """Pairs of runs that meet in one of our storages and want different bytes there."""
+    reaching: list[_Run] = []
+    for run in sorted(runs):
+        reaching = [one for one in reaching if one.storage == run.storage and one.end > run.start]
+        for one in reaching:
+            if (one.source, one.shift) != (run.source, run.shift):
+                yield one, run
+        # of runs that want the same, the one that reaches farthest stands for all
+        same = [one for one in reaching if (one.source, one.shift) == (run.source, run.shift)]
+        if all(one.end < run.end for one in same):
+            reaching = [one for one in reaching if one not in same] + [run]
+
+
+def _merge(runs: Sequence[_Run]) -> list[_Run]:
+    """The union of runs that do not conflict: sorted, and none overlapping another."""
+    merged: list[_Run] = []
+    for run in sorted(runs):
+        last = merged[-1] if merged else None
+        if last and last.storage == run.storage and last.end > run.start:
+            if run.end > last.end and (last.source, last.shift) == (run.source, run.shift):
+                merged[-1] = _Run(last.storage, last.start, run.end, last.source, last.shift, last.name)
+            elif run.end > last.end:
+                merged.append(_Run(run.storage, last.end, run.end, run.source, run.shift, run.name))
+        else:
+            merged.append(run)
+    return merged
+
+
+class _Cover:
+    """Which stretches of our storages are fetched, and from where."""
+
+    def __init__(self, runs: Sequence[_Run]) -> None:
+        self._by_storage: dict[int, list[_Run]] = defaultdict(list)
+        for run in runs:
+            self._by_storage[run.storage].append(run)
+
+    def holds(self, run: _Run) -> bool:
+        at = run.start
+        for one in self._by_storage[run.storage]:
+            if one.start <= at < one.end and (one.source, one.shift) == (run.source, run.shift):
+                at = one.end
+        return at >= run.end
+
+
+def _copy(run: _Run, theirs: Place, ours: Place) -> Copy:
+    return Copy(
+        0,
+        theirs.region,
+        theirs.offset + run.start + run.shift,
+        ours.region,
+        ours.offset + run.start,
+        run.end - run.start,
+    )
+
+
+def _join(copies: Iterator[Copy]) -> Iterator[Copy]:
+    """Merge copies that are neighbours on both sides."""
+    last: Copy | None = None
+    for copy in sorted(copies, key=lambda copy: (copy.into, copy.at)):
+        if last and (last.into, last.region) == (copy.into, copy.region):
+            if last.at + last.nbytes == copy.at and last.offset + last.nbytes == copy.offset:
+                last = Copy(0, last.region, last.offset, last.into, last.at, last.nbytes + copy.nbytes)
+                continue
+        if last:
+            yield last
+        last = copy
+    if last:
+        yield last
+
+
+def _pieces(copy: Copy, piece: int) -> Iterator[Copy]:
+    for start in range(0, copy.nbytes, piece):
+        nbytes = min(piece, copy.nbytes - start)
+        yield Copy(0, copy.region, copy.offset + start, copy.into, copy.at + start, nbytes)
+
+
+def _arrived(pair: Pair, ours: Mapping[int, Place], arrived: Mapping[int, Sequence[tuple[int, int]]]) -> bool:
+    if not pair.ours.numel:
+        return True
+    place = ours[pair.ours.storage]
+    first = place.offset + pair.ours.offset
+    spans = arrived.get(place.region, ())
+    runs = runs_of(pair.ours, MAX_RUNS)
+    if len(runs) > MAX_RUNS:
+        runs = [(0, pair.ours.extent)]
+    return all(_holds(spans, first + at, first + at + nbytes) for at, nbytes in runs)
+
+
+def _holds(spans: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+    at = bisect_right(spans, (start, sys.maxsize)) - 1
+    return at >= 0 and spans[at][0] <= start and end <= spans[at][1]

@@ -1,0 +1,416 @@
+"""The seed's side: what it publishes, its leases, its generation, and the thread that answers.
+
+Nothing here ever waits for the engine, or makes it wait: requests are answered from the listener's thread out of cached
+bytes, each lease has threads of its own, digests are computed on another.
+"""
+
+import logging
+import secrets
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from attrs import define, field, frozen
+
+from tensorfork import digest, wire
+from tensorfork.bootstrap import Answer, Listener, SeedChannel
+from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
+from tensorfork.layout import Memory, ModelLayout
+from tensorfork.sockets import Address
+from tensorfork.transports.base import Export, RemoteRegion, Site, Transport
+
+log = logging.getLogger("tensorfork")
+
+MAX_LEASES = 64
+CLOSING = 5.0
+"""Seconds that `close` waits for its threads."""
+
+
+@frozen
+class SeedStats:
+    """What a seed has done: leases granted, refused, running now and expired, and times its digests were computed."""
+
+    granted: int
+    refused: int
+    running: int
+    expired: int
+    digested: int
+
+
+class Seed:
+    """A published model. Made by `tensorfork.publish`; keeps what it published alive until `close`.
+
+    Attributes:
+        address: where forks find it, such as ``tcp://10.0.0.7:4180``.
+        layout: what it published.
+    """
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        tensors: Mapping[str, torch.Tensor],
+        memory: Memory,
+        transports: Mapping[str, Transport],
+        bind: str,
+        advertise: str | None,
+    ) -> None:
+        self._closed = True  # until there is something to close
+        self._service = _Service(layout, tensors, memory, transports, bind, advertise)
+        self._closed = False
+        self.address = str(self._service.address)
+        self.layout = layout
+
+    @property
+    def generation(self) -> int:
+        """Changes when the tensors are changed in place; odd while they are being changed."""
+        return self._service.clock.generation
+
+    def updating(self) -> "Any":
+        """A context manager round an in-place change of the tensors, so that no fork takes a mixture of old and new.
+
+        Leaving it waits for the current stream of each of the model's GPUs before the generation is even again. Should
+        the change raise, the generation stays odd, and forks are refused, until a later change succeeds. Changes from
+        several threads may overlap.
+        """
+        return self._service.clock.updating()
+
+    def stats(self) -> SeedStats:
+        """What it has done so far."""
+        return self._service.stats()
+
+    def close(self, timeout: float = CLOSING) -> None:
+        """Stop answering and end all leases, waiting at most `timeout` seconds. Forks under way fail; a second time
+        does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._service.close(time.monotonic() + timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"generation {self.generation}"
+        return f"<Seed {self.address} {len(self.layout.tensors):,} tensors, {state}>"
+
+
+class _Clock:
+    """The generation: a seqlock whose writers say when they change the tensors. Readers never wait, and never block."""
+
+    def __init__(self, devices: frozenset[torch.device]) -> None:
+        self.generation = 0
+        self.changing = threading.Event()
+        self._devices = devices
+        self._lock = threading.Lock()
+        self._writers = 0
+        self._failed = False
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        with self._lock:
+            if not self._writers:
+                self._failed = False
+            self._writers += 1
+            if self.generation % 2 == 0:
+                self.generation += 1
+            self.changing.set()
+        finished = False
+        try:
+            yield
+            for device in self._devices:
+                torch.cuda.current_stream(device).synchronize()
+            finished = True
+        finally:
+            with self._lock:
+                self._writers -= 1
+                self._failed = self._failed or not finished
+                if not self._writers and not self._failed:
+                    self.changing.clear()
+                    self.generation += 1
+
+
+@define(eq=False)
+class _Lease:
+    """One fork's lease. `ended` is what its threads wait for."""
+
+    id: bytes
+    expires: float
+    channel: SeedChannel
+    ended: threading.Event = field(factory=threading.Event)
+
+    def end(self) -> None:
+        self.ended.set()
+        self.channel.end()
+
+
+class _Service:
+    """What answers forks. `Seed` is its handle: a service in use does not keep its `Seed` from being collected."""
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        tensors: Mapping[str, torch.Tensor],
+        memory: Memory,
+        transports: Mapping[str, Transport],
+        bind: str,
+        advertise: str | None,
+    ) -> None:
+        self._layout, self._tensors, self._memory, self._transports = layout, tensors, memory, transports
+        self._regions = memory.regions(layout)
+        self.clock = _Clock(
+            frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda"))
+        )
+        self._digests = _Digests(tensors, self.clock)
+        self._leases: dict[bytes, _Lease] = {}
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._granted = self._refused = self._expired = 0
+        self._pages = wire.pack_tensors(layout.tensors), wire.pack_storages(layout.storages)
+        self._welcome = self._make_welcome()
+        at = Address.parse(bind)
+        found = None if advertise is None else _advertised(advertise)
+        if at.is_wildcard and found is None:
+            raise ValueError(f"bind={bind!r} is every interface; say with advertise= by which address forks reach it")
+        self._listener = Listener(at, self._handle)
+        port = self._listener.address.port
+        host = self._listener.address.host if found is None else found[0]
+        self.address = Address(host, port if found is None or found[1] is None else found[1])
+        self._site = Site(at.host, host)
+        self._listener.start(self._tick)
+
+    def stats(self) -> SeedStats:
+        with self._lock:
+            return SeedStats(self._granted, self._refused, len(self._leases), self._expired, self._digests.computed)
+
+    def close(self, deadline: float) -> None:
+        self._digests.close()
+        with self._lock:
+            leases, threads = list(self._leases.values()), list(self._threads)
+        for lease in leases:
+            lease.end()
+        self._listener.close(deadline)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _make_welcome(self) -> wire.Welcome:
+        offered = {}
+        for name, transport in self._transports.items():
+            try:
+                offered[name] = wire.Offered(dict(transport.facts(self._regions)), None)
+            except TransportUnavailable as error:
+                offered[name] = wire.Offered({}, str(error))
+        return wire.Welcome(
+            version("tensorfork"),
+            secrets.token_bytes(16),
+            len(self._layout.tensors),
+            len(self._layout.storages),
+            self._layout.nbytes,
+            digest.NAME,
+            offered,
+        )
+
+    def _handle(self, peer: bytes, message: Any, answer: Answer) -> None:
+        match message:
+            case wire.Hello():
+                answer(self._welcome)
+            case wire.GetLayout():
+                tensors, storages = self._pages
+                answer(wire.Pages(len(tensors), len(storages)), [*tensors, *storages])
+            case wire.TakeLease():
+                self._take(peer, message, answer)
+            case wire.Say():
+                lease = self._leases.get(message.lease)
+                if lease is not None and not lease.channel.hear(message.message):
+                    log.warning("a fork says more than its transport reads; its lease is ended")
+                    lease.end()
+            case wire.GetDigests():
+                if self._find(message.lease, answer):
+                    self._digests.ask(answer)
+            case wire.CheckLease():
+                lease = self._find(message.lease, answer)
+                if lease is not None:
+                    answer(wire.Checked(self.clock.generation))
+                    if message.release:
+                        lease.end()
+
+    def _find(self, id: bytes, answer: Answer) -> _Lease | None:
+        lease = self._leases.get(id)
+        if lease is None or lease.ended.is_set():
+            answer(wire.Refused(wire.UNKNOWN, "the lease has ended; it lasts as long as the fork's timeout"))
+            return None
+        return lease
+
+    def _take(self, peer: bytes, request: wire.TakeLease, answer: Answer) -> None:
+        generation = self.clock.generation
+        offered = self._welcome.transports.get(request.transport)
+        refused = None
+        if generation % 2:
+            refused = wire.Refused(wire.CHANGED, "the seed's weights are being changed; try again")
+        elif len(self._leases) >= MAX_LEASES:
+            refused = wire.Refused(wire.BUSY, f"the seed has {MAX_LEASES} forks already; try again")
+        elif offered is None:
+            names = ", ".join(self._transports) or "none"
+            refused = wire.Refused(wire.UNAVAILABLE, f"the seed does not offer {request.transport!r}; it has: {names}")
+        elif offered.why_not is not None:
+            refused = wire.Refused(wire.UNAVAILABLE, offered.why_not)
+        if refused is not None:
+            self._refused += 1
+            answer(refused)
+            return
+        id = secrets.token_bytes(16)
+        lease = _Lease(id, time.monotonic() + request.seconds, SeedChannel(self._listener, peer, id))
+        if request.digests:
+            self._digests.begin()
+        with self._lock:
+            self._leases[id] = lease
+        self._start(self._hold, lease, generation, request, answer)
+
+    def _start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
+        def run() -> None:
+            try:
+                work(*args)
+            finally:
+                with self._lock:
+                    self._threads.discard(thread)
+
+        thread = threading.Thread(target=run, name=f"tensorfork-{work.__name__.strip('_')}", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+        return thread
+
+    def _hold(self, lease: _Lease, generation: int, request: wire.TakeLease, answer: Answer) -> None:
+        """A lease's whole life, on a thread of its own."""
+        transport = self._transports[request.transport]
+        try:
+            regions, places = transport.cover(self._regions)
+            export = transport.export(regions, self._site, request.facts, lease.expires)
+        except Exception as error:
+            if not isinstance(error, TensorForkError):
+                log.exception("the transport %s failed to export", transport.name)
+            self._refused += 1
+            self._end(lease)
+            answer(wire.Refused(wire.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}"))
+            return
+        self._granted += 1
+        remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
+        where = {region.id: place for region, place in zip(self._regions, places, strict=True)}
+        pages = wire.pack_places(remote, where)
+        serving = self._start(self._serve, export, lease)
+        answer(wire.Leased(lease.id, generation, export.offer, len(pages)), pages)
+        lease.ended.wait()
+        if not export.close(time.monotonic() + CLOSING):
+            log.warning("a lease over %s has ended; its reader can still reach the memory", transport.name)
+        serving.join(CLOSING)
+        self._end(lease)
+
+    def _serve(self, export: Export, lease: _Lease) -> None:
+        try:
+            export.serve(lease.channel)
+        except PeerUnreachable as error:
+            log.info("a fork went away: %s", error)
+            lease.end()
+        except Exception:
+            log.exception("serving a fork failed; its lease is ended")
+            lease.end()
+
+    def _end(self, lease: _Lease) -> None:
+        lease.end()
+        with self._lock:
+            self._leases.pop(lease.id, None)
+
+    def _tick(self) -> float | None:
+        """End the leases whose time is over; when the next one's will be."""
+        with self._lock:
+            leases = [lease for lease in self._leases.values() if not lease.ended.is_set()]
+        now = time.monotonic()
+        for lease in leases:
+            if lease.expires <= now:
+                self._expired += 1
+                lease.end()
+        return min((lease.expires for lease in leases if lease.expires > now), default=None)
+
+
+class _Digests:
+    """The digests of all tensors, computed once a generation, on a thread of its own, when first asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], clock: _Clock) -> None:
+        self._tensors, self._clock = tensors, clock
+        self._lock = threading.Lock()
+        self._waiting: list[Answer] = []
+        self._known: tuple[int, list[bytes]] | None = None
+        self._running = False
+        self._cancel = threading.Event()
+        self.computed = 0
+
+    def begin(self) -> None:
+        """Start computing, if that is still to be done."""
+        with self._lock:
+            if not self._running and (self._known is None or self._known[0] != self._clock.generation):
+                self._running = True
+                threading.Thread(target=self._compute, name="tensorfork-digest", daemon=True).start()
+
+    def ask(self, answer: Answer) -> None:
+        """Answer with them, now or when they are there."""
+        with self._lock:
+            if self._known is None or self._known[0] != self._clock.generation:
+                self._waiting.append(answer)
+                known = None
+            else:
+                known = self._known
+        if known is None:
+            self.begin()
+        else:
+            answer(wire.Digests(known[0], len(known[1])), known[1])
+
+    def close(self) -> None:
+        """Stop computing soon."""
+        self._cancel.set()
+
+    def _compute(self) -> None:
+        generation = self._clock.generation
+        reply: tuple[wire.Reply, list[bytes]]
+        try:
+            found = {} if generation % 2 else digest.digests(self._tensors, self._stop(generation))
+            if len(found) != len(self._tensors) or self._clock.generation != generation:
+                reply = wire.Refused(wire.CHANGED, "the seed's weights changed while their digests were computed"), []
+            else:
+                frames = wire.pack_digests([found[name] for name in self._tensors])
+                self._known = generation, frames
+                self.computed += 1
+                reply = wire.Digests(generation, len(frames)), frames
+        except Exception as error:
+            log.exception("computing the digests failed")
+            reply = wire.Refused(wire.BUSY, f"the seed could not compute its digests: {error}"), []
+        with self._lock:
+            self._running = False
+            waiting, self._waiting = self._waiting, []
+        for answer in waiting:
+            answer(*reply)
+
+    def _stop(self, generation: int) -> Callable[[], bool]:
+        return lambda: self._cancel.is_set() or self._clock.generation != generation
+
+
+def _advertised(text: str) -> tuple[str, int | None]:
+    """A host, or a host and a port."""
+    try:
+        address = Address.parse(text)
+    except ValueError:
+        return text.removeprefix("tcp://").removeprefix("[").removesuffix("]"), None
+    return address.host, address.port

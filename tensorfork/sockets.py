@@ -1,0 +1,131 @@
+"""ZeroMQ sockets with every limit set, and addresses.
+
+libzmq's defaults are made for friends: no limit on a message, 30 s for a handshake, waiting at close. A seed's port
+hears from anybody, so nothing here is left at its default.
+"""
+
+import socket
+import threading
+import time
+from typing import Any
+
+import zmq
+from attrs import frozen
+
+from tensorfork.errors import PeerUnreachable
+
+HANDSHAKE_MS = 5_000
+WILDCARDS = {"0.0.0.0", "*", "::"}
+
+
+@frozen
+class Address:
+    """A TCP address. `str()` gives the form that ZeroMQ and people use, with IPv6 in brackets."""
+
+    host: str
+    port: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """From ``tcp://host:port`` or ``host:port``; a port of ``*`` becomes None. Raises `ValueError`."""
+        host, separator, port = text.removeprefix("tcp://").rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not separator or not host or "/" in host or not (port == "*" or port.isdecimal() and int(port) < 65536):
+            raise ValueError(f"{text!r} is not an address; write tcp://host:port, or tcp://[::1]:port for IPv6")
+        return cls(host, None if port == "*" else int(port))
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Whether it stands for every interface, so that nobody can connect to it."""
+        return self.host in WILDCARDS
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{'*' if self.port is None else self.port}"
+
+
+def resolve(address: Address, deadline: float) -> Address:
+    """The address with its host's name looked up, within the deadline (the system's resolver has none).
+
+    Raises `PeerUnreachable` when there is no such host.
+    """
+    found: list[Any] = []
+
+    def look_up() -> None:
+        try:
+            found.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=look_up, name="tensorfork-resolve", daemon=True)
+    thread.start()
+    thread.join(max(0.0, deadline - time.monotonic()))
+    answer = found[0] if found else TimeoutError("no answer from the resolver")
+    if isinstance(answer, Exception):
+        raise PeerUnreachable(
+            f"{address}: no such host (looking up the name): {answer}. Check the address the seed printed."
+        ) from answer
+    return Address(answer, address.port)
+
+
+def make(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, *, max_message: int, queue: int) -> "zmq.Socket[bytes]":
+    """A socket that takes messages of at most `max_message` bytes, holds `queue` of them, and closes at once."""
+    made = context.socket(kind)
+    made.linger = 0
+    made.maxmsgsize = max_message
+    made.handshake_ivl = HANDSHAKE_MS
+    made.sndhwm = made.rcvhwm = queue
+    made.setsockopt(zmq.IMMEDIATE, 1)
+    return made
+
+
+def bind(made: "zmq.Socket[bytes]", address: Address) -> Address:
+    """Bind, and say where. Raises `OSError` (`zmq.ZMQError` is one) when the address is taken or not ours."""
+    made.ipv6 = ":" in address.host
+    made.bind(str(address))
+    return Address.parse(made.last_endpoint.rstrip(b"\0").decode())
+
+
+def connect(made: "zmq.Socket[bytes]", address: Address) -> None:
+    """Begin to connect to a resolved address; says nothing of success."""
+    made.ipv6 = ":" in address.host
+    made.connect(str(address))
+
+
+def milliseconds(deadline: float) -> int:
+    """What is left until the deadline, for a poll: never negative, and never a busy loop before it."""
+    left = deadline - time.monotonic()
+    return 0 if left <= 0 else int(left * 1000) + 1
+
+
+class Bell:
+    """Wakes a thread that polls, from any other: register `fileno()`, and `silence()` it once awake."""
+
+    def __init__(self) -> None:
+        self._ear, self._clapper = socket.socketpair()
+        self._ear.setblocking(False)
+        self._clapper.setblocking(False)
+
+    def fileno(self) -> int:
+        """What to poll."""
+        return self._ear.fileno()
+
+    def ring(self) -> None:
+        """Wake it. Harmless when it is awake, or gone."""
+        try:
+            self._clapper.send(b"!")
+        except OSError:  # it rings already, or nobody is left to hear it
+            return
+
+    def silence(self) -> None:
+        """Take note of all rings so far."""
+        try:
+            while self._ear.recv(4096):
+                pass
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Give both ends back."""
+        self._ear.close()
+        self._clapper.close()

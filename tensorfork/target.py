@@ -1,0 +1,185 @@
+"""What a fork fills: tensors that are there already, and new ones for those that are still on the meta device.
+
+New tensors lie in one allocation for each device, sharing storages as the seed's do. A meta tensor takes its new
+memory only in `Target.install`, the last step of a fork, as the same object.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+
+from tensorfork.layout import ALIGNMENT, Memory, ModelLayout, StorageLayout, TensorLayout
+from tensorfork.plan import Pair
+from tensorfork.transports.base import Region
+
+Device = str | torch.device | None
+
+
+@frozen
+class Target:
+    """Where the bytes go.
+
+    Attributes:
+        pairs: what fills what; in new storages for meta tensors.
+        tensors: the destinations by name, with memory; for meta ones, what they will become.
+        regions: the memory of all destinations, by storage.
+        new: the meta tensors, each with the tensor it becomes.
+        keep: what must stay alive while anything may write.
+    """
+
+    pairs: Sequence[Pair]
+    tensors: Mapping[str, torch.Tensor]
+    regions: Sequence[Region]
+    new: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    keep: Sequence[Any]
+
+    def install(self) -> None:
+        """Give the meta tensors their memory: all, or (should one refuse) none. The objects stay the same."""
+        done: list[tuple[torch.Tensor, torch.Tensor]] = []
+        try:
+            for old, new in self.new:
+                torch.utils.swap_tensors(old, new)
+                done.append((old, new))
+        except BaseException:
+            for old, new in done:
+                torch.utils.swap_tensors(old, new)
+            raise
+
+    def touch(self) -> None:
+        """Tell autograd that the tensors filled in place are not what they were."""
+        replaced = {id(new) for _, new in self.new}
+        filled = [t for t in self.tensors.values() if id(t) not in replaced and not t.is_inference()]
+        if filled:
+            torch.autograd.graph.increment_version(filled)
+
+
+def prepare(
+    pairs: Sequence[Pair],
+    theirs: ModelLayout,
+    ours: ModelLayout,
+    tensors: Mapping[str, torch.Tensor],
+    memory: Memory,
+    device: Device,
+) -> Target:
+    """Make room for the meta tensors among ours, on `device` (see `place`), beside those that have memory.
+
+    Raises `ValueError` for a device that cannot be used.
+    """
+    meta = [pair for pair in pairs if tensors[pair.name].is_meta]
+    fresh = allocate(theirs, sorted({pair.theirs.storage for pair in meta}), device)
+    first = len(ours.storages)
+    made: dict[int, torch.Tensor] = {}
+    ready = dict(tensors)
+    moved = list(pairs)
+    for i, pair in enumerate(pairs):
+        old = tensors[pair.name]
+        if not old.is_meta:
+            continue
+        if id(old) not in made:
+            made[id(old)] = _like(old, fresh.tensor(pair.theirs))
+        ready[pair.name] = made[id(old)]
+        moved[i] = Pair(pair.theirs, evolve(pair.ours, storage=first + pair.theirs.storage, offset=pair.theirs.offset))
+    regions = memory.regions(ours) + [evolve(region, id=first + region.id) for region in fresh.regions]
+    olds = {id(tensors[pair.name]): tensors[pair.name] for pair in meta}
+    return Target(moved, ready, regions, [(olds[i], new) for i, new in made.items()], [memory, fresh])
+
+
+def build(theirs: ModelLayout, device: Device) -> Target:
+    """Make room for a whole copy of the seed's tensors; ties become one tensor under several names."""
+    fresh = allocate(theirs, range(len(theirs.storages)), device)
+    made: dict[tuple[Any, ...], torch.Tensor] = {}
+    tensors = {}
+    for tensor in theirs.tensors:
+        key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
+        if key not in made:
+            made[key] = fresh.tensor(tensor)
+        tensors[tensor.name] = made[key]
+    return Target([Pair(t, t) for t in theirs.tensors], tensors, fresh.regions, [], [fresh])
+
+
+@frozen
+class Fresh:
+    """New storages: stretches of one allocation for each device."""
+
+    buffers: Mapping[torch.device, torch.Tensor]
+    spots: Mapping[int, tuple[torch.device, int, int]]
+    """By storage: its device, where it begins in the device's buffer, and its bytes."""
+
+    @property
+    def regions(self) -> list[Region]:
+        """One for each storage that has bytes, with the storage's index as its id."""
+        return [
+            Region(storage, self.buffers[device].data_ptr() + start, nbytes, str(device))
+            for storage, (device, start, nbytes) in self.spots.items()
+            if nbytes
+        ]
+
+    def tensor(self, layout: TensorLayout) -> torch.Tensor:
+        """A tensor in its storage, with a version counter of its own."""
+        device, start, _ = self.spots[layout.storage]
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.empty(0, dtype=layout.torch_dtype, device=device)
+            offset = (start + layout.offset) // made.element_size()
+            return made.set_(self.buffers[device].untyped_storage(), offset, layout.shape, layout.stride)
+
+
+def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fresh:
+    """Room for some of the seed's storages, in one allocation for each device."""
+    where = place([theirs.storages[i] for i in storages], device)
+    ends: dict[torch.device, int] = {}
+    spots = {}
+    for i in storages:
+        nbytes = theirs.storages[i].nbytes
+        on = where(theirs.storages[i])
+        start = ends.get(on, 0)
+        spots[i] = (on, start, nbytes)
+        ends[on] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
+    with torch.inference_mode(False):
+        buffers = {on: torch.empty(max(end, 1), dtype=torch.uint8, device=on) for on, end in ends.items()}
+    return Fresh(buffers, spots)
+
+
+def place(storages: Sequence[StorageLayout], device: Device) -> Callable[[StorageLayout], torch.device]:
+    """Where new storages go: to `device`; or, where none is given, to the device of the seed's own name, a seed on one
+    GPU to our current one. Raises `ValueError` where this process does not have it."""
+    wanted = None if device is None else _indexed(torch.device(device))
+    if wanted is not None and wanted.type == "meta":
+        raise ValueError("device='meta' has no memory to fork into; name a device that has, or none")
+    gpus = {storage.device for storage in storages if storage.device.startswith("cuda")}
+
+    def where(storage: StorageLayout) -> torch.device:
+        if wanted is not None:
+            return wanted
+        if storage.device == "cpu":
+            return torch.device("cpu")
+        if not torch.cuda.is_available():
+            raise ValueError(f"the seed's model is on {storage.device} and there is no GPU here; say device='cpu'")
+        if len(gpus) == 1:
+            return torch.device("cuda", torch.cuda.current_device())
+        if torch.device(storage.device).index >= torch.cuda.device_count():
+            raise ValueError(f"the seed's model is on {', '.join(sorted(gpus))}, not all of them here; say device=")
+        return torch.device(storage.device)
+
+    return where
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The new tensor in the old one's clothes: class, attributes, requires_grad."""
+    if weakref.getweakrefcount(old):
+        raise ValueError("a meta tensor of the model has a weak reference, so it cannot take its memory; drop that first")
+    with torch.inference_mode(False):
+        if type(old) is torch.Tensor:
+            made = new.requires_grad_(old.requires_grad)
+        else:
+            made = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
+    made.__dict__.update(old.__dict__)
+    return made

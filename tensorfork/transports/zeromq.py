@@ -1,0 +1,309 @@
+"""Bytes over ZeroMQ: works between any two processes that can reach one another, with what is always installed.
+
+The fork asks for stretches of the leased regions; the seed answers with frames that lie over the tensors' own memory
+(libzmq copies those below 256 KiB, which is cheaper for it than to keep track), and the fork receives them straight
+into place. Each of the fork's connections has a bounded window of requests under way, so neither side ever holds more
+than that beyond the model, and a fork that stops reading holds up nobody.
+
+A request is ``token, number, (region, offset, nbytes) ...``; its answer, ``number and status, bytes ...``. The token is
+the lease's, from the bootstrap: without it, and outside the regions, nothing is served.
+"""
+
+import ctypes
+import secrets
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event
+from typing import ClassVar
+
+import zmq
+from attrs import define, frozen
+from zmq.utils.monitor import recv_monitor_message
+
+from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.sockets import Address, Bell, bind, connect, make, milliseconds, resolve
+from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
+
+FRAME = 1 << 20
+"""Bytes of one frame at most; measured best on loopback (docs/performance.md)."""
+WINDOW = 8
+"""Requests under way on a connection."""
+STRETCHES = 64
+"""Stretches in one request."""
+COPY_BELOW = 256 << 10
+
+_HEAD = struct.Struct("<16sQ")
+_STRETCH = struct.Struct("<QQQ")
+_ANSWER = struct.Struct("<QB")
+_OFFER = struct.Struct("<16sI")
+_OK, _OUTSIDE = 0, 1
+_MAX_REQUEST = _HEAD.size + STRETCHES * _STRETCH.size
+
+
+class ZeroMQ(Transport):
+    """The transport that is always there.
+
+    Args:
+        connections: how many the fork opens to the seed; 1 to 16.
+        ports: the range in which the seed listens, one port for each lease; any free one by default.
+    """
+
+    name: ClassVar[str] = "zeromq"
+    piece = 16 << 20
+
+    def __init__(self, *, connections: int = 2, ports: range | None = None) -> None:
+        if not 1 <= connections <= 16:
+            raise ValueError(f"connections must be 1 to 16, not {connections}")
+        self._connections, self._ports = connections, ports
+
+    def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "_Export":
+        """See `Transport.export`."""
+        return _Export(regions, site.bind, self._ports)
+
+    def why_not(self, fork: Facts, seed: Facts) -> str | None:
+        """See `Transport.why_not`: memory of GPUs cannot be reached so far."""
+        if any(facts.get("devices", ["cpu"]) != ["cpu"] for facts in (fork, seed)):
+            return "it moves CPU tensors only"
+        return None
+
+    def facts(self, regions: Sequence[Region]) -> Facts:
+        """See `Transport.facts`."""
+        return {"devices": sorted({region.device for region in regions}) or ["cpu"]}
+
+    def open(
+        self,
+        offer: bytes,
+        host: str,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        deadline: float,
+    ) -> "_Session":
+        """See `Transport.open`."""
+        token, port = _OFFER.unpack(offer)
+        try:
+            seed = resolve(Address(host, port), deadline)
+        except PeerUnreachable as error:
+            raise TransportUnavailable(str(error)) from error
+        return _Session(token, seed, regions, self._connections)
+
+
+class _Export(Export):
+    def __init__(self, regions: Sequence[Region], host: str, ports: range | None) -> None:
+        self._memory = {region.id: _view(region) for region in regions}
+        self._token = secrets.token_bytes(16)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
+        self._socket.router_mandatory = True
+        self._socket.copy_threshold = COPY_BELOW
+        self._bell, self._ended = Bell(), threading.Event()
+        self._serving = threading.Lock()
+        try:
+            port = self._bind(host, ports)
+        except BaseException:
+            self.close(time.monotonic())
+            raise
+        self.offer = _OFFER.pack(self._token, port)
+
+    def serve(self, channel: Channel) -> None:
+        """See `Export.serve`."""
+        with self._serving:
+            poller = zmq.Poller()
+            poller.register(self._socket, zmq.POLLIN)
+            poller.register(self._bell.fileno(), zmq.POLLIN)
+            while not self._ended.is_set():
+                if self._socket in dict(poller.poll()):
+                    self._answer_some()
+
+    def close(self, deadline: float) -> bool:
+        """See `Export.close`."""
+        if self._ended.is_set():
+            return True
+        self._ended.set()
+        self._bell.ring()
+        served = self._serving.acquire(timeout=max(0.1, deadline - time.monotonic()))
+        if served:
+            self._context.destroy(linger=0)
+            self._bell.close()
+            self._serving.release()
+        return served
+
+    def _bind(self, host: str, ports: range | None) -> int:
+        for port in [None] if ports is None else ports:
+            try:
+                bound = bind(self._socket, Address(host, port))
+            except zmq.ZMQError as error:
+                if ports is None or error.errno != zmq.EADDRINUSE:
+                    raise TransportUnavailable(f"zeromq cannot listen at {host}: {error}") from error
+            else:
+                assert bound.port is not None
+                return bound.port
+        raise TransportUnavailable(f"zeromq: every port of {ports} is taken; give a longer range")
+
+    def _answer_some(self) -> None:
+        for _ in range(WINDOW):  # then look whether the lease has ended
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except zmq.ZMQError as error:
+                if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                    raise
+                continue
+            if len(frames) == 2 and len(frames[1]) >= _HEAD.size:
+                self._answer(frames[0], frames[1])
+
+    def _answer(self, peer: bytes, request: bytes) -> None:
+        token, number = _HEAD.unpack_from(request)
+        if not secrets.compare_digest(token, self._token) or (len(request) - _HEAD.size) % _STRETCH.size:
+            return  # not one of ours: not a word
+        stretches = [self._stretch(*found) for found in _STRETCH.iter_unpack(request[_HEAD.size :])]
+        whole = [stretch for stretch in stretches if stretch is not None]
+        status = _OK if len(whole) == len(stretches) else _OUTSIDE
+        try:
+            self._socket.send_multipart(
+                [peer, _ANSWER.pack(number, status), *(whole if status == _OK else [])], zmq.NOBLOCK, copy=False
+            )
+        except zmq.ZMQError as error:  # it is gone, or asks more than it reads
+            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                raise
+
+    def _stretch(self, region: int, offset: int, nbytes: int) -> memoryview | None:
+        memory = self._memory.get(region)
+        if memory is None or nbytes > FRAME or offset + nbytes > len(memory):
+            return None
+        return memory[offset : offset + nbytes]
+
+
+@frozen
+class _Request:
+    """Stretches that are asked for together, and where they go; each with the number of its copy."""
+
+    asked: bytes
+    targets: Sequence[tuple[int, memoryview]]
+
+
+@define
+class _Line:
+    """One connection, and what is under way on it, in order."""
+
+    socket: "zmq.Socket[bytes]"
+    monitor: "zmq.Socket[bytes]"
+    waiting: deque[tuple[int, _Request]]
+
+
+class _Session(Session):
+    fabric = "tcp"
+
+    def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
+        self._token, self._seed = token, seed
+        self._memory = {region.id: _view(region) for region in regions}
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=min(connections, 4))
+        self._lines = [self._connect() for _ in range(connections)]
+        self._number = 0
+        self._broken = False
+
+    def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
+        """See `Session.pull`."""
+        if self._broken:
+            raise TransferFailed("this connection failed before; open another session")
+        left = [-(-copy.nbytes // FRAME) for copy in copies]
+        requests = self._requests(copies)
+        poller = zmq.Poller()
+        for line in self._lines:
+            poller.register(line.socket, zmq.POLLIN)
+            poller.register(line.monitor, zmq.POLLIN)
+        self._broken = True  # until it is over: after a failure, answers to nobody may be under way
+        try:
+            while self._ask(requests):
+                self._check(deadline, cancel)
+                ready = dict(poller.poll(min(milliseconds(deadline), 200)))
+                for line in self._lines:
+                    if line.monitor in ready:
+                        self._notice(line)
+                    if line.socket in ready:
+                        self._receive(line, left, done)
+        except zmq.ZMQError as error:
+            raise TransferFailed(f"the transfer from {self._seed} failed: {error}") from error
+        self._broken = False
+
+    def close(self, deadline: float) -> None:
+        """See `Session.close`."""
+        for line in self._lines:
+            if not line.socket.closed:
+                line.socket.disable_monitor()
+        self._lines = []
+        self._context.destroy(linger=0)
+
+    def _connect(self) -> _Line:
+        line = make(self._context, zmq.DEALER, max_message=FRAME, queue=0)
+        line.reconnect_ivl = -1
+        monitor = line.get_monitor_socket(zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL)
+        connect(line, self._seed)
+        return _Line(line, monitor, deque())
+
+    def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
+        asked, targets, nbytes = bytearray(), list[tuple[int, memoryview]](), 0
+        for i, copy in enumerate(copies):
+            into = self._memory[copy.into]
+            for start in range(0, copy.nbytes, FRAME):
+                size = min(FRAME, copy.nbytes - start)
+                if targets and (nbytes + size > FRAME or len(targets) == STRETCHES):
+                    yield _Request(bytes(asked), targets)
+                    asked, targets, nbytes = bytearray(), [], 0
+                asked += _STRETCH.pack(copy.region, copy.offset + start, size)
+                targets.append((i, into[copy.at + start : copy.at + start + size]))
+                nbytes += size
+        if targets:
+            yield _Request(bytes(asked), targets)
+
+    def _ask(self, requests: Iterator[_Request]) -> bool:
+        """Fill the windows, the emptiest first. False when nothing is under way any more."""
+        while True:
+            line = min(self._lines, key=lambda line: len(line.waiting))
+            if len(line.waiting) >= WINDOW or not line.socket.poll(0, zmq.POLLOUT):
+                return True
+            request = next(requests, None)
+            if request is None:
+                return any(line.waiting for line in self._lines)
+            self._number += 1
+            line.socket.send(_HEAD.pack(self._token, self._number) + request.asked, zmq.NOBLOCK)
+            line.waiting.append((self._number, request))
+
+    def _receive(self, line: _Line, left: list[int], done: Callable[[int], None]) -> None:
+        for _ in range(WINDOW):
+            try:
+                head = line.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            number, request = line.waiting.popleft()
+            if len(head) != _ANSWER.size or _ANSWER.unpack(head)[0] != number:
+                raise TransferFailed(f"{self._seed} answered something else than was asked")
+            if _ANSWER.unpack(head)[1] != _OK:
+                raise TransferFailed(f"{self._seed} refused: a stretch lies outside the leased regions")
+            for i, target in request.targets:
+                if not line.socket.rcvmore or line.socket.recv_into(target, flags=zmq.NOBLOCK) != len(target):
+                    raise TransferFailed(f"{self._seed} sent another number of bytes than was asked for")
+                left[i] -= 1
+                if not left[i]:
+                    done(i)
+            if line.socket.rcvmore:
+                raise TransferFailed(f"{self._seed} sent more than was asked for")
+
+    def _check(self, deadline: float, cancel: Event) -> None:
+        if cancel.is_set():
+            raise TransferFailed("the transfer was cancelled")
+        if time.monotonic() >= deadline:
+            raise TransferFailed(f"{self._seed} had not sent everything by the deadline")
+
+    def _notice(self, line: _Line) -> None:
+        recv_monitor_message(line.monitor)
+        raise TransferFailed(f"{self._seed} closed the connection, or died")
+
+
+def _view(region: Region) -> memoryview:
+    """The region's memory. Whoever uses the view keeps the memory alive."""
+    return memoryview((ctypes.c_char * region.nbytes).from_address(region.address)).cast("B")
