@@ -46,14 +46,15 @@ class _Pace:
     """How a kind of device likes its work cut, in words."""
 
     block: int
-    """Summed at a time: what a core's cache holds; a whole segment where the launch is what costs."""
+    """Summed at a time: what a core's cache holds, and below 32,768, where torch would wake its other threads; a whole
+    segment where the launch is what costs."""
     stage: int
     """Scratch for bytes that must be copied to be summed: misaligned, with gaps, or too small to go alone."""
     small: int
     """Tensors up to this go side by side."""
 
 
-_PACES = {"cpu": _Pace(1 << 16, 1 << 17, 1 << 14), "cuda": _Pace(_WORDS, 1 << 20, 1 << 14)}
+_PACES = {"cpu": _Pace(31 * WIDTH, 1 << 17, 1 << 14), "cuda": _Pace(_WORDS, 1 << 20, 1 << 14)}
 
 
 def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] = lambda: False) -> dict[str, int]:
@@ -261,22 +262,30 @@ def _sum(x: torch.Tensor, at: int, slots: torch.Tensor, block: int) -> None:
     other = min(n, -at % OTHER_WIDTH)
     if other:
         others[:, OTHER_WIDTH - -at % OTHER_WIDTH :][:, :other] += x[:, :other]
-    step = max(WIDTH, block // len(x) // WIDTH * WIDTH)
-    for start in range(0, n, step):
-        end = min(start + step, n)
-        row, full = (at + start) // WIDTH, (end - start) // WIDTH
-        if full:
-            matrix = x[:, start : start + full * WIDTH].unflatten(1, (full, WIDTH))
-            torch.sum(matrix, 2, out=rows[:, row : row + full])
-            columns += matrix.sum(1)
-        if start + full * WIDTH < end:
-            rest = x[:, start + full * WIDTH : end]
-            rows[:, row + full] += rest.sum(1)
-            columns[:, : rest.shape[1]] += rest
-        full = (end - other) // OTHER_WIDTH
-        if full > 0:
-            others += x[:, other : other + full * OTHER_WIDTH].unflatten(1, (full, OTHER_WIDTH)).sum(1)
-            other += full * OTHER_WIDTH
+    step = max(1, block // len(x) // WIDTH)
+    full = n // WIDTH
+    matrix = x[:, : full * WIDTH].unflatten(1, (full, WIDTH))
+    full_other = (n - other) // OTHER_WIDTH
+    matrix_other = x[:, other : other + full_other * OTHER_WIDTH].unflatten(1, (full_other, OTHER_WIDTH))
+    first = at // WIDTH
+    blocks = max(-(-full // step), -(-full_other // step))
+    partial = torch.zeros(2, blocks, len(x), WIDTH, dtype=torch.int64, device=x.device)
+    parts, others_parts = matrix.split(step, 1), matrix_other.split(step, 1)
+    row_parts = rows[:, first : first + full].split(step, 1)
+    outs, other_outs = partial[0], partial[1, :, :, :OTHER_WIDTH]
+    for i in range(blocks):  # all three sums of a block while it is in the cache
+        if full and i < len(parts):
+            torch.sum(parts[i], 2, out=row_parts[i])
+            torch.sum(parts[i], 1, out=outs[i])
+        if full_other and i < len(others_parts):
+            torch.sum(others_parts[i], 1, out=other_outs[i])
+    columns += partial[0].sum(0)
+    others += partial[1, :, :, :OTHER_WIDTH].sum(0)
+    if n % WIDTH:
+        rest = x[:, full * WIDTH :]
+        rows[:, first + full] += rest.sum(1)
+        columns[:, : rest.shape[1]] += rest
+    other += full_other * OTHER_WIDTH
     if other < n:
         others[:, : n - other] += x[:, other:]
 
