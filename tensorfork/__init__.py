@@ -1,7 +1,7 @@
 """Fork a model's weights from a running process, GPU to GPU.
 
-    seed = tensorfork.publish(model)                      # in the running instance
-    report = tensorfork.fork_into(model, seed.address)    # in the new one
+seed = tensorfork.publish(model)                      # in the running instance
+report = tensorfork.fork_into(model, seed.address)    # in the new one
 """
 
 from tensorfork.api import fork, fork_into, publish
@@ -32,8 +32,7 @@ from tensorfork.transports.base import (
     Site,
     Transport,
 )
-
-__version__ = "0.1.0"
+from tensorfork.version import __version__
 
 __all__ = [
     "Channel",

@@ -65,7 +65,7 @@ class Listener:
         self._thread = threading.Thread(target=self._run, name="tensorfork-seed", daemon=True)
 
     def start(self, tick: Callable[[], float | None]) -> None:
-        """Begin. `tick` runs on the thread now and then; it returns when it wants to run next (monotonic), if it does."""
+        """Begin. `tick` runs on the thread now and then, and says when next (monotonic), or None."""
         self._tick = tick
         self._thread.start()
 

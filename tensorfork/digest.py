@@ -1,17 +1,18 @@
 """Checksums of tensors: 64 bits each, the same on CPU and GPU, against accident rather than attackers.
 
-In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 32 MiB,
-as little-endian 64-bit words, the last one filled up with zeros. All arithmetic is on integers modulo 2^64, so the
-order of additions does not matter, and every device gets the same result. For each segment x[0..n) three families of
-sums are taken:
+In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 32
+MiB, as little-endian 64-bit words, the last one filled up with zeros. All arithmetic is on integers modulo 2^64, so
+the order of additions does not matter, and every device gets the same result. For each segment x[0..n) three families
+of sums are taken:
 
     c[j] = sum of x[1024 i + j] over i             (columns)
     d[j] = sum of x[1021 i + j] over i             (columns of another width; 1021 is prime)
     r[i] = sum of x[1024 i + j] over j < 1024      (rows)
 
-The segment's digest is the sum over all these v[k], in this order, of mix(v[k]) * w[k], with fixed odd pseudo-random weights w, where
-mix is a bijection that carries high bits down (two xor-shifts round a multiplication; the finaliser of Steele, Lea and
-Flood's SplitMix64 is the model). The tensor's digest is the sum over its segments of mix(digest) * w[segment].
+The segment's digest is the sum over all these v[k], in this order, of mix(v[k]) * w[k], with fixed odd pseudo-random
+weights w, where mix is a bijection that carries high bits down (two xor-shifts round a multiplication; the finaliser
+of Steele, Lea and Flood's SplitMix64 is the model). The tensor's digest is the sum over its segments of mix(digest) *
+w[segment].
 
 Why three. Rows and columns see every changed, moved and exchanged word, but not four equal and opposite changes at the
 corners of a rectangle. Those lie in columns of the other width as well only when the rectangle's height is a multiple
@@ -67,7 +68,7 @@ def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] =
     names: dict[_Key, list[str]] = defaultdict(list)
     by_device: dict[torch.device, dict[_Key, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        key: _Key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[key].append(name)
         by_device[tensor.device][key] = tensor
     found: dict[str, int] = {}
@@ -293,8 +294,7 @@ def _sum(x: torch.Tensor, at: int, slots: torch.Tensor, block: int) -> None:
 def _flat(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor's bytes as they lie, as a view; None where there are gaps or overlaps between its elements."""
     tensor = tensor.detach()
-    order = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), -tensor.shape[i]))
-    tensor = tensor.permute(order)
+    tensor = _by_stride(tensor)
     if not tensor.is_contiguous():
         return None
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
@@ -322,7 +322,8 @@ def _fill(stage: torch.Tensor, tensor: torch.Tensor) -> Iterator[int]:
 
 
 def _by_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), -tensor.shape[i])))
+    stride, shape = tensor.stride(), tensor.shape
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-stride[i], -shape[i])))
 
 
 def _slabs(tensor: torch.Tensor, room: int) -> Iterator[torch.Tensor]:

@@ -50,8 +50,7 @@ class LayoutMismatch(TensorForkError):
         lines += [f"{name}: {why}" for name, why in self.mismatched]
         super().__init__(
             f"the seed's model is not this model ({len(lines)} differences); nothing was copied. "
-            "Build both from the same code and configuration, at the same stage of their life:\n  "
-            + "\n  ".join(lines)
+            "Build both from the same code and configuration, at the same stage of their life:\n  " + "\n  ".join(lines)
         )
 
 

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from threading import Event
 from types import TracebackType
 from typing import Self
@@ -29,6 +28,7 @@ from tensorfork.strided import Scratch, pull_strided
 from tensorfork.target import Target
 from tensorfork.transports import registry
 from tensorfork.transports.base import Place, Region, Session, Transport
+from tensorfork.version import __version__
 
 log = logging.getLogger("tensorfork")
 
@@ -48,7 +48,7 @@ class Peer:
 
     def greet(self, deadline: float) -> None:
         """Say hello."""
-        hello = wire.Hello(version("tensorfork"))
+        hello = wire.Hello(__version__)
         soon = min(deadline, time.monotonic() + HELLO)
         self.welcome, _ = self.conversation.ask(hello, wire.Welcome, soon, "hello")
 
@@ -194,22 +194,18 @@ def check(held: Lease, peer: Peer, deadline: float) -> None:
         )
 
 
-def verify(
-    held: Lease, peer: Peer, layout: ModelLayout, tensors: Mapping[str, torch.Tensor], deadline: float
-) -> None:
+def verify(held: Lease, peer: Peer, layout: ModelLayout, tensors: Mapping[str, torch.Tensor], deadline: float) -> None:
     """Compare the digest of every tensor with the seed's; raises `VerificationFailed` naming those that differ."""
     if peer.welcome.digest != digest.NAME:
         raise ProtocolError(
-            f"{peer.address}: the seed's digests are {peer.welcome.digest!r}, ours {digest.NAME!r}; use the same version "
-            "of tensorfork, or verify=False at your own risk"
+            f"{peer.address}: the seed's digests are {peer.welcome.digest!r}, ours {digest.NAME!r}; use the same "
+            "version of tensorfork, or verify=False at your own risk"
         )
     have = digest.digests(tensors)
     reply, frames = peer.conversation.ask(wire.GetDigests(held.id), wire.Digests, deadline, "digests")
     if reply.generation != held.generation:
         raise SeedChanged(f"{peer.address}: the seed's weights changed before their digests were computed; fork again")
-    want = dict(
-        zip((t.name for t in layout.tensors), wire.unpack_digests(frames, len(layout.tensors)), strict=True)
-    )
+    want = dict(zip((t.name for t in layout.tensors), wire.unpack_digests(frames, len(layout.tensors)), strict=True))
     wrong = [name for name, value in have.items() if want[name] != value]
     if wrong:
         shown = ", ".join(wrong[:20]) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
@@ -232,4 +228,3 @@ def _release(peer: Peer, id: bytes, deadline: float) -> None:
 
 def _bytes(plan: Plan) -> int:
     return sum(copy.nbytes for copy in plan.copies) + sum(pair.ours.nbytes for pair in plan.strided)
-

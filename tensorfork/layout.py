@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
-from attrs.validators import deep_iterable, ge, instance_of, max_len
+from attrs.validators import and_, instance_of, max_len
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.transports.base import Region
@@ -23,7 +24,18 @@ from tensorfork.transports.base import Region
 ALIGNMENT = 512
 """Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
 
-_sizes = deep_iterable([instance_of(int), ge(0)], instance_of(tuple))
+
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+def _sizes(instance: Any, attribute: Any, value: Any) -> None:
+    if type(value) is not tuple or len(value) > 64 or not all(type(size) is int and size >= 0 for size in value):
+        raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
+
+
+def _natural(instance: Any, attribute: Any, value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{attribute.name} must be a natural number, not {str(value)[:80]}")
 
 
 @frozen
@@ -40,18 +52,18 @@ class TensorLayout:
         offset: bytes from the start of that storage to its first element.
     """
 
-    name: str = field(validator=[instance_of(str), max_len(4096)])
+    name: str = field(validator=and_(instance_of(str), max_len(4096)))
     dtype: str = field(validator=instance_of(str))
-    shape: tuple[int, ...] = field(validator=[_sizes, max_len(64)])
-    stride: tuple[int, ...] = field(validator=[_sizes, max_len(64)])
-    storage: int = field(validator=[instance_of(int), ge(0)], eq=False)
-    offset: int = field(validator=[instance_of(int), ge(0)], eq=False)
+    shape: tuple[int, ...] = field(validator=_sizes)
+    stride: tuple[int, ...] = field(validator=_sizes)
+    storage: int = field(validator=_natural, eq=False)
+    offset: int = field(validator=_natural, eq=False)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype itself. Raises `UnsupportedTensor` where this torch does not have it."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
+        dtype = _DTYPES.get(self.dtype)
+        if dtype is None:
             raise UnsupportedTensor(
                 f"{self.name}: torch {torch.__version__} has no dtype {self.dtype!r}; use the seed's version of torch"
             )
@@ -104,8 +116,8 @@ class TensorLayout:
 class StorageLayout:
     """One storage: its bytes, and the device it is on in the process that describes it."""
 
-    nbytes: int = field(validator=[instance_of(int), ge(0)])
-    device: str = field(validator=[instance_of(str), max_len(64)])
+    nbytes: int = field(validator=_natural)
+    device: str = field(validator=and_(instance_of(str), max_len(64)))
 
 
 @frozen(repr=False)
@@ -143,7 +155,7 @@ class ModelLayout:
 
 @frozen(eq=False, repr=False)
 class Memory:
-    """Where the storages of a `ModelLayout` lie in this process; keeps them alive. Storages without memory (meta) are None."""
+    """Where the storages of a `ModelLayout` lie in this process (None for meta ones); keeps them alive."""
 
     addresses: Sequence[int | None]
     keep: Sequence[torch.UntypedStorage]
@@ -173,9 +185,7 @@ def walk(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 )
             yield name, tensor
     else:
-        raise TypeError(
-            f"{type(model).__name__} is not a model; give an nn.Module, or a mapping of names to tensors"
-        )
+        raise TypeError(f"{type(model).__name__} is not a model; give an nn.Module, or a mapping of names to tensors")
 
 
 def survey(model: Any) -> tuple[ModelLayout, dict[str, torch.Tensor], Memory]:
@@ -223,7 +233,7 @@ def _home(name: str, tensor: torch.Tensor) -> _Home:
         raise UnsupportedTensor(f"{name}: {why}")
     storage = tensor.untyped_storage()
     itemsize = tensor.element_size()
-    start = tensor.storage_offset() * itemsize
+    start = int(tensor.storage_offset()) * itemsize
     end = start
     if tensor.numel():
         end += (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * itemsize
@@ -237,7 +247,7 @@ def _home(name: str, tensor: torch.Tensor) -> _Home:
 
 
 def _why_not(tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedTensorMixin):
         return "it is not initialised yet; run the lazy module once first"
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")

@@ -78,7 +78,8 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
 
 def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, Place], piece: int) -> Plan:
     """The copies that fill all pairs. `theirs` and `ours` say where each storage lies in the transport's regions."""
-    direct, strided = [], []
+    direct: list[Pair] = []
+    strided: list[Pair] = []
     for pair in pairs:
         if pair.ours.numel:
             (direct if len(_few_runs(pair, MAX_RUNS)) <= MAX_RUNS else strided).append(pair)
@@ -103,9 +104,10 @@ def complete(pairs: Sequence[Pair], ours: Mapping[int, Place], done: Sequence[Co
 
 def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
     """A tensor's bytes as a grid of equal stretches: the bytes of one, and the (step in bytes, size) of each dimension
-    along which it is repeated, longest step first. What touches or overlaps is one stretch."""
+    along which it is repeated, longest step first. What touches or overlaps is one stretch.
+    """
     length = tensor.torch_dtype.itemsize
-    steps = []
+    steps: list[tuple[int, int]] = []
     for step, size in sorted(zip(tensor.stride, tensor.shape, strict=True)):
         step *= tensor.torch_dtype.itemsize
         if size == 1 or step == 0:

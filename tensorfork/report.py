@@ -56,8 +56,8 @@ class ForkReport:
         again = f", {self.restarts} restarts" if self.restarts else ""
         checked = "verified" if self.verified else "NOT verified"
         return (
-            f"forked {self.tensors:,} tensors ({_size(self.nbytes)}) from {self.peer} over {self.transport}/{self.fabric} "
-            f"in {_spent(self.total)} ({self.gbps:.2f} GB/s; {phases}); {checked}{again}"
+            f"forked {self.tensors:,} tensors ({_size(self.nbytes)}) from {self.peer} over "
+            f"{self.transport}/{self.fabric} in {_spent(self.total)} ({self.gbps:.2f} GB/s; {phases}); {checked}{again}"
         )
 
     __repr__ = __str__

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +23,7 @@ from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavail
 from tensorfork.layout import Memory, ModelLayout
 from tensorfork.sockets import Address
 from tensorfork.transports.base import Export, RemoteRegion, Site, Transport
+from tensorfork.version import __version__
 
 log = logging.getLogger("tensorfork")
 
@@ -86,7 +86,8 @@ class Seed:
 
     def close(self, timeout: float = CLOSING) -> None:
         """Stop answering and end all leases, waiting at most `timeout` seconds. Forks under way fail; a second time
-        does nothing."""
+        does nothing.
+        """
         if not self._closed:
             self._closed = True
             self._service.close(time.monotonic() + timeout)
@@ -172,9 +173,7 @@ class _Service:
     ) -> None:
         self._layout, self._tensors, self._memory, self._transports = layout, tensors, memory, transports
         self._regions = memory.regions(layout)
-        self.clock = _Clock(
-            frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda"))
-        )
+        self.clock = _Clock(frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda")))
         self._digests = _Digests(tensors, self.clock)
         self._leases: dict[bytes, _Lease] = {}
         self._threads: set[threading.Thread] = set()
@@ -215,7 +214,7 @@ class _Service:
             except TransportUnavailable as error:
                 offered[name] = wire.Offered({}, str(error))
         return wire.Welcome(
-            version("tensorfork"),
+            __version__,
             secrets.token_bytes(16),
             len(self._layout.tensors),
             len(self._layout.storages),

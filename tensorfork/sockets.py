@@ -30,7 +30,7 @@ class Address:
         """From ``tcp://host:port`` or ``host:port``; a port of ``*`` becomes None. Raises `ValueError`."""
         host, separator, port = text.removeprefix("tcp://").rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not separator or not host or "/" in host or not (port == "*" or port.isdecimal() and int(port) < 65536):
+        if not separator or not host or "/" in host or not (port == "*" or (port.isdecimal() and int(port) < 65536)):
             raise ValueError(f"{text!r} is not an address; write tcp://host:port, or tcp://[::1]:port for IPv6")
         return cls(host, None if port == "*" else int(port))
 
@@ -83,7 +83,7 @@ def bind(made: "zmq.Socket[bytes]", address: Address) -> Address:
     """Bind, and say where. Raises `OSError` (`zmq.ZMQError` is one) when the address is taken or not ours."""
     made.ipv6 = ":" in address.host
     made.bind(str(address))
-    return Address.parse(made.last_endpoint.rstrip(b"\0").decode())
+    return Address.parse(made.get_string(zmq.LAST_ENDPOINT))
 
 
 def connect(made: "zmq.Socket[bytes]", address: Address) -> None:

@@ -79,7 +79,8 @@ def pull_strided(
 
 def _slabs(length: int, grid: _Grid, room: int) -> Iterator[tuple[int, _Grid, int]]:
     """Cut a grid into parts that fit into `room` bytes with their gaps, and in which no stretch meets another: each
-    with its offset, its grid and the bytes of its stretches."""
+    with its offset, its grid and the bytes of its stretches.
+    """
     if not grid:
         for start in range(0, length, room):
             yield start, (), min(room, length - start)

@@ -144,7 +144,8 @@ def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fr
 
 def place(storages: Sequence[StorageLayout], device: Device) -> Callable[[StorageLayout], torch.device]:
     """Where new storages go: to `device`; or, where none is given, to the device of the seed's own name, a seed on one
-    GPU to our current one. Raises `ValueError` where this process does not have it."""
+    GPU to our current one. Raises `ValueError` where this process does not have it.
+    """
     wanted = None if device is None else _indexed(torch.device(device))
     if wanted is not None and wanted.type == "meta":
         raise ValueError("device='meta' has no memory to fork into; name a device that has, or none")
@@ -167,7 +168,7 @@ def place(storages: Sequence[StorageLayout], device: Device) -> Callable[[Storag
 
 
 def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
@@ -175,7 +176,7 @@ def _indexed(device: torch.device) -> torch.device:
 def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """The new tensor in the old one's clothes: class, attributes, requires_grad."""
     if weakref.getweakrefcount(old):
-        raise ValueError("a meta tensor of the model has a weak reference, so it cannot take its memory; drop that first")
+        raise ValueError("a meta tensor of the model has a weak reference, so it cannot take memory; drop that first")
     with torch.inference_mode(False):
         if type(old) is torch.Tensor:
             made = new.requires_grad_(old.requires_grad)

@@ -1,9 +1,9 @@
 """The messages between a fork and a seed: attrs classes to msgpack and back, versioned and bounded.
 
-A frame is ``[MAGIC, VERSION, number, kind, body]`` in msgpack. `number` is the fork's; a reply carries that of its request.
-Big tables (a layout, digests) travel behind a reply as frames of their own, in pages, so that making or sending one
-never holds the interpreter for long. Nothing is ever unpickled, and what does not have exactly the declared shape is
-refused before it is looked at further.
+A frame is ``[MAGIC, VERSION, number, kind, body]`` in msgpack. `number` is the fork's; a reply carries that of its
+request. Big tables (a layout, digests) travel behind a reply as frames of their own, in pages, so that making or
+sending one never holds the interpreter for long. Nothing is ever unpickled, and what does not have exactly the
+declared shape is refused before it is looked at further.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar, get_args
 
 import msgpack
-from attrs import field, fields, frozen, has
+from attrs import field, frozen
 from attrs.validators import ge, le, max_len
 from cattrs import Converter
 from cattrs.errors import BaseValidationError
@@ -36,7 +36,7 @@ MAX_OFFER = 16 << 20
 PAGE = 500
 """Tensors, or storages, in one frame: packed in well under a millisecond."""
 
-_short = max_len(4096)
+_short: Any = max_len(4096)
 _count = [ge(0), le(MAX_TENSORS)]
 
 
@@ -234,7 +234,7 @@ def unpack_layout(tensors: Sequence[bytes], storages: Sequence[bytes]) -> ModelL
     def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any) -> TensorLayout:
         return TensorLayout(name, dtype, tuple(shape), tuple(stride), storage, offset)
 
-    with _malformed("layout"):
+    with _Reading("layout"):
         return ModelLayout(
             tuple(_rows(tensors, 6, tensor)),
             tuple(_rows(storages, 2, StorageLayout)),
@@ -263,7 +263,7 @@ def unpack_places(pages: Sequence[bytes]) -> tuple[list[RemoteRegion], dict[int,
     def place(storage: Any, region: Any, offset: Any) -> tuple[int, Place]:
         return _natural(storage), Place(_natural(region), _natural(offset))
 
-    with _malformed("table of regions"):
+    with _Reading("table of regions"):
         count = _natural(_unpack(pages[0]))
         regions = list(_rows(pages[1 : 1 + count], 3, region))
         return regions, dict(_rows(pages[1 + count :], 3, place))
@@ -282,7 +282,7 @@ def unpack_digests(frames: Sequence[bytes], count: int) -> list[int]:
     return [int.from_bytes(whole[i : i + 8], "little") for i in range(0, len(whole), 8)]
 
 
-class _malformed:
+class _Reading:
     """Whatever goes wrong inside is the peer's doing."""
 
     def __init__(self, what: str) -> None:
@@ -344,13 +344,12 @@ def _make_converter() -> Converter:
 
         return structure
 
-    for kind in (int, str, bytes, bool, float):
-        converter.register_structure_hook(kind, exactly(kind))
+    for plain in (int, str, bytes, bool, float):
+        converter.register_structure_hook(plain, exactly(plain))
     converter.register_unstructure_hook(bytes, lambda value: value)
     converter.register_structure_hook_func(lambda kind: kind == dict[str, Any], exactly(dict))
     converter.register_unstructure_hook_func(lambda kind: kind == dict[str, Any], lambda value: value)
     for kind in {*_KINDS.values(), Offered}:
-        assert has(kind) and fields(kind) is not None
         converter.register_structure_hook(kind, make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True))
         converter.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, converter))
     return converter
