@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from attrs import frozen
 
-from tensorfork import digest, wire
+from tensorfork import cuda, digest, wire
 from tensorfork.bootstrap import Conversation, ForkChannel
 from tensorfork.errors import (
     PeerUnreachable,
@@ -201,7 +201,8 @@ def verify(held: Lease, peer: Peer, layout: ModelLayout, tensors: Mapping[str, t
             f"{peer.address}: the seed's digests are {peer.welcome.digest!r}, ours {digest.NAME!r}; use the same "
             "version of tensorfork, or verify=False at your own risk"
         )
-    have = digest.digests(tensors)
+    with cuda.aside({tensor.device for tensor in tensors.values()}):
+        have = digest.digests(tensors)
     reply, frames = peer.conversation.ask(wire.GetDigests(held.id), wire.Digests, deadline, "digests")
     if reply.generation != held.generation:
         raise SeedChanged(f"{peer.address}: the seed's weights changed before their digests were computed; fork again")

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from attrs import define, field, frozen
 
-from tensorfork import digest, wire
+from tensorfork import cuda, digest, wire
 from tensorfork.bootstrap import Answer, Listener, SeedChannel
 from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
 from tensorfork.layout import Memory, ModelLayout
@@ -281,6 +281,7 @@ class _Service:
 
     def _start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
         def run() -> None:
+            cuda.relax_capture()
             try:
                 work(*args)
             finally:
@@ -382,10 +383,12 @@ class _Digests:
         self._cancel.set()
 
     def _compute(self) -> None:
+        cuda.relax_capture()
         generation = self._clock.generation
         reply: tuple[wire.Reply, list[bytes]]
         try:
-            found = {} if generation % 2 else digest.digests(self._tensors, self._stop(generation))
+            with cuda.aside({tensor.device for tensor in self._tensors.values()}):
+                found = {} if generation % 2 else digest.digests(self._tensors, self._stop(generation))
             if len(found) != len(self._tensors) or self._clock.generation != generation:
                 reply = wire.Refused(wire.CHANGED, "the seed's weights changed while their digests were computed"), []
             else:

@@ -13,9 +13,10 @@ from tensorfork.transports.base import Transport
 
 GROUP = "tensorfork.transports"
 BUILT_IN = {
+    "cuda_ipc": "tensorfork.transports.cuda_ipc:CudaIpc",
     "zeromq": "tensorfork.transports.zeromq:ZeroMQ",
 }
-AUTO = ("zeromq",)
+AUTO = ("cuda_ipc", "zeromq")
 """The order in which `transport="auto"` tries; third parties' transports are used only by name."""
 
 

@@ -1,0 +1,299 @@
+"""The CUDA driver, by ctypes: what torch does not tell of memory, and what must not wait for an allocation.
+
+Which block an address lies in, whether another process may open it, handles for that, copies between raw addresses.
+torch stays in charge of devices, contexts and streams: nothing here creates a context, and an address is only ever one
+that torch, or somebody else in this process, allocated. Names and numbers are those of the CUDA driver API.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from attrs import evolve, frozen
+
+from tensorfork.errors import TransportUnavailable
+from tensorfork.transports.base import Place, Region
+
+HANDLE = 64
+"""Bytes of a CUDA IPC handle."""
+
+_BUFFER_ID, _ORDINAL, _LEGACY_IPC, _RANGE_START, _RANGE_SIZE = 7, 9, 10, 11, 12
+_LAZY_PEER_ACCESS = 1
+_RELAXED = 2
+
+
+@frozen
+class Block:
+    """One allocation of device memory, as the driver knows it.
+
+    Attributes:
+        start: its address.
+        nbytes: its size.
+        device: the ordinal of its GPU in this process.
+        buffer_id: changes when memory is mapped here anew.
+        exportable: whether a CUDA IPC handle can be had for it; not for memory of `cuMemCreate`, which torch uses
+            under ``expandable_segments``.
+    """
+
+    start: int
+    nbytes: int
+    device: int
+    buffer_id: int
+    exportable: bool
+
+    @property
+    def end(self) -> int:
+        """The address behind its last byte."""
+        return self.start + self.nbytes
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * HANDLE)]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise TransportUnavailable(f"there is no NVIDIA driver here ({error}); this needs one") from error
+    driver.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
+    driver.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), ctypes.c_uint64]
+    driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
+    driver.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+    driver.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
+    return driver
+
+
+class DriverError(Exception):
+    """A call of the driver failed."""
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(code, ctypes.byref(name))
+        raise DriverError(f"{what}: {(name.value or b'unknown error').decode()} ({code})")
+
+
+def block(address: int) -> Block:
+    """The block an address lies in. Raises `TransportUnavailable` for what is not device memory of this process."""
+    kinds = (ctypes.c_int * 5)(_BUFFER_ID, _ORDINAL, _LEGACY_IPC, _RANGE_START, _RANGE_SIZE)
+    buffer, ordinal, legacy = ctypes.c_uint64(), ctypes.c_int(), ctypes.c_int()
+    start, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
+    values = (ctypes.c_void_p * 5)(*(ctypes.addressof(one) for one in (buffer, ordinal, legacy, start, nbytes)))
+    code = _driver().cuPointerGetAttributes(5, kinds, values, address)
+    if code or not nbytes.value:
+        raise TransportUnavailable(f"{address:#x} is not memory that this process has on a GPU (driver error {code})")
+    return Block(start.value, nbytes.value, ordinal.value, buffer.value, bool(legacy.value))
+
+
+def blocks(regions: Sequence[Region]) -> list[Block]:
+    """For each region of a GPU, in order of address, its block; looked up once for each block."""
+    found: list[Block] = []
+    for region in sorted((one for one in regions if one.device != "cpu"), key=lambda one: one.address):
+        if not found or not found[-1].start <= region.address < found[-1].end:
+            found.append(block(region.address))
+    return found
+
+
+def cover(regions: Sequence[Region]) -> tuple[list[Region], list[Place]]:
+    """The blocks that the regions lie in, and where in them each begins. What is not a GPU's, or lies in more than one
+    block, stays as it is. Region ids are new ones."""
+    covering: list[Region] = []
+    places: dict[int, Place] = {}
+    last: Block | None = None
+    for region in sorted(regions, key=lambda one: (one.device == "cpu", one.address)):
+        if region.device == "cpu":
+            last = None
+        elif last is None or not last.start <= region.address < last.end:
+            last = block(region.address)
+            if region.address + region.nbytes <= last.end:
+                covering.append(Region(len(covering), last.start, last.nbytes, region.device))
+        if last is None or region.address + region.nbytes > last.end:
+            covering.append(evolve(region, id=len(covering)))
+            places[region.id] = Place(covering[-1].id, 0)
+            last = None
+        else:
+            places[region.id] = Place(covering[-1].id, region.address - last.start)
+    return covering, [places[region.id] for region in regions]
+
+
+def why_not_exportable(regions: Sequence[Region]) -> str | None:
+    """Why another process could not open the regions' memory, with the remedy; None where it can."""
+    closed = [one for one in blocks(regions) if not one.exportable]
+    if not closed:
+        return None
+    return (
+        f"{sum(one.nbytes for one in closed) / 1e9:.1f} GB of the model on cuda:{closed[0].device} is memory that CUDA "
+        "IPC cannot export: torch's expandable_segments, cuMemCreate, or a memory saver. Unset expandable_segments in "
+        "PYTORCH_CUDA_ALLOC_CONF, or use another transport"
+    )
+
+
+def export_handle(start: int) -> bytes:
+    """A handle by which another process of this host can open the block that begins at `start`."""
+    handle = _Handle()
+    with _on(block(start).device), relaxed_capture():
+        _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), start), "cuIpcGetMemHandle")
+    return bytes(handle)
+
+
+def open_handle(handle: bytes, device: int) -> int:
+    """The address, here, of another process's block, to be read from one of our GPUs. Raises `DriverError`."""
+    address = ctypes.c_uint64()
+    with _on(device), relaxed_capture():
+        opened = _driver().cuIpcOpenMemHandle_v2(
+            ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
+        )
+        _check(opened, "cuIpcOpenMemHandle")
+    return address.value
+
+
+def close_handle(address: int, device: int) -> None:
+    """Let go of what `open_handle` gave. Nothing may be reading it any more."""
+    with _on(device), relaxed_capture():
+        _check(_driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
+
+
+@contextmanager
+def copying(stream: "torch.cuda.Stream") -> Iterator[Callable[[int, int, int], None]]:
+    """Inside, ``copy(to, source, nbytes)`` enqueues copies between addresses on a stream; about 2 µs each."""
+    memcpy, handle = _driver().cuMemcpyAsync, ctypes.c_void_p(stream.cuda_stream)
+
+    def copy(to: int, source: int, nbytes: int) -> None:
+        code = memcpy(to, source, nbytes, handle)
+        if code:
+            _check(code, "cuMemcpyAsync")
+
+    with _on(stream.device.index):
+        yield copy
+
+
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Inside, this thread's calls do not break a graph that another thread is capturing."""
+    mode = ctypes.c_int(_RELAXED)
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+def relax_capture() -> None:
+    """For the rest of its life, this thread breaks no graph that another captures. Does nothing while no GPU is in use."""
+    if torch.cuda.is_initialized():
+        mode = ctypes.c_int(_RELAXED)
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+def device_index(device: str) -> int:
+    """The ordinal in ``cuda:1``."""
+    return int(device.removeprefix("cuda:"))
+
+
+def uuid(device: str) -> str:
+    """The GPU's identity, the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+@cache
+def host() -> str:
+    """Identifies the running kernel: two processes with the same share a host."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return os.uname().nodename
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def aside(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Inside, torch's work on these GPUs goes to streams of our own, so that it neither waits for the model's nor makes
+    them wait. One stream a device for the whole process: its scratch is used again."""
+    with ExitStack() as entered:
+        for device in devices:
+            if device.type == "cuda":
+                entered.enter_context(torch.cuda.stream(_side_stream(device)))
+        yield
+
+
+_contexts: dict[int, ctypes.c_void_p] = {}
+_contexts_lock = threading.Lock()
+
+
+@contextmanager
+def _on(device: int) -> Iterator[None]:
+    """The device's primary context, which torch uses too, as this thread's current one."""
+    driver = _driver()
+    with _contexts_lock:
+        if device not in _contexts:
+            torch.cuda.init()
+            context, handle = ctypes.c_void_p(), ctypes.c_int()
+            _check(driver.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+            _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+            _contexts[device] = context
+    _check(driver.cuCtxPushCurrent_v2(_contexts[device]), "cuCtxPushCurrent")
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+_DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_lent: dict[int, Any] = {}
+
+
+def _give_back(address: int) -> None:
+    _lent.pop(address, None)
+
+
+_deleter = _DELETER(_give_back)
+
+
+def as_tensor(address: int, nbytes: int, device: int) -> torch.Tensor:
+    """A GPU's memory at an address as a uint8 tensor that does not own it (through DLPack, which needs no numpy)."""
+    shape = (ctypes.c_int64 * 1)(nbytes)
+    managed = _DLManagedTensor()
+    managed.tensor.data, managed.tensor.device_type, managed.tensor.device_id = address, 2, device
+    managed.tensor.ndim, managed.tensor.code, managed.tensor.bits, managed.tensor.lanes = 1, 1, 8, 1
+    managed.tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+    managed.deleter = ctypes.cast(_deleter, ctypes.c_void_p)
+    where = ctypes.addressof(managed)
+    _lent[where] = managed, shape
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(new(where, b"dltensor", None))
+    return tensor
