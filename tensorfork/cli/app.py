@@ -1,0 +1,57 @@
+"""The commands, as typer reads them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import tensorfork
+from tensorfork import demo as the_demo
+
+app = typer.Typer(name="tensorfork", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(tensorfork.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fork a running model's weights into another process, memory to memory, verified."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face folder with safetensors, instead of the packaged MiniLM.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the generated model, such as 512MiB or 8GiB; 2GiB by default.")
+    ] = None,
+    transport: Annotated[str, typer.Option(help="The transport to use, by name.")] = "auto",
+    timeout: Annotated[float, typer.Option(help="Seconds that each step may take.", min=1.0)] = 600.0,
+    verify: Annotated[bool, typer.Option(help="Compare the digest of every tensor with the seed's.")] = True,
+) -> None:
+    """Fork a model between two processes, and show that both compute the same, bit for bit.
+
+    First the real weights of all-MiniLM-L6-v2, then a large generated model, beside the time its file takes to read.
+    With --model, that folder alone.
+    """
+    try:
+        nbytes = None if size is None else the_demo.parse_size(size)
+        options = the_demo.Options(model, nbytes, transport, timeout, verify)
+        equal = the_demo.tell(options, the_demo.Screen(Console(highlight=False)))
+    except the_demo.DemoFailed as error:
+        typer.echo(f"tensorfork demo: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("tensorfork demo: stopped", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if equal else 1)

@@ -1,0 +1,115 @@
+"""A model of Hugging Face's, from a folder of its own; nothing is ever fetched, and no code of the folder's is run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tensorfork.demo.failure import DemoFailed
+from tensorfork.demo.subjects import Outcome, nothing_to_run, similarities
+
+SENTENCES = [
+    "How do I reset my password?",
+    "I cannot log in any more, what now?",
+    "The recipe asks for two eggs and some flour.",
+    "Rain is expected in the north tonight.",
+]
+TOKENS = 16
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
+
+class Folder:
+    """A folder with config.json, and (for `load`) safetensors."""
+
+    def __init__(self, path: Path, dtype: str | None = None) -> None:
+        self._path, self._dtype = path, dtype
+        try:
+            self._config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        except (ValueError, OSError, KeyError) as error:
+            raise DemoFailed(
+                f"transformers {transformers.__version__} cannot read {path}/config.json: {error}"
+            ) from error
+        if getattr(self._config, "quantization_config", None) is not None:
+            raise DemoFailed(f"{path} is quantized; its layout depends on the engine, and the demo has none")
+        self._config.use_cache = False
+
+    def load(self) -> torch.nn.Module:
+        """See `Subject.load`."""
+        model = self._class().from_pretrained(
+            self._path, config=self._config, dtype="auto", local_files_only=True, use_safetensors=True
+        )
+        return _still(model)
+
+    def build(self) -> torch.nn.Module:
+        """See `Subject.build`."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, self._dtype or "float32"))
+        try:
+            with torch.device("meta"):
+                named: Any = self._class()
+                make = transformers.AutoModel.from_config if named is transformers.AutoModel else named
+                return _still(make(self._config))
+        finally:
+            torch.set_default_dtype(before)
+
+    @torch.inference_mode()
+    def compute(self, model: torch.nn.Module) -> Outcome:
+        """See `Subject.compute`."""
+        if getattr(model, "main_input_name", "input_ids") != "input_ids":
+            return nothing_to_run(f"its inputs are {model.main_input_name}, and the demo has only text")
+        inputs, shown = self._inputs()
+        if self._config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
+        found = model(**inputs, output_hidden_states=True)
+        outputs = dict(_flat("", dict(found)))
+        last = _last_hidden(found)
+        mask = inputs["attention_mask"].unsqueeze(-1).to(last.dtype)
+        vectors = (last * mask).sum(1) / mask.sum(1)
+        return Outcome({**outputs, "vectors": vectors}, shown, list(vectors.shape), similarities(vectors))
+
+    def _class(self) -> Any:
+        """The class that config.json names, or the one transformers would choose."""
+        for name in self._config.architectures or []:
+            if hasattr(transformers, name):
+                return getattr(transformers, name)
+        return transformers.AutoModel
+
+    def _inputs(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+        if any((self._path / name).exists() for name in _TOKENIZERS):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+            return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt")), SENTENCES
+        size = self._config.get_text_config().vocab_size
+        ids = torch.randint(0, size, (len(SENTENCES), TOKENS), generator=torch.Generator().manual_seed(0))
+        shown = [f"random token ids ({i + 1}); the folder has no tokenizer" for i in range(len(SENTENCES))]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, shown
+
+
+def _still(model: Any) -> torch.nn.Module:
+    made: torch.nn.Module = model.eval()
+    return made.requires_grad_(False)
+
+
+def _last_hidden(found: Any) -> torch.Tensor:
+    for name in ("last_hidden_state", "encoder_last_hidden_state"):
+        if isinstance(found.get(name), torch.Tensor):
+            hidden: torch.Tensor = found[name]
+            return hidden
+    last: torch.Tensor = (found.get("hidden_states") or found["encoder_hidden_states"])[-1]
+    return last
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor in nested dicts and sequences, with where it was found."""
+    if isinstance(value, torch.Tensor):
+        return [(name, value)]
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    else:
+        return []
+    return [pair for key, one in items for pair in _flat(f"{name}.{key}".removeprefix("."), one)]

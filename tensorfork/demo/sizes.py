@@ -1,0 +1,31 @@
+"""Sizes and durations, as people write and read them."""
+
+import re
+
+from tensorfork.demo.failure import DemoFailed
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from ``8GiB``, ``500 MB`` or ``1000000``. Raises `DemoFailed`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise DemoFailed(f"{text!r} is not a size; write for example 512MiB, 8GiB or 2GB")
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def show_size(nbytes: float) -> str:
+    """Bytes as a person reads them, in powers of ten, as speeds are."""
+    for unit in ("TB", "GB", "MB", "kB"):
+        if nbytes >= _UNITS[unit]:
+            return f"{nbytes / _UNITS[unit]:.3g} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+def show_seconds(seconds: float) -> str:
+    """Seconds as a person reads them."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
