@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.utils.dlpack
 from attrs import evolve, frozen
 
+from tensorfork import memory
 from tensorfork.errors import TransportUnavailable
 from tensorfork.transports.base import Place, Region
 
@@ -107,7 +106,8 @@ def blocks(regions: Sequence[Region]) -> list[Block]:
 
 def cover(regions: Sequence[Region]) -> tuple[list[Region], list[Place]]:
     """The blocks that the regions lie in, and where in them each begins. What is not a GPU's, or lies in more than one
-    block, stays as it is. Region ids are new ones."""
+    block, stays as it is. Region ids are new ones.
+    """
     covering: list[Region] = []
     places: dict[int, Place] = {}
     last: Block | None = None
@@ -190,7 +190,7 @@ def relaxed_capture() -> Iterator[None]:
 
 
 def relax_capture() -> None:
-    """For the rest of its life, this thread breaks no graph that another captures. Does nothing while no GPU is in use."""
+    """For the rest of its life, this thread breaks no graph that another captures. Nothing while no GPU is in use."""
     if torch.cuda.is_initialized():
         mode = ctypes.c_int(_RELAXED)
         _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
@@ -223,7 +223,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def aside(devices: Iterable[torch.device]) -> Iterator[None]:
     """Inside, torch's work on these GPUs goes to streams of our own, so that it neither waits for the model's nor makes
-    them wait. One stream a device for the whole process: its scratch is used again."""
+    them wait. One stream a device for the whole process: its scratch is used again.
+    """
     with ExitStack() as entered:
         for device in devices:
             if device.type == "cuda":
@@ -253,47 +254,6 @@ def _on(device: int) -> Iterator[None]:
         driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.c_void_p),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _DLManagedTensor(ctypes.Structure):
-    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
-
-
-_DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_lent: dict[int, Any] = {}
-
-
-def _give_back(address: int) -> None:
-    _lent.pop(address, None)
-
-
-_deleter = _DELETER(_give_back)
-
-
 def as_tensor(address: int, nbytes: int, device: int) -> torch.Tensor:
-    """A GPU's memory at an address as a uint8 tensor that does not own it (through DLPack, which needs no numpy)."""
-    shape = (ctypes.c_int64 * 1)(nbytes)
-    managed = _DLManagedTensor()
-    managed.tensor.data, managed.tensor.device_type, managed.tensor.device_id = address, 2, device
-    managed.tensor.ndim, managed.tensor.code, managed.tensor.bits, managed.tensor.lanes = 1, 1, 8, 1
-    managed.tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
-    managed.deleter = ctypes.cast(_deleter, ctypes.c_void_p)
-    where = ctypes.addressof(managed)
-    _lent[where] = managed, shape
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(new(where, b"dltensor", None))
-    return tensor
+    """A GPU's memory at an address as a uint8 tensor that does not own it."""
+    return memory.as_tensor(address, nbytes, torch.device("cuda", device))

@@ -5,11 +5,13 @@ The fork asks for stretches of the leased regions; the seed answers with frames 
 into place. Each of the fork's connections has a bounded window of requests under way, so neither side ever holds more
 than that beyond the model, and a fork that stops reading holds up nobody.
 
+Memory of GPUs passes through bounded, pinned buffers on either side: while libzmq sends one, the next is filled.
+
 A request is ``token, number, (region, offset, nbytes) ...``; its answer, ``number and status, bytes ...``. The token is
 the lease's, from the bootstrap: without it, and outside the regions, nothing is served.
 """
 
-import ctypes
+import os
 import secrets
 import struct
 import threading
@@ -17,14 +19,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 import zmq
 from attrs import define, frozen
 from zmq.utils.monitor import recv_monitor_message
 
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.sockets import Address, Bell, bind, connect, make, milliseconds, resolve
+from tensorfork.staging import RegionMemory, Slot
 from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
 
 FRAME = 1 << 20
@@ -34,6 +38,7 @@ WINDOW = 8
 STRETCHES = 64
 """Stretches in one request."""
 COPY_BELOW = 256 << 10
+"""Frames that libzmq copies, in bytes: cheaper for it than to keep track."""
 
 _HEAD = struct.Struct("<16sQ")
 _STRETCH = struct.Struct("<QQQ")
@@ -47,14 +52,16 @@ class ZeroMQ(Transport):
     """The transport that is always there.
 
     Args:
-        connections: how many the fork opens to the seed; 1 to 16.
+        connections: how many the fork opens to the seed, 1 to 16; by default 2, and 4 where there are cores for it.
         ports: the range in which the seed listens, one port for each lease; any free one by default.
     """
 
     name: ClassVar[str] = "zeromq"
     piece = 16 << 20
 
-    def __init__(self, *, connections: int = 2, ports: range | None = None) -> None:
+    def __init__(self, *, connections: int | None = None, ports: range | None = None) -> None:
+        if connections is None:
+            connections = 2 if (os.cpu_count() or 1) < 8 else 4
         if not 1 <= connections <= 16:
             raise ValueError(f"connections must be 1 to 16, not {connections}")
         self._connections, self._ports = connections, ports
@@ -62,16 +69,6 @@ class ZeroMQ(Transport):
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "_Export":
         """See `Transport.export`."""
         return _Export(regions, site.bind, self._ports)
-
-    def why_not(self, fork: Facts, seed: Facts) -> str | None:
-        """See `Transport.why_not`: memory of GPUs cannot be reached so far."""
-        if any(facts.get("devices", ["cpu"]) != ["cpu"] for facts in (fork, seed)):
-            return "it moves CPU tensors only"
-        return None
-
-    def facts(self, regions: Sequence[Region]) -> Facts:
-        """See `Transport.facts`."""
-        return {"devices": sorted({region.device for region in regions}) or ["cpu"]}
 
     def open(
         self,
@@ -93,12 +90,13 @@ class ZeroMQ(Transport):
 
 class _Export(Export):
     def __init__(self, regions: Sequence[Region], host: str, ports: range | None) -> None:
-        self._memory = {region.id: _view(region) for region in regions}
+        self._memory = RegionMemory(regions, 4 * WINDOW, FRAME)
         self._token = secrets.token_bytes(16)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
         self._socket.router_mandatory = True
         self._socket.copy_threshold = COPY_BELOW
+        self._in_use: dict[int, Sequence[zmq.Frame]] = {}
         self._bell, self._ended = Bell(), threading.Event()
         self._serving = threading.Lock()
         try:
@@ -160,22 +158,36 @@ class _Export(Export):
         token, number = _HEAD.unpack_from(request)
         if not secrets.compare_digest(token, self._token) or (len(request) - _HEAD.size) % _STRETCH.size:
             return  # not one of ours: not a word
-        stretches = [self._stretch(*found) for found in _STRETCH.iter_unpack(request[_HEAD.size :])]
-        whole = [stretch for stretch in stretches if stretch is not None]
-        status = _OK if len(whole) == len(stretches) else _OUTSIDE
+        stretches = list(_STRETCH.iter_unpack(request[_HEAD.size :]))
+        allowed = self._memory.holds(stretches, FRAME)
+        slot = self._free_slot() if allowed and self._memory.staged(stretches) else None
+        frames = self._memory.read(stretches, slot) if allowed else []
+        answer: list[Any] = [peer, _ANSWER.pack(number, _OK if allowed else _OUTSIDE), *frames]
         try:
-            self._socket.send_multipart(
-                [peer, _ANSWER.pack(number, status), *(whole if status == _OK else [])], zmq.NOBLOCK, copy=False
-            )
+            if slot is None:
+                self._socket.send_multipart(answer, zmq.NOBLOCK, copy=False)
+            else:
+                self._in_use[id(slot)] = self._send_tracked(answer)
         except zmq.ZMQError as error:  # it is gone, or asks more than it reads
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
 
-    def _stretch(self, region: int, offset: int, nbytes: int) -> memoryview | None:
-        memory = self._memory.get(region)
-        if memory is None or nbytes > FRAME or offset + nbytes > len(memory):
-            return None
-        return memory[offset : offset + nbytes]
+    def _send_tracked(self, frames: Sequence[Any]) -> Sequence[zmq.Frame]:
+        """Send frames, none of them copied; they know when libzmq has let go of them."""
+        sent = [zmq.Frame(frame, track=True, copy=False) for frame in frames]
+        self._socket.send_multipart(sent, zmq.NOBLOCK, copy=False)
+        return sent
+
+    def _free_slot(self) -> Slot:
+        """The slot used longest ago, once libzmq has let go of it."""
+        slot = self._memory.next_slot()
+        for frame in self._in_use.pop(id(slot), ()):
+            while frame.tracker is not None and not frame.tracker.done and not self._ended.is_set():
+                try:
+                    frame.tracker.wait(0.1)
+                except zmq.NotDone:
+                    continue
+        return slot
 
 
 @frozen
@@ -183,7 +195,8 @@ class _Request:
     """Stretches that are asked for together, and where they go; each with the number of its copy."""
 
     asked: bytes
-    targets: Sequence[tuple[int, memoryview]]
+    targets: Sequence[tuple[int, int, int, int]]
+    """Of each: its copy, our region, the offset in it and the bytes."""
 
 
 @define
@@ -200,10 +213,11 @@ class _Session(Session):
 
     def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
         self._token, self._seed = token, seed
-        self._memory = {region.id: _view(region) for region in regions}
+        self._memory = RegionMemory(regions, 2 * WINDOW, FRAME)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=min(connections, 4))
         self._lines = [self._connect() for _ in range(connections)]
         self._number = 0
+        self._landing: deque[tuple[torch.cuda.Event, int]] = deque()
         self._broken = False
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
@@ -211,6 +225,7 @@ class _Session(Session):
         if self._broken:
             raise TransferFailed("this connection failed before; open another session")
         left = [-(-copy.nbytes // FRAME) for copy in copies]
+        self._memory.wait_for_callers()
         requests = self._requests(copies)
         poller = zmq.Poller()
         for line in self._lines:
@@ -226,8 +241,13 @@ class _Session(Session):
                         self._notice(line)
                     if line.socket in ready:
                         self._receive(line, left, done)
+                self._land(left, done)
+            while self._landing:
+                self._land(left, done, wait=True)
         except zmq.ZMQError as error:
             raise TransferFailed(f"the transfer from {self._seed} failed: {error}") from error
+        finally:
+            self._memory.synchronize()  # after a failure, nothing is written any more
         self._broken = False
 
     def close(self, deadline: float) -> None:
@@ -235,8 +255,8 @@ class _Session(Session):
         for line in self._lines:
             if not line.socket.closed:
                 line.socket.disable_monitor()
-        self._lines = []
         self._context.destroy(linger=0)
+        self._lines = []
 
     def _connect(self) -> _Line:
         line = make(self._context, zmq.DEALER, max_message=FRAME, queue=0)
@@ -246,16 +266,15 @@ class _Session(Session):
         return _Line(line, monitor, deque())
 
     def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
-        asked, targets, nbytes = bytearray(), list[tuple[int, memoryview]](), 0
+        asked, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
         for i, copy in enumerate(copies):
-            into = self._memory[copy.into]
             for start in range(0, copy.nbytes, FRAME):
                 size = min(FRAME, copy.nbytes - start)
                 if targets and (nbytes + size > FRAME or len(targets) == STRETCHES):
                     yield _Request(bytes(asked), targets)
                     asked, targets, nbytes = bytearray(), [], 0
                 asked += _STRETCH.pack(copy.region, copy.offset + start, size)
-                targets.append((i, into[copy.at + start : copy.at + start + size]))
+                targets.append((i, copy.into, copy.at + start, size))
                 nbytes += size
         if targets:
             yield _Request(bytes(asked), targets)
@@ -284,14 +303,30 @@ class _Session(Session):
                 raise TransferFailed(f"{self._seed} answered something else than was asked")
             if _ANSWER.unpack(head)[1] != _OK:
                 raise TransferFailed(f"{self._seed} refused: a stretch lies outside the leased regions")
-            for i, target in request.targets:
-                if not line.socket.rcvmore or line.socket.recv_into(target, flags=zmq.NOBLOCK) != len(target):
+            for i, region, at, nbytes in request.targets:
+                slot = self._memory.slot_for(region)
+                target = self._memory.view(region, at, nbytes) if slot is None else slot.view[:nbytes]
+                if not line.socket.rcvmore or line.socket.recv_into(target, flags=zmq.NOBLOCK) != nbytes:
                     raise TransferFailed(f"{self._seed} sent another number of bytes than was asked for")
-                left[i] -= 1
-                if not left[i]:
-                    done(i)
+                if slot is None:
+                    self._landed(i, left, done)
+                else:
+                    slot.event = self._memory.land(slot, region, at, nbytes)
+                    self._landing.append((slot.event, i))
             if line.socket.rcvmore:
                 raise TransferFailed(f"{self._seed} sent more than was asked for")
+
+    def _land(self, left: list[int], done: Callable[[int], None], wait: bool = False) -> None:
+        """Take note of what has reached its GPU."""
+        while self._landing and (wait or self._landing[0][0].query()):
+            event, i = self._landing.popleft()
+            event.synchronize()
+            self._landed(i, left, done)
+
+    def _landed(self, i: int, left: list[int], done: Callable[[int], None]) -> None:
+        left[i] -= 1
+        if not left[i]:
+            done(i)
 
     def _check(self, deadline: float, cancel: Event) -> None:
         if cancel.is_set():
@@ -302,8 +337,3 @@ class _Session(Session):
     def _notice(self, line: _Line) -> None:
         recv_monitor_message(line.monitor)
         raise TransferFailed(f"{self._seed} closed the connection, or died")
-
-
-def _view(region: Region) -> memoryview:
-    """The region's memory. Whoever uses the view keeps the memory alive."""
-    return memoryview((ctypes.c_char * region.nbytes).from_address(region.address)).cast("B")

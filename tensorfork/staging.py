@@ -1,0 +1,146 @@
+"""Regions for transports that send and receive from the host: those of the CPU in place, those of GPUs through pinned
+memory, which is bounded, taken once, and used again and again.
+"""
+
+import ctypes
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+import torch
+from attrs import define, field
+
+from tensorfork import cuda
+from tensorfork.transports.base import Region
+
+
+@define(eq=False)
+class Slot:
+    """One stretch of pinned memory. `free` says when whatever used it last is through with it."""
+
+    tensor: torch.Tensor
+    address: int
+    view: memoryview
+    event: "torch.cuda.Event | None" = field(default=None)
+
+    def wait(self) -> None:
+        """Until the GPU has read what was in it."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.event = None
+
+
+class Staging:
+    """A ring of slots, and a stream of its own for each GPU.
+
+    All memory is taken when this is made, on a thread that has relaxed its capture mode (`cuda.relax_capture`) where a
+    graph may be captured meanwhile.
+    """
+
+    def __init__(self, devices: Iterable[str], slots: int, nbytes: int) -> None:
+        self._streams = {device: torch.cuda.Stream(device) for device in sorted(set(devices))}
+        self.slots: deque[Slot] = deque()
+        for _ in range(slots):
+            tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            address = tensor.data_ptr()
+            view = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+            self.slots.append(Slot(tensor, address, view))
+
+    def wait_for_callers(self) -> None:
+        """Let what this thread's current streams still do to the memory finish before any copy from here on."""
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def fetch(self, device: str, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copies of (to, from, bytes) between a GPU and pinned memory; waits until they are done."""
+        self.begin(device, copies).synchronize()
+
+    def begin(self, device: str, copies: Iterable[tuple[int, int, int]]) -> "torch.cuda.Event":
+        """Enqueue such copies; the event says when they are done."""
+        stream = self._streams[device]
+        with cuda.copying(stream) as copy:
+            for to, source, nbytes in copies:
+                copy(to, source, nbytes)
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+    def synchronize(self) -> None:
+        """Until nothing is under way."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+class RegionMemory:
+    """Our regions: those of the CPU as views, those of GPUs through staging."""
+
+    def __init__(self, regions: Sequence[Region], slots: int, nbytes: int) -> None:
+        self._regions = {region.id: region for region in regions}
+        self._views = {region.id: _view(region) for region in regions if region.device == "cpu"}
+        gpus = {region.device for region in regions if region.device != "cpu"}
+        self._staging = Staging(gpus, slots, nbytes) if gpus else None
+
+    def holds(self, stretches: Sequence[tuple[int, int, int]], most: int) -> bool:
+        """Whether all of (region, offset, bytes) lie inside, and together are no more than so many bytes."""
+        return sum(nbytes for _, _, nbytes in stretches) <= most and all(
+            id in self._regions and offset + nbytes <= self._regions[id].nbytes for id, offset, nbytes in stretches
+        )
+
+    def staged(self, stretches: Sequence[tuple[int, int, int]]) -> bool:
+        """Whether any of them is a GPU's."""
+        return self._staging is not None and any(id not in self._views for id, _, _ in stretches)
+
+    def read(self, stretches: Sequence[tuple[int, int, int]], slot: Slot | None) -> list[memoryview]:
+        """Their bytes: in place, or, of GPUs, in the slot."""
+        frames: list[memoryview] = []
+        fetched: dict[str, list[tuple[int, int, int]]] = {}
+        used = 0
+        for id, offset, nbytes in stretches:
+            if id in self._views:
+                frames.append(self._views[id][offset : offset + nbytes])
+                continue
+            assert slot is not None
+            region = self._regions[id]
+            fetched.setdefault(region.device, []).append((slot.address + used, region.address + offset, nbytes))
+            frames.append(slot.view[used : used + nbytes])
+            used += nbytes
+        for device, copies in fetched.items():
+            assert self._staging is not None
+            self._staging.fetch(device, copies)
+        return frames
+
+    def view(self, id: int, at: int, nbytes: int) -> memoryview:
+        """A stretch of a region on the CPU."""
+        return self._views[id][at : at + nbytes]
+
+    def next_slot(self) -> Slot:
+        """The slot used longest ago; the GPU is through with it."""
+        assert self._staging is not None
+        slot = self._staging.slots.popleft()
+        self._staging.slots.append(slot)
+        slot.wait()
+        return slot
+
+    def slot_for(self, id: int) -> Slot | None:
+        """A free slot for what goes to a GPU; None for the CPU, where it can be received in place."""
+        return None if id in self._views else self.next_slot()
+
+    def land(self, slot: Slot, id: int, at: int, nbytes: int) -> "torch.cuda.Event":
+        """Begin to copy a slot to where its bytes belong."""
+        assert self._staging is not None
+        region = self._regions[id]
+        return self._staging.begin(region.device, [(region.address + at, slot.address, nbytes)])
+
+    def wait_for_callers(self) -> None:
+        """See `Staging.wait_for_callers`."""
+        if self._staging is not None:
+            self._staging.wait_for_callers()
+
+    def synchronize(self) -> None:
+        """Until no GPU is written to any more."""
+        if self._staging is not None:
+            self._staging.synchronize()
+
+
+def _view(region: Region) -> memoryview:
+    """The region's memory. Whoever uses the view keeps the memory alive."""
+    return memoryview((ctypes.c_char * region.nbytes).from_address(region.address)).cast("B")
