@@ -1,0 +1,50 @@
+"""What a worker holds between two calls."""
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+class Skip(Exception):
+    """It cannot be measured here; the message says why."""
+
+
+@dataclass
+class State:
+    """One worker's.
+
+    Attributes:
+        device: where its tensors are.
+        model: what it publishes or fills, if it has built one.
+        tensors: the model's tensors by name.
+        seed: what `publish` returned.
+        kept: what the functions of one module leave for each other: sockets, groups, engines.
+    """
+
+    device: str
+    model: Any = None
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    seed: Any = None
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its tensors are on a GPU."""
+        return self.device.startswith("cuda")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def sync(self) -> None:
+        """Wait for the GPU, if it is on one."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without numpy."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -1,0 +1,118 @@
+"""What a seed does all day: small steps, one after another, each of which somebody waits for."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.worker.state import Skip, State
+
+BIN = 1.01
+"""Each bin of a distribution reaches one percent further than the one before it."""
+CONTEXT = 256
+"""Tokens after which the generation begins anew."""
+
+
+def prepare(state: State, *, load: str) -> None:
+    """Get a load ready: "gemm", "llama" or "loop". The model of "llama" becomes the worker's."""
+    step = {"gemm": _gemm, "llama": _llama, "loop": _loop}[load](state)
+    for _ in range(20):
+        step()
+    state.kept["step"] = step
+
+
+def run(state: State, *, seconds: float) -> dict[str, Any]:
+    """Step after step, each waited for; how long they took, in ms."""
+    step, spent = state.kept["step"], list[float]()
+    end = time.perf_counter() + seconds
+    while (began := time.perf_counter()) < end:
+        step()
+        spent.append(1e3 * (time.perf_counter() - began))
+    return distribution(spent)
+
+
+def distribution(spent: list[float]) -> dict[str, Any]:
+    """Percentiles, and a histogram: how many steps took less than each bound and more than the one before, in ms."""
+    ordered = sorted(spent)
+    found: dict[str, Any] = {
+        name: ordered[min(len(ordered) - 1, math.ceil(len(ordered) * share) - 1)]
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999))
+    }
+    bins = Counter(math.ceil(math.log(max(value, 1e-3), BIN)) for value in ordered)
+    found |= {"steps": len(ordered), "mean": sum(ordered) / len(ordered), "max": ordered[-1]}
+    return found | {"histogram": [[round(BIN**number, 5), count] for number, count in sorted(bins.items())]}
+
+
+def _gemm(state: State) -> Callable[[], None]:
+    """A captured graph like a decoding step's: 40 products of 64 x 8192 x 8192."""
+    x = torch.randn(64, 8192, device=state.device, dtype=torch.bfloat16)
+    weight = torch.randn(8192, 8192, device=state.device, dtype=torch.bfloat16)
+    for _ in range(3):
+        x @ weight
+    state.sync()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x
+        for _ in range(40):
+            y = (y @ weight) * 0.01
+
+    def step() -> None:
+        graph.replay()
+        torch.cuda.current_stream().synchronize()
+
+    return step
+
+
+def _llama(state: State) -> Callable[[], None]:
+    """A transformers Llama with random weights, generating greedily, one token a step."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise Skip(f"transformers: {error}") from error
+    sizes = (2048, 16, 8192) if state.on_gpu else (256, 4, 688)
+    hidden, layers, inner = sizes
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 256),
+        vocab_size=32_000,
+    )
+    torch.manual_seed(1)
+    with torch.device(state.device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16 if state.on_gpu else torch.float32).eval()
+    state.model = model.requires_grad_(False)
+    state.tensors = dict(model.named_parameters())
+    at: dict[str, Any] = {"cache": None, "token": torch.ones(1, 1, dtype=torch.long, device=state.device), "n": 0}
+
+    @torch.inference_mode()
+    def step() -> None:
+        if at["n"] % CONTEXT == 0:
+            at["cache"] = None
+        said = model(input_ids=at["token"], past_key_values=at["cache"], use_cache=True)
+        at["cache"], at["token"] = said.past_key_values, said.logits[:, -1:].argmax(-1)
+        at["n"] += 1
+        state.sync()
+
+    return step
+
+
+def _loop(state: State) -> Callable[[], None]:
+    """Python and small products on the CPU, about 2 ms when nothing else runs."""
+    torch.set_num_threads(1)
+    x = torch.randn(192, 192)
+
+    def work(times: int) -> None:
+        y = x
+        for _ in range(times):
+            y = torch.tanh(y @ x)
+
+    work(10)
+    began = time.perf_counter()
+    work(20)
+    times = max(1, round(20 * 0.002 / (time.perf_counter() - began)))
+    return lambda: work(times)

@@ -1,0 +1,68 @@
+"""The digest's speed, and how long the seed's interpreter is kept from everybody else."""
+
+import threading
+import time
+
+import torch
+
+from benchmarks.worker.state import State
+from tensorfork import digest
+
+TICK = 0.001
+
+
+def digests(state: State) -> float:
+    """Of the whole model, in GB/s."""
+    state.sync()
+    began = time.perf_counter()
+    digest.digests(state.tensors)
+    state.sync()
+    return state.nbytes / (time.perf_counter() - began) / 1e9
+
+
+def one_core(state: State) -> None:
+    """Torch is to use one thread."""
+    torch.set_num_threads(1)
+
+
+def reading(state: State) -> float:
+    """The device's read bandwidth, in GB/s: the largest sum of words over one buffer."""
+    if "words" not in state.kept:
+        nbytes = (4 << 30) if state.on_gpu else (256 << 20)
+        state.kept["words"] = torch.ones(nbytes // 8, dtype=torch.int64, device=state.device)
+    words = state.kept["words"].view(-1, 8192)
+    state.sync()
+    began = time.perf_counter()
+    words.sum(1)
+    state.sync()
+    return words.nbytes / (time.perf_counter() - began) / 1e9
+
+
+def tick(state: State) -> None:
+    """Start a thread that wants to run every millisecond, as an engine's own loop would."""
+    ended, gaps = threading.Event(), list[tuple[float, float]]()
+
+    def run() -> None:
+        last = time.monotonic()
+        while not ended.is_set():
+            time.sleep(TICK)
+            now = time.monotonic()
+            gaps.append((last, now - last - TICK))
+            last = now
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    state.kept["tick"] = ended, gaps, thread
+
+
+def tock(state: State) -> list[tuple[float, float]]:
+    """Stop it: when it went to sleep each time (`time.monotonic`), and by how many seconds it overslept."""
+    ended, gaps, thread = state.kept.pop("tick")
+    ended.set()
+    thread.join()
+    return gaps
+
+
+def rest(state: State, *, seconds: float) -> None:
+    """Do nothing."""
+    time.sleep(seconds)
