@@ -206,6 +206,7 @@ class _Line:
     socket: "zmq.Socket[bytes]"
     monitor: "zmq.Socket[bytes]"
     waiting: deque[tuple[int, _Request]]
+    up: bool = False
 
 
 class _Session(Session):
@@ -224,12 +225,15 @@ class _Session(Session):
         """See `Session.pull`."""
         if self._broken:
             raise TransferFailed("this connection failed before; open another session")
+        if not copies:
+            return
+        self._check_places(copies)
         left = [-(-copy.nbytes // FRAME) for copy in copies]
         self._memory.wait_for_callers()
         requests = self._requests(copies)
         poller = zmq.Poller()
         for line in self._lines:
-            poller.register(line.socket, zmq.POLLIN)
+            poller.register(line.socket, zmq.POLLIN if line.up else zmq.POLLIN | zmq.POLLOUT)
             poller.register(line.monitor, zmq.POLLIN)
         self._broken = True  # until it is over: after a failure, answers to nobody may be under way
         try:
@@ -239,7 +243,10 @@ class _Session(Session):
                 for line in self._lines:
                     if line.monitor in ready:
                         self._notice(line)
-                    if line.socket in ready:
+                    if ready.get(line.socket, 0) & zmq.POLLOUT:
+                        line.up = True
+                        poller.modify(line.socket, zmq.POLLIN)
+                    if ready.get(line.socket, 0) & zmq.POLLIN:
                         self._receive(line, left, done)
                 self._land(left, done)
             while self._landing:
@@ -282,8 +289,8 @@ class _Session(Session):
     def _ask(self, requests: Iterator[_Request]) -> bool:
         """Fill the windows, the emptiest first. False when nothing is under way any more."""
         while True:
-            line = min(self._lines, key=lambda line: len(line.waiting))
-            if len(line.waiting) >= WINDOW or not line.socket.poll(0, zmq.POLLOUT):
+            line = min((line for line in self._lines if line.up), key=lambda line: len(line.waiting), default=None)
+            if line is None or len(line.waiting) >= WINDOW:
                 return True
             request = next(requests, None)
             if request is None:
@@ -327,6 +334,12 @@ class _Session(Session):
         left[i] -= 1
         if not left[i]:
             done(i)
+
+    def _check_places(self, copies: Sequence[Copy]) -> None:
+        """Of our side; the seed looks at its own."""
+        for copy in copies:
+            if not self._memory.holds([(copy.into, copy.at, copy.nbytes)], copy.nbytes):
+                raise TransferFailed(f"{copy} lies outside our regions")
 
     def _check(self, deadline: float, cancel: Event) -> None:
         if cancel.is_set():
