@@ -26,7 +26,9 @@ _BACK = 67
 
 def pattern(number: int, nbytes: int) -> torch.Tensor:
     """Pseudo-random bytes in host memory: the same for the same number, in every process."""
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    generator = torch.Generator().manual_seed(number)
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-nbytes // 8),), dtype=torch.int64, generator=generator)
+    return words.view(torch.uint8)[:nbytes]
 
 
 def contents(number: int, sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -60,6 +62,14 @@ class Memory:
         if self.device != "cpu":
             torch.cuda.synchronize(self.device)
 
+    def poison(self) -> None:
+        """Make every byte of the regions another one: whatever is written from now on shows."""
+        for i, nbytes in enumerate(self.sizes):
+            self.read(i, 0, nbytes, self._wanted).bitwise_not_()
+            self.read(i, 0, nbytes, self._buffers).copy_(self.read(i, 0, nbytes, self._wanted))
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+
     @property
     def regions(self) -> list[Region]:
         """One for each size; the ids are neither dense nor in order."""
@@ -87,6 +97,8 @@ class Memory:
         """
         for i, (buffer, wanted) in enumerate(zip(self._buffers, self._wanted, strict=True)):
             have = buffer.cpu()
+            if torch.equal(have, wanted):
+                continue
             differ = have != wanted
             for address, nbytes in but:
                 start = address - buffer.data_ptr()

@@ -18,7 +18,7 @@ import msgpack
 import pytest
 from attrs import define, field, frozen
 
-from tensorfork import Copy, PeerUnreachable, Place, Session, TransferFailed, Transport, TransportUnavailable
+from tensorfork import Copy, PeerUnreachable, Place, Region, Session, TransferFailed, Transport, TransportUnavailable
 from tensorfork.testing.ends import Ending, Helper, LocalSeed, Memory, Offer, SeedEnd, Speaker, contents
 
 MARGIN = 5
@@ -210,6 +210,19 @@ class TransportSuite:
             lease.fail(lease.stripes(64), cancel=cancel, then=lambda _: cancel.set(), seconds=MARGIN * self.seconds)
             assert time.monotonic() - started < self.seconds
 
+    def test_a_pull_ends_soon_when_it_is_cancelled_while_nothing_comes(self, lab: "Lab") -> None:
+        if self.one_sided:
+            pytest.skip("the seed takes no part in a pull")
+        cancel = threading.Event()
+        try:
+            with lab.lease([1000], [1000], serve=False, seconds=self.short) as lease:
+                threading.Timer(0.1, cancel.set).start()
+                started = time.monotonic()
+                lease.fail([Move(0, 0, 0, 0, 1000)], cancel=cancel)
+                assert time.monotonic() - started < self.seconds / 2
+        except (TransportUnavailable, PeerUnreachable):
+            pass  # it needs the seed already to open a session
+
     def test_nothing_is_pulled_past_the_deadline(self, lab: "Lab") -> None:
         with lab.lease([self.big], [self.big]) as lease:
             lease.fail(lease.stripes(16), seconds=-1.0)
@@ -296,6 +309,18 @@ class TransportSuite:
             lease.fail_raw([Copy(0, unknown, 0, lease.ours[0].region, lease.ours[0].offset, 100)])
         with lab.lease([3000], [3000], like=lease) as again:
             again.pull([Move(0, 0, 0, 0, 3000)])
+
+    @pytest.mark.parametrize("at", [2000, 1999, 1 << 40], ids=["behind", "across the edge", "far away"])
+    def test_what_lies_beyond_our_own_region_is_refused(self, lab: "Lab", at: int) -> None:
+        with lab.lease([3000], [2000, 500]) as lease:
+            into = lease.ours[0]
+            edge = lease.our_end(0) - 2000 - into.offset  # 0, but for a transport that covers more
+            theirs = lease.theirs[0]
+            lease.fail_raw([Copy(0, theirs.region, theirs.offset, into.region, into.offset + edge + at, 100)])
+
+    def test_a_region_of_ours_that_was_not_named_is_refused(self, lab: "Lab") -> None:
+        with lab.lease([3000], [2000]) as lease:
+            lease.fail_raw([Copy(0, lease.theirs[0].region, lease.theirs[0].offset, 999_999, 0, 100)])
 
     def test_good_copies_beside_a_refused_one_are_whole_when_they_are_done(self, lab: "Lab") -> None:
         with lab.lease([100_000], [100_000]) as lease:
@@ -457,7 +482,7 @@ class Lab:
         lease = Lease(self.suite, seed, offer, memory, expected, transport.piece, next(self._numbers))
         try:
             regions, places = transport.cover(memory.regions)
-            lease.ours = places
+            lease.ours, lease.covers = places, regions
             lease.session = transport.open(
                 offer.offer, "127.0.0.1", offer.remote, regions, speaker, time.monotonic() + seconds
             )
@@ -489,6 +514,7 @@ class Lease:
     number: int
     ended: bool = False
     ours: Sequence[Place] = ()
+    covers: Sequence[Region] = ()
     undrained: list[tuple[int, int]] = field(factory=list)
     session: Session = field(init=False)
 
@@ -500,6 +526,10 @@ class Lease:
     def remote_end(self, index: int) -> int:
         """Where what the seed exported with this region in it ends."""
         return next(remote.nbytes for remote in self.offer.remote if remote.id == self.theirs[index].region)
+
+    def our_end(self, index: int) -> int:
+        """Where what we gave the transport with this region in it ends."""
+        return next(region.nbytes for region in self.covers if region.id == self.ours[index].region)
 
     def stripes(self, count: int) -> list[Move]:
         """The seed's first region into our first, in so many copies."""
@@ -567,7 +597,7 @@ class Lease:
             move = moves[i]
             assert move is not None, "a copy that cannot be made was reported as done"
             wanted = self.expected[move.source][move.offset : move.offset + move.nbytes]
-            assert (self.memory.read(move.into, move.at, move.nbytes).cpu() == wanted).all(), "done before it is there"
+            assert self.memory.read(move.into, move.at, move.nbytes).cpu().equal(wanted), "done before it is there"
             self.memory.want(move.into, move.at, wanted)
             seen.add(i)
             done.append(i)
@@ -584,9 +614,8 @@ class Lease:
         return done
 
     def poison(self) -> None:
-        """Fill our memory with new bytes: whatever is written from now on shows."""
-        self.number += 1
-        self.memory.fill(500_000 + self.number)
+        """Change every byte of our memory: whatever is written from now on shows."""
+        self.memory.poison()
 
     def change_the_seed(self) -> None:
         """New contents of the seed's regions."""
