@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> int:
 
 def _one(base: Bench, case: cases.Case, seconds: float) -> dict[str, Any]:
     """Run one case; whatever happens in it, its result."""
-    outcome, began = Outcome(), time.monotonic()
+    outcome, began = Outcome(judged=base.scale * case.scale == 1), time.monotonic()
     status, why = "done", ""
     if case.gpus > base.gpus:
         return _result(case, outcome, "skipped", f"needs {case.gpus} GPUs, there are {base.gpus}", 0.0)
@@ -81,7 +81,8 @@ def _one(base: Bench, case: cases.Case, seconds: float) -> dict[str, Any]:
         except Skipped as error:
             status, why = "skipped", str(error)
         except (Failed, Lost) as error:
-            status, why = "failed", str(error)
+            late = time.monotonic() >= bench.deadline
+            status, why = ("cut off", "its time was over") if late else ("failed", str(error))
     return _result(case, outcome, status, why, time.monotonic() - began)
 
 
@@ -120,7 +121,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--seconds", type=float, default=8.0, help="of steps in each phase of a disturbance (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="factor for the models' sizes (default: %(default)s)")
     add("--isolate", action="store_true", help="the seed and the fork each see one GPU only")
-    add("--budget", type=float, default=float("inf"), help="seconds after which no case is started, and none goes on")
+    add("--budget", type=float, default=float("inf"), help="seconds after which no case is started, nor goes on")
     add("--timeout", type=float, default=120.0, help="seconds of any one step (default: %(default)s)")
     add("--case-timeout", type=float, default=600.0, help="seconds of one case (default: %(default)s)")
     return parser.parse_args(arguments)

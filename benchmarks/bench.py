@@ -1,6 +1,7 @@
 """What a case is given: the options, the devices, and workers that end with it."""
 
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -94,9 +95,15 @@ class Bench:
             raise errors[0]
         return results[1]
 
-    def folder(self, *, inside: str | None = None) -> str:
-        """A folder that is removed when the case ends."""
-        return self.stack.enter_context(tempfile.TemporaryDirectory(dir=inside, prefix="benchmark-"))
+    def folder(self, room: int) -> str:
+        """A folder that is removed when the case ends: in memory, or else where temporary files go.
+
+        Raises `Skipped` where neither has room for so many bytes.
+        """
+        for inside in ("/dev/shm", tempfile.gettempdir()):
+            if os.path.isdir(inside) and shutil.disk_usage(inside).free > room:
+                return self.stack.enter_context(tempfile.TemporaryDirectory(dir=inside, prefix="benchmark-"))
+        raise Skipped(f"neither /dev/shm nor {tempfile.gettempdir()} has room for {room / 1e9:.0f} GB")
 
     def shape(self, word: str) -> str:
         """A model's shape, at this run's scale."""
@@ -108,7 +115,8 @@ class Bench:
         if "x" in word and word[0].isdigit():
             count, _, size = word.partition("x")
             return f"{max(1, round(int(count) * self.scale))}x{size}"
-        return f"{word}*{self.scale}"
+        kind, _, factor = word.partition("*")
+        return f"{kind}*{float(factor or 1) * self.scale:g}"
 
 
 def free_port() -> int:

@@ -16,8 +16,10 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
     "cuda_ipc": {"goals": NVLINK},
     "transfer_engine:nvlink": {"goals": NVLINK},
     "nccl": {"goals": {("placed", "arena"): 0.95, ("placed", "placed"): 0.95}, "limit": limits.SEND},
-    "zeromq": {"goals": {("placed", "arena"): 3.0, ("arena", "arena"): 3.0}, "limit": limits.TCP},
+    "zeromq": {"goals": {("placed", "arena"): 3.0}, "into": ("arena",), "limit": limits.TCP},
 }
+SLOW = "zeromq"
+"""A quarter of the model is enough to measure it by."""
 EXPERTS = {"cuda_ipc": 0.90, "transfer_engine:nvlink": 0.90, "nccl": 0.80}
 GENTLE = (
     "cuda_ipc,rate_limit=100e9",
@@ -84,39 +86,33 @@ def _on_cpus() -> Iterator[Case]:
 
 
 def _on_gpus() -> Iterator[Case]:
-    gpu, quick = frozenset({"gpu"}), frozenset({"quick"})
-    yield Case("gpu-limits", gpu | {"gpu-first"}, limits.gpu_case, gpus=1)
+    gpu, forks = frozenset({"gpu"}), frozenset({"gpu", "gpu-forks"})
+    yield Case("gpu-limits", gpu | {"gpu-first"}, limits.gpu_case, 1)
     for transport, how in TRANSPORTS.items():
-        yield Case(
-            f"quick-gpu-{transport}",
-            quick,
-            partial(
-                fork.gpu_case, shape="llama", transport=transport, into=("arena",), limit=how.get("limit", limits.RAW)
-            ),
-            gpus=1,
-            scale=1 / 16,
-        )
+        run = partial(fork.gpu_case, shape="llama", transport=transport, **how | {"into": ("arena",)})
+        yield Case(f"quick-gpu-{transport}", frozenset({"quick"}), run, 1, 1 / 16)
     for transport, how in TRANSPORTS.items():
-        first = gpu | {"gpu-first", "gpu-forks"}
-        yield Case(
-            f"gpu-llama-{transport}", first, partial(fork.gpu_case, shape="llama", transport=transport, **how), 1
-        )
+        run = partial(fork.gpu_case, shape=_size("llama", transport), transport=transport, **how)
+        yield Case(f"gpu-llama-{transport}", forks | {"gpu-first"}, run, 1)
+    for shape, goal in (("llama", 0.45), ("experts", 0.30)):
+        run = partial(small.digest_case, shape=shape, goal=goal)
+        yield Case(f"gpu-digest-{shape}", gpu | {"gpu-first"}, run, 1)
     for transport, how in TRANSPORTS.items():
-        experts = EXPERTS.get(transport)
-        goals = {("placed", "placed"): experts} if experts else how["goals"]
-        run = partial(fork.gpu_case, shape="experts", transport=transport, **how | {"goals": goals})
-        yield Case(f"gpu-experts-{transport}", gpu | {"gpu-forks"}, run, 1)
-    yield Case("gpu-digest-llama", gpu | {"gpu-first"}, partial(small.digest_case, shape="llama", goal=0.45), 1)
-    yield Case("gpu-digest-experts", gpu | {"gpu-first"}, partial(small.digest_case, shape="experts", goal=0.30), 1)
+        goals = {("placed", "placed"): EXPERTS[transport]} if transport in EXPERTS else {}
+        run = partial(fork.gpu_case, shape=_size("experts", transport), transport=transport, **how | {"goals": goals})
+        yield Case(f"gpu-experts-{transport}", forks | {"gpu-experts"}, run, 1)
     for shape in ("llama", "experts"):
         yield Case(f"gpu-peers-{shape}", gpu | {"gpu-peers"}, partial(limits.peers_case, shape=shape), 1)
-    for transport, how in TRANSPORTS.items():
-        for name, shape in (("llama-arena", "llama"), ("one", "16GB/1")):
-            run = partial(fork.gpu_case, shape=shape, transport=transport, seed="arena", into=("arena",), **how)
-            yield Case(f"gpu-{name}-{transport}", gpu | {"gpu-forks"}, run, 1)
-    for transport in ("cuda_ipc", "transfer_engine:nvlink"):
-        run = partial(fork.gpu_case, shape="60GB/1", transport=transport, seed="arena", into=("arena",), goals=NVLINK)
+    for transport in ("cuda_ipc", "transfer_engine:nvlink", "nccl"):
+        how = TRANSPORTS[transport] | {"seed": "arena", "into": ("arena",), "transport": transport}
+        for name, shape in (("llama-arena", "llama"), ("experts-arena", "experts"), ("one", "16GB/1")):
+            yield Case(f"gpu-{name}-{transport}", forks | {"gpu-arena"}, partial(fork.gpu_case, shape=shape, **how), 1)
+        run = partial(fork.gpu_case, shape="60GB/1", **how)
         yield Case(f"gpu-60GB-{transport}", frozenset({"gpu-large"}), run, 2)
+
+
+def _size(shape: str, transport: str) -> str:
+    return f"{shape}*0.25" if transport == SLOW else shape
 
 
 def _disturbances() -> Iterator[Case]:
@@ -124,10 +120,10 @@ def _disturbances() -> Iterator[Case]:
     for transport in ("zeromq", "gloo", "transfer_engine:tcp"):
         run = partial(disturbance.case, load="loop", shape="256MiB/100", transport=transport)
         yield Case(f"cpu-disturbance-{transport}", cpu, run)
-    gpu = frozenset({"gpu", "gpu-disturbance"})
     for transport in (*TRANSPORTS, *GENTLE):
         run = partial(disturbance.case, load="gemm", shape="llama", transport=transport)
-        yield Case(f"gpu-disturbance-{transport}", gpu, run, 1)
+        group = "gpu-gentle" if transport in GENTLE else "gpu-disturbance"
+        yield Case(f"gpu-disturbance-{transport}", frozenset({"gpu", group}), run, 1)
     for transport in TRANSPORTS:
         run = partial(disturbance.case, load="llama", shape=None, transport=transport)
-        yield Case(f"gpu-generating-{transport}", gpu, run, 1)
+        yield Case(f"gpu-generating-{transport}", frozenset({"gpu", "gpu-generating"}), run, 1)

@@ -66,7 +66,8 @@ def gpu_case(
     elif limit == limits.TCP:
         beside |= limits.mooncake_tcp(bench, outcome)
     for place in into:
-        fork = _cold(bench, outcome, published, transport, place, bench.cold, beside)
+        count = bench.cold if place == into[0] else 1
+        fork = _cold(bench, outcome, published, transport, place, count, beside)
         measures: dict[str, Measure] = {
             how: _forking(bench, published, fork, transport, verify=verify) for verify, how in VERIFIED.items()
         }

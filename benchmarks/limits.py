@@ -123,9 +123,9 @@ def peers_case(bench: Bench, outcome: Outcome, *, shape: str) -> None:
     pair = [bench.start(name, device) for name, device in (("source", bench.source), ("sink", bench.sink))]
     for worker in pair:
         bench.ask(worker, "sides.warm_up", timeout=START)
-        bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=True)
-    path = f"{bench.folder(inside='/dev/shm')}/model.safetensors"
+        built = bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=True)
     try:
+        path = f"{bench.folder(int(1.05 * built['nbytes']))}/model.safetensors"
         bench.ask(pair[1], "peers.save", path=path)
         measures["safetensors from memory"] = lambda: bench.ask(pair[1], "peers.load", path=path)
     except (Skipped, Failed) as error:

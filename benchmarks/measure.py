@@ -18,11 +18,13 @@ class Outcome:
         rows: lines of the table; see `add`.
         detail: whatever else is worth keeping: phases, distributions.
         skipped: what could not be measured, and why.
+        judged: whether goals apply; they do not to a model of another size than they were set for.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     detail: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    judged: bool = True
 
     def add(
         self,
@@ -56,7 +58,7 @@ class Outcome:
             row["ratio"] = judged = value / row["limit_value"]
         elif limit is not None:
             goal = None  # nothing to compare with
-        if goal is not None:
+        if goal is not None and self.judged:
             row |= {"goal": goal, "less": less, "met": judged <= goal if less else judged >= goal}
         self.rows.append(row)
 

@@ -1,6 +1,7 @@
 """Results as text: for a terminal, or as Markdown."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     """How it went, and what lost."""
     goals = [(result["case"], row) for result in results for row in result["rows"] if "met" in row]
     missed = [f"  {case}: {row['what']}" for case, row in goals if not row["met"]]
-    count = {status: sum(one["status"] == status for one in results) for status in ("done", "failed", "skipped")}
-    lines = [f"{count['done']} cases done, {count['failed']} failed, {count['skipped']} skipped; "]
-    lines[0] += f"{len(goals) - len(missed)} of {len(goals)} goals met"
-    return "\n".join(lines + (["missed:", *missed] if missed else []))
+    count = Counter(result["status"] for result in results)
+    how = ", ".join(f"{number} {status}" for status, number in count.items())
+    met = f"{len(results)} cases: {how}; {len(goals) - len(missed)} of {len(goals)} goals met"
+    return "\n".join([met, *(["missed:", *missed] if missed else [])])

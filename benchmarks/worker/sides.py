@@ -37,7 +37,9 @@ def transport(word: str) -> Any:
 
 
 def warm_up(state: State, *, transport: str | None = None) -> None:
-    """What a cold fork finds done: imports, and a CUDA context."""
+    """What a cold fork finds done: imports, and a CUDA context. Raises `Skip` for an option that does not exist."""
+    if transport is not None:
+        globals()["transport"](transport)
     name = (transport or "").partition(",")[0].partition(":")[0]
     if name:
         try:

@@ -74,6 +74,8 @@ def _llama(state: State) -> Callable[[], None]:
         raise Skip(f"transformers: {error}") from error
     sizes = (2048, 16, 8192) if state.on_gpu else (256, 4, 688)
     hidden, layers, inner = sizes
+    if not state.on_gpu:
+        torch.set_num_threads(1)
     config = LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
