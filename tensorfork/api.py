@@ -16,6 +16,7 @@ from tensorfork.seed import Seed
 from tensorfork.target import Device, Target
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
+from tensorfork.verify import Verification
 
 TIMEOUT = 300.0
 """Seconds a fork may take, unless told otherwise."""
@@ -164,12 +165,19 @@ def _copy(
         if why_not is None:
             try:
                 with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
-                    watch.enter("transfer")
-                    nbytes = forking.pull(held, into, seed, deadline, progress)
-                    forking.check(held, seed, deadline)
-                    if verify:
-                        watch.enter("verify")
-                        forking.verify(held, seed, theirs, into.tensors, deadline)
+                    watch.enter("match")
+                    plan = forking.plan(held, into, seed)
+                    verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
+                    try:
+                        watch.enter("transfer")
+                        nbytes = forking.pull(held, plan, into, seed, deadline, progress, verification)
+                        forking.check(held, seed, deadline)
+                        if verification is not None:
+                            watch.enter("verify")
+                            forking.verify(held, seed, theirs, verification, deadline)
+                    finally:
+                        if verification is not None:
+                            verification.close()
                 return ForkReport(
                     peer=seed.address,
                     transport=transport.name,

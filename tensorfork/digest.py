@@ -22,40 +22,27 @@ changes at the corners of a box whose sides are tuned to all three.
 Plain torch, nothing compiled: a kernel that must be built first costs more than the copy it checks.
 """
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from attrs import frozen
 
-SEGMENT = 32 << 20
+SEGMENT = 128 << 20
 """Bytes of a tensor that are summed together."""
 NAME = "sums3/1"
 """Names this definition on the wire: two sides compare digests only when they compute the same thing."""
 
 WIDTH, OTHER_WIDTH = 1024, 1021
 _WORDS = SEGMENT // 8
-_COLUMNS = WIDTH + OTHER_WIDTH
-_SLOTS = _COLUMNS + _WORDS // WIDTH
+COLUMNS = WIDTH + OTHER_WIDTH
+_SLOTS = COLUMNS + _WORDS // WIDTH
 """A segment's sums stand in this order: columns, columns of the other width, rows."""
-_POOL = 320 << 10
-"""Words of sums that are gathered before they are mixed."""
 
-
-@frozen
-class _Pace:
-    """How a kind of device likes its work cut, in words."""
-
-    block: int
-    """Summed at a time: what a core's cache holds, and below 32,768, where torch would wake its other threads; a whole
-    segment where the launch is what costs."""
-    stage: int
-    """Scratch for bytes that must be copied to be summed: misaligned, with gaps, or too small to go alone."""
-    small: int
-    """Tensors up to this go side by side."""
-
-
-_PACES = {"cpu": _Pace(31 * WIDTH, 1 << 17, 1 << 14), "cuda": _Pace(_WORDS, 1 << 20, 1 << 14)}
+_Key = tuple[object, ...]
+_Named = tuple[_Key, torch.Tensor]
 
 
 def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] = lambda: False) -> dict[str, int]:
@@ -74,11 +61,10 @@ def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] =
     found: dict[str, int] = {}
     with torch.inference_mode():
         for device, unique in by_device.items():
-            summing = _Summing(device)
-            for group in _groups(unique, _PACES.get(device.type, _PACES["cuda"])):
+            summing = _Summing(device, _PACES.get(device.type, _PACES["cuda"]))
+            for _ in summing.groups(unique):
                 if cancelled():
                     return {}
-                summing.add(group)
             for key, value in summing.finish().items():
                 found.update(dict.fromkeys(names[key], value))
     return found
@@ -89,71 +75,50 @@ def digest(tensor: torch.Tensor) -> int:
     return digests({"": tensor})[""]
 
 
-_Key = tuple[object, ...]
+def _gather_on_host(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
+    """Copy `nbytes` bytes from byte `start` of each dense tensor to a row of words. Any alignment, and no torch."""
+    into, step = rows.data_ptr(), rows.stride(0) * 8
+    for i, tensor in enumerate(tensors):
+        ctypes.memmove(into + i * step, tensor.data_ptr() + start, nbytes)
+
+
+def _gather_on_device(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
+    """The same in one operation, for memory that only torch can copy."""
+    parts = [_bytes(tensor, start, (nbytes,), (1,)) for tensor in tensors]
+    torch.stack(parts, out=rows.view(torch.uint8)[:, :nbytes])
 
 
 @frozen
-class _Group:
-    """Tensors of one length, summed together: the same bytes at the same spacing, or tensors to be copied."""
+class _Pace:
+    """How a kind of device likes its work cut, in words."""
 
-    keys: Sequence[_Key]
-    tensors: Sequence[torch.Tensor]
-    matrix: torch.Tensor | None
-    """Their bytes, [tensor, byte], readable as words; None where they must be copied first."""
-
-
-def _groups(tensors: Mapping[_Key, torch.Tensor], pace: _Pace) -> Iterator[_Group]:
-    """Longest first, so that neighbours in time have slots of about one size."""
-    lengths: dict[int, list[tuple[_Key, torch.Tensor]]] = defaultdict(list)
-    apart: list[_Group] = []
-    for key, tensor in tensors.items():
-        flat = _flat(tensor)
-        if flat is None:
-            apart.append(_Group([key], [tensor], None))
-        else:
-            lengths[flat.numel()].append((key, flat))
-    for nbytes in sorted(lengths, reverse=True):
-        same = sorted(lengths[nbytes], key=lambda one: one[1].data_ptr())
-        if nbytes <= pace.small * 8:
-            step = max(1, pace.stage * 8 // max(nbytes + 7, 8))
-            for start in range(0, len(same), step):
-                keys, flats = zip(*same[start : start + step], strict=True)
-                yield _Group(keys, flats, None)
-        else:
-            yield from _spaced(same)
-    yield from apart
+    block: int
+    """Summed at a time, and the longest operation: what a core's cache holds, and below 32,768 elements, where torch
+    would wake its other threads; a whole segment where the launch is what costs."""
+    stage: int
+    """Scratch for tensors that are copied to be summed: misaligned, with gaps, or too small to go alone."""
+    small: int
+    """Tensors up to this go side by side."""
+    pool: int
+    """Sums that are gathered before they are mixed."""
+    gather: Callable[[torch.Tensor, Sequence[torch.Tensor], int, int], None]
 
 
-def _spaced(same: Sequence[tuple[_Key, torch.Tensor]]) -> Iterator[_Group]:
-    """Of tensors of one length, by address: each row of neighbours with equal spacing in one storage is a group."""
-    at = 0
-    while at < len(same):
-        flat = same[at][1]
-        nbytes, base = flat.numel(), flat.untyped_storage().data_ptr()
-        step, count = 0, 1
-        while at + count < len(same) and count * nbytes < SEGMENT:
-            other = same[at + count][1]
-            gap = other.data_ptr() - same[at + count - 1][1].data_ptr()
-            if other.untyped_storage().data_ptr() != base or gap != (step or gap) or gap % 8 or gap < nbytes:
-                break
-            step, count = gap, count + 1
-        keys, flats = zip(*same[at : at + count], strict=True)
-        if flat.data_ptr() % 8:
-            for key, one in zip(keys, flats, strict=True):
-                yield _Group([key], [one], None)
-        else:
-            yield _Group(keys, flats, flat.as_strided((count, nbytes), (step or -(-nbytes // 8) * 8, 1)))
-        at += count
+_PACES = {
+    "cpu": _Pace(31 * WIDTH, 31 * WIDTH, 15 * WIDTH, 31 * WIDTH, _gather_on_host),
+    "cuda": _Pace(_WORDS, 1 << 20, 1 << 14, 320 << 10, _gather_on_device),
+}
 
 
 class _Summing:
-    """Sums segments into slots, and mixes many of them at a time."""
+    """Sums the segments of one device's tensors into slots, and mixes many of them at a time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pace = _PACES.get(device.type, _PACES["cuda"])
-        self._weights = _weights(_SLOTS).to(device)
-        self._pool = torch.zeros(_POOL, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device, pace: _Pace) -> None:
+        self._device, self._pace = device, pace
+        self._weights = weights(_SLOTS).to(device)
+        self._twice = self._weights[:OTHER_WIDTH] + self._weights[WIDTH:COLUMNS]
+        self._pool = torch.zeros(pace.pool, dtype=torch.int64, device=device)
+        self._spare = torch.empty(pace.pool, dtype=torch.int64, device=device)
         self._width = 0
         self._owners: list[_Key] = []
         self._order: list[_Key] = []
@@ -161,21 +126,40 @@ class _Summing:
         self._stage: torch.Tensor | None = None
         self._empty: list[_Key] = []
 
-    def add(self, group: _Group) -> None:
-        """Sum one group of tensors."""
-        if not group.tensors[0].numel():
-            self._empty += group.keys
-        elif group.matrix is not None:
-            self._sum_in_place(group.keys, group.matrix)
-        elif len(group.keys) > 1 or _flat(group.tensors[0]) is not None:
-            self._sum_stacked(group)
-        else:
-            self._sum_filled(group.keys, _fill(self._scratch(), group.tensors[0]))
+    def groups(self, tensors: Mapping[_Key, torch.Tensor]) -> Iterator[None]:
+        """Sum all of them, a group at a time. Longest first, so that neighbours in time have slots of about one size;
+        those with gaps or overlaps between their elements come last.
+        """
+        dense: dict[int, list[_Named]] = defaultdict(list)
+        gapped: list[_Named] = []
+        for key, tensor in tensors.items():
+            nbytes = tensor.nbytes
+            if not nbytes:
+                self._empty.append(key)
+            elif tensor.is_contiguous() or _by_stride(tensor).is_contiguous():
+                dense[nbytes].append((key, tensor))
+            else:
+                gapped.append((key, tensor))
+        for nbytes in sorted(dense, reverse=True):
+            for group, step in self._together(dense[nbytes], nbytes):
+                keys, members = zip(*group, strict=True)
+                if step:
+                    self._sum_in_place(keys, _bytes(members[0], 0, (len(group), nbytes), (step, 1)))
+                elif nbytes <= OTHER_WIDTH * 8:
+                    self._sum_short(keys, members, nbytes)
+                else:
+                    self._sum_copied(keys, members, nbytes)
+                yield
+        for key, tensor in gapped:
+            self._sum_gapped(key, tensor)
+            yield
 
     def finish(self) -> dict[_Key, int]:
         """Every tensor's digest."""
         self._mix()
-        values = torch.cat(self._mixed).tolist() if self._mixed else []
+        on_host = self._device.type == "cpu"
+        mixed = self._mixed if on_host or not self._mixed else [torch.cat(self._mixed)]  # elsewhere, wait only once
+        values = [value for part in mixed for value in part.tolist()]
         segments: dict[_Key, list[int]] = defaultdict(list)
         for key, value in zip(self._order, values, strict=True):
             segments[key].append(value)
@@ -183,6 +167,18 @@ class _Summing:
         for key, parts in segments.items():
             found[key] = sum(_mix_int(part) * _weight_int(i) for i, part in enumerate(parts)) & _MASK
         return found
+
+    def _together(self, same: list[_Named], nbytes: int) -> Iterator[tuple[Sequence[_Named], int]]:
+        """Groups of dense tensors of one length, each with the bytes from one tensor to the next where it can be read
+        in place, or 0 where its tensors must be copied.
+        """
+        words = -(-nbytes // 8)
+        most = self._pace.pool // (words if words <= OTHER_WIDTH else _width(words))
+        if words > self._pace.small:
+            yield from _spaced(same, nbytes, max(1, min(most, self._pace.block // words)))
+        else:
+            most = min(most, self._pace.stage // words)
+            yield from ((same[start : start + most], 0) for start in range(0, len(same), most))
 
     def _sum_in_place(self, keys: Sequence[_Key], matrix: torch.Tensor) -> None:
         nbytes = matrix.shape[1]
@@ -197,128 +193,190 @@ class _Summing:
                 last[:, :tail] = segment[:, whole * 8 :]
                 _sum(last.view(torch.int64), whole, slots, self._pace.block)
 
-    def _sum_stacked(self, group: _Group) -> None:
-        flats = group.tensors
-        nbytes = flats[0].numel()
-        if nbytes > self._pace.stage * 8:
-            self._sum_filled(group.keys, _fill(self._scratch(), flats[0]))
-            return
-        words = -(-nbytes // 8)
-        stacked = self._scratch()[: len(flats) * words * 8].view(len(flats), words * 8)
-        stacked[:, words * 8 - 8 :] = 0
-        for row, flat in zip(stacked, flats, strict=True) if len(flats) < 3 else ():
-            row[:nbytes] = flat
-        if len(flats) >= 3:
-            torch.stack(list(flats), out=stacked[:, :nbytes])
-        _sum(stacked.view(torch.int64), 0, self._take(group.keys, words), self._pace.block)
+    def _sum_short(self, keys: Sequence[_Key], tensors: Sequence[torch.Tensor], nbytes: int) -> None:
+        """Tensors of less than a row of either width: a column is one word, and there is one row. No slots."""
+        x = self._copied(tensors, 0, nbytes)
+        rows = x.sum(1)
+        columns = mix_(x, self._spare).mul_(self._twice[: x.shape[1]]).sum(1)
+        self._mixed.append(columns.add_(mix_(rows, self._spare).mul_(self._weights[COLUMNS])))
+        self._order += keys
 
-    def _sum_filled(self, keys: Sequence[_Key], parts: Iterator[int]) -> None:
-        """Of one tensor whose bytes come in parts through the scratch, each but the last filling it."""
+    def _sum_copied(self, keys: Sequence[_Key], tensors: Sequence[torch.Tensor], nbytes: int) -> None:
+        room = self._pace.stage * 8
+        for segment in range(0, nbytes, SEGMENT):
+            end = min(segment + SEGMENT, nbytes)
+            slots = self._take(keys, -(-(end - segment) // 8))
+            for start in range(segment, end, room):
+                x = self._copied(tensors, start, min(room, end - start))
+                _sum(x, (start - segment) // 8, slots, self._pace.block)
+
+    def _sum_gapped(self, key: _Key, tensor: torch.Tensor) -> None:
+        """The tensor's elements come through the scratch, each part but the last whole rows of it."""
         stage, at = self._scratch(), _WORDS
-        for filled in parts:
-            if at == _WORDS:
-                slots, at = self._take(keys, _WORDS), 0
-            padded = -(-filled // 8) * 8
-            stage[filled:padded] = 0
-            _sum(stage[:padded].view(1, padded).view(torch.int64), at, slots, self._pace.block)
-            at += padded // 8
+        for filled in _fill(stage.view(torch.uint8), _integers(_by_stride(tensor)), self._pace.block):
+            words = -(-filled // 8)
+            stage.view(torch.uint8)[filled : words * 8] = 0
+            x = stage[:words].view(1, words)
+            while x.shape[1]:
+                if at == _WORDS:
+                    slots, at = self._take([key], _WORDS), 0
+                n = min(x.shape[1], _WORDS - at)
+                _sum(x[:, :n], at, slots, self._pace.block)
+                x, at = x[:, n:], at + n
+
+    def _copied(self, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> torch.Tensor:
+        """So many bytes of each dense tensor, as words in the scratch: [tensor, word]."""
+        words = -(-nbytes // 8)
+        rows = self._scratch()[: len(tensors) * words].view(len(tensors), words)
+        if nbytes % 8:
+            rows[:, -1] = 0
+        self._pace.gather(rows, tensors, start, nbytes)
+        return rows
 
     def _scratch(self) -> torch.Tensor:
         if self._stage is None:
-            self._stage = torch.empty(self._pace.stage * 8, dtype=torch.uint8, device=self._device)
+            self._stage = torch.empty(self._pace.stage, dtype=torch.int64, device=self._device)
         return self._stage
 
     def _take(self, keys: Sequence[_Key], words: int) -> torch.Tensor:
         """Zeroed slots for one more segment, of so many words, of each key's tensor: [key, slot]."""
-        width = _COLUMNS + -(-words // WIDTH)
+        width = _width(words)
         used = len(self._owners)
-        if used and (not width <= self._width <= 2 * width or (used + len(keys)) * self._width > _POOL):
+        if used and (not width <= self._width <= 2 * width or (used + len(keys)) * self._width > self._pace.pool):
             self._mix()
             used = 0
         if not used:
             self._width = width
-        if len(keys) * width > self._pool.numel():
-            self._pool = torch.zeros(len(keys) * width, dtype=torch.int64, device=self._device)
         self._owners += keys
         return self._pool[used * self._width :][: len(keys) * self._width].view(len(keys), self._width)
 
     def _mix(self) -> None:
         if self._owners:
             used = self._pool[: len(self._owners) * self._width].view(len(self._owners), self._width)
-            self._mixed.append(_mix_(used).mul_(self._weights[: self._width]).sum(1))
+            self._mixed.append(mix_(used, self._spare).mul_(self._weights[: self._width]).sum(1))
             self._order += self._owners
             self._owners = []
             used.zero_()
 
 
+def _width(words: int) -> int:
+    """How many slots a segment of so many words has."""
+    return COLUMNS + -(-words // WIDTH)
+
+
+def _spaced(same: list[_Named], nbytes: int, most: int) -> Iterator[tuple[Sequence[_Named], int]]:
+    """See `_Summing._together`: of long tensors, those with equal spacing in one storage, and at most so many."""
+    placed = []
+    for one in same:
+        storage = one[1].untyped_storage().data_ptr()
+        placed.append((one[1].data_ptr(), storage, one))
+    placed.sort(key=lambda place: place[0])
+    at = 0
+    while at < len(placed):
+        address, storage, one = placed[at]
+        step, count = 0, 1
+        if address % 8 == 0 and storage % 8 == 0:
+            for before, (other, its, _) in zip(placed[at:], placed[at + 1 : at + most], strict=False):
+                gap = other - before[0]
+                if its != storage or gap != (step or gap) or gap % 8 or gap < nbytes:
+                    break
+                step, count = gap, count + 1
+            step = step or -(-nbytes // 8) * 8
+        yield [place[2] for place in placed[at : at + count]], step
+        at += count
+
+
 def _sum(x: torch.Tensor, at: int, slots: torch.Tensor, block: int) -> None:
-    """Add to the slots [k, slot] the sums of the words x [k, n], which stand at `at` in their segments."""
+    """Add to the slots [k, slot] the sums of the words x [k, n], which stand at `at` in their segments; `at` is a
+    multiple of WIDTH, or x is one word.
+    """
     n = x.shape[1]
-    columns, others, rows = slots[:, :WIDTH], slots[:, WIDTH:_COLUMNS], slots[:, _COLUMNS:]
-    if at % WIDTH:  # less than a row: a last word
-        rows[:, at // WIDTH] += x[:, 0]
-        columns[:, at % WIDTH] += x[:, 0]
-        others[:, at % OTHER_WIDTH] += x[:, 0]
+    if n == 1:
+        for slot in (at % WIDTH, WIDTH + at % OTHER_WIDTH, COLUMNS + at // WIDTH):
+            slots[:, slot] += x[:, 0]
         return
-    other = min(n, -at % OTHER_WIDTH)
-    if other:
-        others[:, OTHER_WIDTH - -at % OTHER_WIDTH :][:, :other] += x[:, :other]
-    step = max(1, block // len(x) // WIDTH)
-    full = n // WIDTH
-    matrix = x[:, : full * WIDTH].unflatten(1, (full, WIDTH))
-    full_other = (n - other) // OTHER_WIDTH
-    matrix_other = x[:, other : other + full_other * OTHER_WIDTH].unflatten(1, (full_other, OTHER_WIDTH))
-    first = at // WIDTH
-    blocks = max(-(-full // step), -(-full_other // step))
-    partial = torch.zeros(2, blocks, len(x), WIDTH, dtype=torch.int64, device=x.device)
-    parts, others_parts = matrix.split(step, 1), matrix_other.split(step, 1)
-    row_parts = rows[:, first : first + full].split(step, 1)
-    outs, other_outs = partial[0], partial[1, :, :, :OTHER_WIDTH]
-    for i in range(blocks):  # all three sums of a block while it is in the cache
-        if full and i < len(parts):
-            torch.sum(parts[i], 2, out=row_parts[i])
-            torch.sum(parts[i], 1, out=outs[i])
-        if full_other and i < len(others_parts):
-            torch.sum(others_parts[i], 1, out=other_outs[i])
-    columns += partial[0].sum(0)
-    others += partial[1, :, :, :OTHER_WIDTH].sum(0)
-    if n % WIDTH:
-        rest = x[:, full * WIDTH :]
-        rows[:, first + full] += rest.sum(1)
-        columns[:, : rest.shape[1]] += rest
-    other += full_other * OTHER_WIDTH
-    if other < n:
-        others[:, : n - other] += x[:, other:]
+    head = min(n, -at % OTHER_WIDTH)  # to where the columns of the other width begin anew
+    full, full_other = n // WIDTH, (n - head) // OTHER_WIDTH
+    rows, others = _cut(x, 0, full, WIDTH), _cut(x, head, full_other, OTHER_WIDTH)
+    row_slots = _cut(slots, COLUMNS + at // WIDTH, full)
+    if not at and x.numel() <= block:  # nothing is in the slots yet
+        torch.sum(rows, 2, out=row_slots)
+        torch.sum(rows, 1, out=_cut(slots, 0, WIDTH))
+        torch.sum(others, 1, out=_cut(slots, WIDTH, OTHER_WIDTH))
+    else:
+        _sum_blocks(rows, row_slots, others, slots, block)
+    if head:
+        _cut(slots, WIDTH + at % OTHER_WIDTH, head).add_(_cut(x, 0, head))
+    if rest := n - full * WIDTH:
+        last = _cut(x, n - rest, rest)
+        _cut(slots, 0, rest).add_(last)
+        slots[:, COLUMNS + at // WIDTH + full] += last.sum(1)
+    if rest := n - head - full_other * OTHER_WIDTH:
+        _cut(slots, WIDTH, rest).add_(_cut(x, n - rest, rest))
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor's bytes as they lie, as a view; None where there are gaps or overlaps between its elements."""
-    tensor = tensor.detach()
-    tensor = _by_stride(tensor)
-    if not tensor.is_contiguous():
-        return None
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
-        tensor.untyped_storage(), tensor.storage_offset() * tensor.element_size(), (tensor.nbytes,), (1,)
-    )
+def _sum_blocks(
+    rows: torch.Tensor, row_slots: torch.Tensor, others: torch.Tensor, slots: torch.Tensor, block: int
+) -> None:
+    """Add the sums of rows [k, i, WIDTH], and the columns of others [k, i, OTHER_WIDTH]: block by block, all three
+    sums of one while it is in the cache, and the columns of several blocks kept apart, to be added together.
+    """
+    k = slots.shape[0]
+    step = max(1, block // (k * WIDTH))
+    parts, into, other_parts = rows.split(step, 1), row_slots.split(step, 1), others.split(step, 1)
+    most = max(len(parts), len(other_parts))
+    several = min(most, step)
+    sums = torch.empty(several, k, WIDTH, dtype=torch.int64, device=slots.device)
+    other_sums = torch.empty(several, k, OTHER_WIDTH, dtype=torch.int64, device=slots.device)
+    for start in range(0, most, several):
+        end = min(start + several, most)
+        for i in range(start, end):
+            if i < len(parts):
+                torch.sum(parts[i], 2, out=into[i])
+                torch.sum(parts[i], 1, out=sums[i - start])
+            if i < len(other_parts):
+                torch.sum(other_parts[i], 1, out=other_sums[i - start])
+        _cut(slots, 0, WIDTH).add_(sums[: max(0, min(end, len(parts)) - start)].sum(0))
+        _cut(slots, WIDTH, OTHER_WIDTH).add_(other_sums[: max(0, min(end, len(other_parts)) - start)].sum(0))
 
 
-def _fill(stage: torch.Tensor, tensor: torch.Tensor) -> Iterator[int]:
-    """Copy the tensor's elements into the stage, which is handed out each time it is full; yields its bytes in use."""
-    room = stage.numel() // tensor.element_size()
-    view = stage.view(tensor.dtype) if tensor.dtype is not torch.uint8 else stage
-    used = 0
-    for part in _slabs(_by_stride(tensor.detach()), room):
-        flat = part.reshape(-1) if part.numel() <= room else part
-        taken = 0
-        while taken < flat.numel():
-            n = min(room - used, flat.numel() - taken)
-            view[used : used + n] = flat[taken : taken + n]
-            used, taken = used + n, taken + n
-            if used == room:
-                yield used * tensor.element_size()
-                used = 0
+def _cut(matrix: torch.Tensor, start: int, *shape: int) -> torch.Tensor:
+    """Of each row [k, n] the words from `start` on, in a shape: [k, *shape]. One view, where indexing makes several."""
+    inner = (shape[1], 1) if len(shape) == 2 else (1,)
+    return matrix.as_strided((matrix.shape[0], *shape), (matrix.stride(0), *inner), matrix.storage_offset() + start)
+
+
+def _bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """The bytes from byte `start` of a tensor on, as a view."""
+    at = tensor.storage_offset() * tensor.element_size() + start
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at, shape, stride)
+
+
+def _fill(stage: torch.Tensor, tensor: torch.Tensor, most: int) -> Iterator[int]:
+    """Copy the tensor's elements into the stage, in order, no operation on more than `most` of them; yields when it
+    is full, with the bytes to be taken: whole rows of words, but for the last time.
+    """
+    itemsize, row = tensor.element_size(), WIDTH * 8
+    view = stage.view(tensor.dtype)
+    used, room = 0, view.numel()
+    for part in _slabs(tensor, min(room // 2, most)):
+        n = part.numel()
+        if used + n > room:
+            whole, left = divmod(used * itemsize, row)
+            yield whole * row
+            stage[:left] = stage[whole * row :][:left]
+            used = left // itemsize
+        view[used : used + n].view(part.shape).copy_(part)
+        used += n
     if used:
-        yield used * tensor.element_size()
+        yield used * itemsize
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers: copied as they are, and known to every operation."""
+    if tensor.element_size() == 16:
+        tensor = torch.view_as_real(tensor)
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def _by_stride(tensor: torch.Tensor) -> torch.Tensor:
@@ -326,18 +384,19 @@ def _by_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-stride[i], -shape[i])))
 
 
-def _slabs(tensor: torch.Tensor, room: int) -> Iterator[torch.Tensor]:
-    """Cut along the leading dimensions into parts of at most a quarter of `room` elements, in order."""
-    bound = room // 4
-    if tensor.numel() <= bound or tensor.dim() <= 1:
-        yield from tensor.split(bound) if tensor.dim() else [tensor]
+def _slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """Cut along the leading dimensions into parts of at most `most` elements, in order."""
+    if tensor.numel() <= most:
+        yield tensor
         return
-    inner = tensor[0].numel()
-    if inner > bound:
-        for part in tensor:
-            yield from _slabs(part, room)
-    else:
-        yield from tensor.split(max(1, bound // inner))
+    inner = tensor.numel() // len(tensor)
+    count = max(1, most // inner)
+    for start in range(0, len(tensor), count):
+        part = tensor.narrow(0, start, min(count, len(tensor) - start))
+        if inner > most:
+            yield from _slabs(part[0], most)
+        else:
+            yield part
 
 
 _ODD = 0xBF58476D1CE4E5B9
@@ -349,9 +408,10 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _mix_(words: torch.Tensor) -> torch.Tensor:
+def mix_(words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """In place: v ^= v >>> 32; v *= odd; v ^= v >>> 29. Zero stays zero."""
-    high = words >> 32
+    high = scratch[: words.numel()].view_as(words)
+    torch.bitwise_right_shift(words, 32, out=high)
     words ^= high.bitwise_and_(0xFFFFFFFF)
     words *= _signed(_ODD)
     torch.bitwise_right_shift(words, 29, out=high)
@@ -366,14 +426,16 @@ def _mix_int(value: int) -> int:
     return value ^ (value >> 29)
 
 
+@cache
 def _weight_int(index: int) -> int:
     """The odd weight of one slot or segment."""
     return _mix_int(((index + 1) * _GOLDEN) & _MASK) | 1
 
 
-def _weights(count: int) -> torch.Tensor:
-    state = torch.arange(1, count + 1, dtype=torch.int64) * _signed(_GOLDEN)
-    return _mix_(state) | 1
+def weights(count: int) -> torch.Tensor:
+    """The odd weights of the first slots."""
+    state = torch.arange(1, count + 1, dtype=torch.int64, device="cpu") * _signed(_GOLDEN)
+    return mix_(state, torch.empty_like(state)) | 1
 
 
 def digest_of_words(words: Sequence[int]) -> int:
@@ -385,7 +447,7 @@ def digest_of_words(words: Sequence[int]) -> int:
         for k, word in enumerate(x):
             slots[k % WIDTH] += word
             slots[WIDTH + k % OTHER_WIDTH] += word
-            slots[_COLUMNS + k // WIDTH] += word
+            slots[COLUMNS + k // WIDTH] += word
         value = sum(_mix_int(v) * _weight_int(k) for k, v in enumerate(slots))
         total += _mix_int(value) * _weight_int(segment // _WORDS)
     return total & _MASK

@@ -8,10 +8,9 @@ from threading import Event
 from types import TracebackType
 from typing import Self
 
-import torch
 from attrs import frozen
 
-from tensorfork import cuda, digest, wire
+from tensorfork import digest, wire
 from tensorfork.bootstrap import Conversation, ForkChannel
 from tensorfork.errors import (
     PeerUnreachable,
@@ -28,6 +27,7 @@ from tensorfork.strided import Scratch, pull_strided
 from tensorfork.target import Target
 from tensorfork.transports import registry
 from tensorfork.transports.base import Place, Region, Session, Transport
+from tensorfork.verify import Verification
 from tensorfork.version import __version__
 
 log = logging.getLogger("tensorfork")
@@ -137,12 +137,24 @@ def lease(
         _release(peer, taken.lease, deadline)
 
 
-def pull(held: Lease, target: Target, peer: Peer, deadline: float, progress: Progress | None) -> int:
-    """Move every byte; how many they were. Raises `TransferFailed` with the names of the tensors that are complete."""
+def plan(held: Lease, target: Target, peer: Peer) -> Plan:
+    """What to copy."""
     needed = {pair.theirs.storage for pair in target.pairs if pair.theirs.numel}
     if not needed <= held.theirs.keys():
         raise ProtocolError(f"{peer.address}: the lease lacks some of the layout's storages")
-    plan = cut(target.pairs, held.theirs, held.ours, held.piece)
+    return cut(target.pairs, held.theirs, held.ours, held.piece)
+
+
+def pull(
+    held: Lease,
+    plan: Plan,
+    target: Target,
+    peer: Peer,
+    deadline: float,
+    progress: Progress | None,
+    verification: Verification | None,
+) -> int:
+    """Move every byte; how many they were. Raises `TransferFailed` with the names of the tensors that are complete."""
     total = _bytes(plan)
     arrived: list[int] = []
     moved = 0
@@ -151,6 +163,8 @@ def pull(held: Lease, target: Target, peer: Peer, deadline: float, progress: Pro
         nonlocal moved
         arrived.append(i)
         moved += plan.copies[i].nbytes
+        if verification is not None:
+            verification.arrived(i)
         if progress is not None:
             progress(moved, total)
 
@@ -194,15 +208,14 @@ def check(held: Lease, peer: Peer, deadline: float) -> None:
         )
 
 
-def verify(held: Lease, peer: Peer, layout: ModelLayout, tensors: Mapping[str, torch.Tensor], deadline: float) -> None:
+def verify(held: Lease, peer: Peer, layout: ModelLayout, verification: Verification, deadline: float) -> None:
     """Compare the digest of every tensor with the seed's; raises `VerificationFailed` naming those that differ."""
     if peer.welcome.digest != digest.NAME:
         raise ProtocolError(
             f"{peer.address}: the seed's digests are {peer.welcome.digest!r}, ours {digest.NAME!r}; use the same "
             "version of tensorfork, or verify=False at your own risk"
         )
-    with cuda.aside({tensor.device for tensor in tensors.values()}):
-        have = digest.digests(tensors)
+    have = verification.digests()
     reply, frames = peer.conversation.ask(wire.GetDigests(held.id), wire.Digests, deadline, "digests")
     if reply.generation != held.generation:
         raise SeedChanged(f"{peer.address}: the seed's weights changed before their digests were computed; fork again")

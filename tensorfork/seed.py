@@ -19,6 +19,7 @@ from attrs import define, field, frozen
 
 from tensorfork import cuda, digest, wire
 from tensorfork.bootstrap import Answer, Listener, SeedChannel
+from tensorfork.checksum import Checksums
 from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
 from tensorfork.layout import Memory, ModelLayout
 from tensorfork.sockets import Address
@@ -354,6 +355,7 @@ class _Digests:
         self._lock = threading.Lock()
         self._waiting: list[Answer] = []
         self._known: tuple[int, list[bytes]] | None = None
+        self._checksums: Checksums | None = None
         self._running = False
         self._cancel = threading.Event()
         self.computed = 0
@@ -387,8 +389,10 @@ class _Digests:
         generation = self._clock.generation
         reply: tuple[wire.Reply, list[bytes]]
         try:
+            if self._checksums is None:
+                self._checksums = Checksums.of(self._tensors)
             with cuda.aside({tensor.device for tensor in self._tensors.values()}):
-                found = {} if generation % 2 else digest.digests(self._tensors, self._stop(generation))
+                found = {} if generation % 2 else self._checksums.compute(self._stop(generation))
             if len(found) != len(self._tensors) or self._clock.generation != generation:
                 reply = wire.Refused(wire.CHANGED, "the seed's weights changed while their digests were computed"), []
             else:
