@@ -5,7 +5,8 @@ memory only in `Target.install`, the last step of a fork, as the same object.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,22 +70,27 @@ def prepare(
     Raises `ValueError` for a device that cannot be used.
     """
     meta = [pair for pair in pairs if tensors[pair.name].is_meta]
+    if not meta:
+        return Target(pairs, tensors, memory.regions(ours), [], [memory])
     fresh = allocate(theirs, sorted({pair.theirs.storage for pair in meta}), device)
-    first = len(ours.storages)
-    made: dict[int, torch.Tensor] = {}
     ready = dict(tensors)
-    moved = list(pairs)
-    for i, pair in enumerate(pairs):
-        old = tensors[pair.name]
-        if not old.is_meta:
-            continue
-        if id(old) not in made:
-            made[id(old)] = _like(old, fresh.tensor(pair.theirs))
-        ready[pair.name] = made[id(old)]
-        moved[i] = Pair(pair.theirs, evolve(pair.ours, storage=first + pair.theirs.storage, offset=pair.theirs.offset))
-    regions = memory.regions(ours) + [evolve(region, id=first + region.id) for region in fresh.regions]
-    olds = {id(tensors[pair.name]): tensors[pair.name] for pair in meta}
-    return Target(moved, ready, regions, [(olds[i], new) for i, new in made.items()], [memory, fresh])
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    with _plain_mode():
+        for pair in meta:
+            old = tensors[pair.name]
+            if id(old) not in made:
+                made[id(old)] = old, _like(old, fresh.tensor(pair.theirs))
+            ready[pair.name] = made[id(old)][1]
+    # New storages are numbered as the seed's are, and ours that have memory come behind them.
+    behind = len(theirs.storages)
+    moved = [Pair(pair.theirs, pair.theirs) for pair in meta]
+    moved += [
+        Pair(pair.theirs, evolve(pair.ours, storage=behind + pair.ours.storage))
+        for pair in pairs
+        if not tensors[pair.name].is_meta
+    ]
+    regions = [evolve(region, id=behind + region.id) for region in memory.regions(ours)]
+    return Target(moved, ready, [*fresh.regions, *regions], list(made.values()), [memory, fresh])
 
 
 def build(theirs: ModelLayout, device: Device) -> Target:
@@ -92,11 +98,12 @@ def build(theirs: ModelLayout, device: Device) -> Target:
     fresh = allocate(theirs, range(len(theirs.storages)), device)
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
-    for tensor in theirs.tensors:
-        key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
-        if key not in made:
-            made[key] = fresh.tensor(tensor)
-        tensors[tensor.name] = made[key]
+    with _plain_mode():
+        for tensor in theirs.tensors:
+            key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
+            if key not in made:
+                made[key] = fresh.tensor(tensor)
+            tensors[tensor.name] = made[key]
     return Target([Pair(t, t) for t in theirs.tensors], tensors, fresh.regions, [], [fresh])
 
 
@@ -107,23 +114,25 @@ class Fresh:
     buffers: Mapping[torch.device, torch.Tensor]
     spots: Mapping[int, tuple[torch.device, int, int]]
     """By storage: its device, where it begins in the device's buffer, and its bytes."""
+    storages: Mapping[torch.device, torch.UntypedStorage]
 
     @property
     def regions(self) -> list[Region]:
         """One for each storage that has bytes, with the storage's index as its id."""
+        bases = {device: (buffer.data_ptr(), str(device)) for device, buffer in self.buffers.items()}
         return [
-            Region(storage, self.buffers[device].data_ptr() + start, nbytes, str(device))
+            Region(storage, bases[device][0] + start, nbytes, bases[device][1])
             for storage, (device, start, nbytes) in self.spots.items()
             if nbytes
         ]
 
     def tensor(self, layout: TensorLayout) -> torch.Tensor:
-        """A tensor in its storage, with a version counter of its own."""
+        """A tensor in its storage, with a version counter of its own. To be called in `_plain_mode`."""
         device, start, _ = self.spots[layout.storage]
-        with torch.inference_mode(False), torch.no_grad():
-            made = torch.empty(0, dtype=layout.torch_dtype, device=device)
-            offset = (start + layout.offset) // made.element_size()
-            return made.set_(self.buffers[device].untyped_storage(), offset, layout.shape, layout.stride)
+        dtype = layout.torch_dtype
+        made = torch.empty(0, dtype=dtype, device=device)
+        offset = (start + layout.offset) // dtype.itemsize
+        return made.set_(self.storages[device], offset, layout.shape, layout.stride)
 
 
 def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fresh:
@@ -139,7 +148,7 @@ def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fr
         ends[on] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
     with torch.inference_mode(False):
         buffers = {on: torch.empty(max(end, 1), dtype=torch.uint8, device=on) for on, end in ends.items()}
-    return Fresh(buffers, spots)
+    return Fresh(buffers, spots, {on: buffer.untyped_storage() for on, buffer in buffers.items()})
 
 
 def place(storages: Sequence[StorageLayout], device: Device) -> Callable[[StorageLayout], torch.device]:
@@ -177,10 +186,16 @@ def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """The new tensor in the old one's clothes: class, attributes, requires_grad."""
     if weakref.getweakrefcount(old):
         raise ValueError("a meta tensor of the model has a weak reference, so it cannot take memory; drop that first")
-    with torch.inference_mode(False):
-        if type(old) is torch.Tensor:
-            made = new.requires_grad_(old.requires_grad)
-        else:
-            made = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
+    if type(old) is torch.Tensor:
+        made = new.requires_grad_(old.requires_grad)
+    else:
+        made = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
     made.__dict__.update(old.__dict__)
     return made
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    """Whatever the caller's mode: tensors made inside are ordinary ones, and making them is not recorded."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
