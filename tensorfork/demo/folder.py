@@ -59,7 +59,7 @@ class Folder:
         """See `Subject.compute`."""
         if getattr(model, "main_input_name", "input_ids") != "input_ids":
             return nothing_to_run(f"its inputs are {model.main_input_name}, and the demo has only text")
-        inputs, shown = self._inputs()
+        inputs, shown, kind = self._inputs()
         if self._config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
         found = model(**inputs, output_hidden_states=True)
@@ -67,7 +67,7 @@ class Folder:
         last = _last_hidden(found)
         mask = inputs["attention_mask"].unsqueeze(-1).to(last.dtype)
         vectors = (last * mask).sum(1) / mask.sum(1)
-        return Outcome({**outputs, "vectors": vectors}, shown, list(vectors.shape), similarities(vectors))
+        return Outcome({**outputs, "vectors": vectors}, shown, kind, list(vectors.shape), similarities(vectors))
 
     def _class(self) -> Any:
         """The class that config.json names, or the one transformers would choose."""
@@ -76,16 +76,17 @@ class Folder:
                 return getattr(transformers, name)
         return transformers.AutoModel
 
-    def _inputs(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+    def _inputs(self) -> tuple[dict[str, torch.Tensor], list[str], str]:
         if any((self._path / name).exists() for name in _TOKENIZERS):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-            return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt")), SENTENCES
+            return dict(tokenizer(SENTENCES, padding=True, return_tensors="pt")), SENTENCES, "sentences"
         size = self._config.get_text_config().vocab_size
         ids = torch.randint(0, size, (len(SENTENCES), TOKENS), generator=torch.Generator().manual_seed(0))
-        shown = [f"random token ids ({i + 1}); the folder has no tokenizer" for i in range(len(SENTENCES))]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, shown
+        shown = [f"random token ids, row {i + 1}" for i in range(len(SENTENCES))]
+        kind = "rows of random token ids (the folder has no tokenizer)"
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, shown, kind
 
 
 def _still(model: Any) -> torch.nn.Module:

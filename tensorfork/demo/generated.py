@@ -50,8 +50,9 @@ class Generated:
         ids = torch.randint(0, self.vocabulary, (PROMPTS, TOKENS), generator=torch.Generator().manual_seed(0))
         hidden = model(ids)
         vectors = hidden.float().mean(1)
-        shown = [f"random token ids ({i + 1})" for i in range(PROMPTS)]
-        return Outcome({"hidden": hidden, "vectors": vectors}, shown, list(vectors.shape), similarities(vectors))
+        shown = [f"random token ids, row {i + 1}" for i in range(PROMPTS)]
+        outputs = {"hidden": hidden, "vectors": vectors}
+        return Outcome(outputs, shown, "rows of random token ids", list(vectors.shape), similarities(vectors))
 
 
 class Network(nn.Module):

@@ -1,6 +1,7 @@
 """The demo on a terminal: 80 columns are enough, and where it is not a terminal it is plain text."""
 
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -8,11 +9,11 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tensorfork.demo.sizes import show_seconds
+from tensorfork.demo.sizes import show_seconds, show_speed
 
 INDENT = (0, 0, 0, 2)
 MARK = 10
@@ -50,21 +51,28 @@ class Screen:
             TextColumn(f"{what:<{MARK}}", style="bold"),
             BarColumn(bar_width=36),
             DownloadColumn(),
-            TransferSpeedColumn(),
+            TextColumn("{task.fields[speed]}"),
         )
+        since = time.perf_counter()
+
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda moved, total: bar.update(task, completed=moved, total=total)
+            task = bar.add_task(what, total=None, speed="")
+
+            def moved(nbytes: int, total: int) -> None:
+                speed = show_speed(nbytes, time.perf_counter() - since)
+                bar.update(task, completed=nbytes, total=total, speed=speed)
+
+            yield moved
 
     def phases(self, report: Mapping[str, Any]) -> None:
         """Where a fork's time went."""
         table = _table("phase", ">time", ">share", "")
         total = report["total"]
         for name, seconds in report["seconds"].items():
-            speed = f"{report['gbps']:.2f} GB/s" if name == "transfer" else ""
+            speed = show_speed(report["nbytes"], seconds) if name == "transfer" else ""
             table.add_row(name, show_seconds(seconds), f"{seconds / total:.0%}", speed)
         table.add_section()
-        table.add_row("all", show_seconds(total), "", f"{report['nbytes'] / total / 1e9:.2f} GB/s", style="bold")
+        table.add_row("all", show_seconds(total), "", show_speed(report["nbytes"], total), style="bold")
         self._show(table)
 
     def similarities(self, inputs: Sequence[str], ours: Sequence[float], theirs: Sequence[float]) -> None:
@@ -80,7 +88,7 @@ class Screen:
         fork = rows[0][1]
         for what, seconds, nbytes in rows:
             beside = f"{fork / seconds:.1f} x faster" if seconds < fork else f"{seconds / fork:.1f} x slower"
-            speed = f"{nbytes / seconds / 1e9:.2f} GB/s"
+            speed = show_speed(nbytes, seconds)
             table.add_row(what, show_seconds(seconds), speed, "" if seconds == fork else beside)
         self._show(table)
 

@@ -29,3 +29,9 @@ def show_size(nbytes: float) -> str:
 def show_seconds(seconds: float) -> str:
     """Seconds as a person reads them."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def show_speed(nbytes: float, seconds: float) -> str:
+    """Bytes a second as a person reads them: GB/s, or MB/s below 0.1 GB/s."""
+    speed = nbytes / seconds if seconds else 0.0
+    return f"{speed / 1e9:.2f} GB/s" if speed >= 1e8 else f"{speed / 1e6:.1f} MB/s"

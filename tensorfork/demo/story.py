@@ -54,7 +54,7 @@ def tell(options: Options, screen: Screen) -> bool:
         equal = _Act(options, screen, room / "1").folder(folder, MINILM if options.model is None else folder.name)
         if options.model is None or options.size is not None:
             equal &= _Act(options, screen, room / "2").generated(size_for(options.size, room))
-    screen.verdict(equal, "Everything is equal." if equal else "Something differs: see above.")
+    screen.verdict(equal, "Everything that was compared is equal." if equal else "Something differs: see above.")
     return equal
 
 
@@ -107,9 +107,10 @@ class _Act:
 
     def _pull(self, fork: Worker, subject: Mapping[str, Any], address: str) -> Mapping[str, Any]:
         built = fork.ask("build", subject=subject)
+        source = "its configuration" if "folder" in subject else "its dimensions"
         self._screen.line(
             "fork",
-            f"process {fork.pid} builds the same network without weights, from its configuration alone: "
+            f"process {fork.pid} builds the same network on the meta device, from {source} alone: "
             f"{built['held']} bytes in {show_seconds(built['seconds'])}",
         )
         options = self._options
@@ -138,9 +139,9 @@ class _Act:
             wanted = seed.ask("compute", into=str(theirs))
             got = fork.ask("compute", into=str(ours))
         if not wanted["numbers"]:
-            self._screen.line("both", f"not run: {wanted['inputs'][0]}")
+            self._screen.line("both", f"do not run the model: {wanted['kind']}")
             return True
-        self._screen.line("both", f"run the model on the same {len(wanted['inputs'])} inputs")
+        self._screen.line("both", f"run the model on the same {len(wanted['inputs'])} {wanted['kind']}")
         self._screen.similarities(wanted["inputs"], got["similarities"], wanted["similarities"])
         equal = filecmp.cmp(theirs, ours, shallow=False)
         count, length = wanted["shape"]
@@ -161,9 +162,10 @@ class _Act:
                 page_cache.drop(files[0])
                 reads.append(reader.ask("read", paths=paths))
         moved, total = report["nbytes"], report["total"]
-        rows = [(f"fork over {report['transport']}, whole", total, moved)]
+        rows = [(f"fork over {report['transport']}, all phases", total, moved)]
         rows += [(f"load_file, {_warmth(read['warm'])}", read["seconds"], read["nbytes"]) for read in reads]
         self._screen.comparison(rows)
+        self._screen.line("", "load_file is safetensors'; every byte then goes into the process's own memory.")
 
     def _worker(self, name: str, folder: Path) -> Worker:
         return Worker(name, folder, self._options.timeout)
@@ -220,11 +222,12 @@ def _copy_all_but_weights(folder: Path, into: Path) -> None:
 
 
 def _warmth(share: float | None) -> str:
+    """How a file was when it was read, from the share of it that was in the page cache."""
     if share is None:
-        return "warm or cold is not known"
-    if share > 0.99:
-        return "file warm in the page cache"
-    return "file cold" if share < 0.01 else f"file {share:.0%} in the page cache"
+        return "warm or cold unknown"
+    if 0.01 <= share <= 0.99:
+        return f"{share:.0%} in the page cache"
+    return "warm: in the page cache" if share > 0.5 else "cold: from the disk"
 
 
 @contextmanager

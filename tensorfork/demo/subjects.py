@@ -19,12 +19,14 @@ class Outcome:
     Attributes:
         outputs: every tensor that came out, by name.
         inputs: what went in, as a person reads it.
+        kind: what that is: sentences, rows of token ids; or, where nothing came out, why.
         shape: of the vectors: how many, and how long.
         similarities: the cosine of the first vector with each; empty where that means nothing.
     """
 
     outputs: Mapping[str, torch.Tensor]
     inputs: list[str]
+    kind: str
     shape: list[int]
     similarities: list[float]
 
@@ -84,4 +86,4 @@ def similarities(vectors: torch.Tensor) -> list[float]:
 
 def nothing_to_run(why: str) -> Outcome:
     """The outcome where the demo does not know what to put in."""
-    return Outcome({}, [why], [], [])
+    return Outcome({}, [], why, [], [])

@@ -91,6 +91,7 @@ class Worker:
         return {
             "seconds": spent,
             "inputs": outcome.inputs,
+            "kind": outcome.kind,
             "shape": outcome.shape,
             "similarities": outcome.similarities,
             "numbers": sum(t.numel() for t in outcome.outputs.values()),
