@@ -1,6 +1,6 @@
 """Checksums of tensors: 64 bits each, the same on CPU and GPU, against accident rather than attackers.
 
-In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 32
+In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 128
 MiB, as little-endian 64-bit words, the last one filled up with zeros. All arithmetic is on integers modulo 2^64, so
 the order of additions does not matter, and every device gets the same result. For each segment x[0..n) three families
 of sums are taken:
@@ -105,7 +105,7 @@ class _Pace:
 
 
 _PACES = {
-    "cpu": _Pace(31 * WIDTH, 31 * WIDTH, 15 * WIDTH, 31 * WIDTH, _gather_on_host),
+    "cpu": _Pace(31 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, _gather_on_host),
     "cuda": _Pace(_WORDS, 1 << 20, 1 << 14, 320 << 10, _gather_on_device),
 }
 
@@ -293,16 +293,16 @@ def _sum(x: torch.Tensor, at: int, slots: torch.Tensor, block: int) -> None:
     n = x.shape[1]
     if n == 1:
         for slot in (at % WIDTH, WIDTH + at % OTHER_WIDTH, COLUMNS + at // WIDTH):
-            slots[:, slot] += x[:, 0]
+            _cut(slots, slot, 1).add_(x)
         return
     head = min(n, -at % OTHER_WIDTH)  # to where the columns of the other width begin anew
     full, full_other = n // WIDTH, (n - head) // OTHER_WIDTH
     rows, others = _cut(x, 0, full, WIDTH), _cut(x, head, full_other, OTHER_WIDTH)
     row_slots = _cut(slots, COLUMNS + at // WIDTH, full)
-    if not at and x.numel() <= block:  # nothing is in the slots yet
+    if x.numel() <= block:
         torch.sum(rows, 2, out=row_slots)
-        torch.sum(rows, 1, out=_cut(slots, 0, WIDTH))
-        torch.sum(others, 1, out=_cut(slots, WIDTH, OTHER_WIDTH))
+        _cut(slots, 0, WIDTH).add_(rows.sum(1))
+        _cut(slots, WIDTH, OTHER_WIDTH).add_(others.sum(1))
     else:
         _sum_blocks(rows, row_slots, others, slots, block)
     if head:
@@ -310,7 +310,7 @@ def _sum(x: torch.Tensor, at: int, slots: torch.Tensor, block: int) -> None:
     if rest := n - full * WIDTH:
         last = _cut(x, n - rest, rest)
         _cut(slots, 0, rest).add_(last)
-        slots[:, COLUMNS + at // WIDTH + full] += last.sum(1)
+        _cut(slots, COLUMNS + at // WIDTH + full, 1).add_(last.sum(1, keepdim=True))
     if rest := n - head - full_other * OTHER_WIDTH:
         _cut(slots, WIDTH, rest).add_(_cut(x, n - rest, rest))
 
