@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -83,6 +84,8 @@ def _one(base: Bench, case: cases.Case, seconds: float) -> dict[str, Any]:
         except (Failed, Lost) as error:
             late = time.monotonic() >= bench.deadline
             status, why = ("cut off", "its time was over") if late else ("failed", str(error))
+        except Exception:  # a mistake of ours in one case must not cost the others
+            status, why = "failed", traceback.format_exc()
     return _result(case, outcome, status, why, time.monotonic() - began)
 
 

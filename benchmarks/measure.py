@@ -1,6 +1,8 @@
 """Rounds, medians, ratios and goals."""
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 from benchmarks.process import Failed, Skipped
 
 Measure = Callable[[], Any]
+BIN = 1.01
+"""Each bin of a distribution reaches one percent further than the one before it."""
 
 
 @dataclass
@@ -92,3 +96,15 @@ def best(samples: Mapping[str, Sequence[float]]) -> tuple[str | None, Sequence[f
         return None, ()
     name = max(there, key=lambda name: statistics.median(there[name]))
     return name, there[name]
+
+
+def distribution(spent: list[float]) -> dict[str, Any]:
+    """Percentiles, and a histogram: how many steps took less than each bound and more than the one before, in ms."""
+    ordered = sorted(spent)
+    found: dict[str, Any] = {
+        name: ordered[min(len(ordered) - 1, math.ceil(len(ordered) * share) - 1)]
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999))
+    }
+    bins = Counter(math.ceil(math.log(max(value, 1e-3), BIN)) for value in ordered)
+    found |= {"steps": len(ordered), "mean": sum(ordered) / len(ordered), "max": ordered[-1]}
+    return found | {"histogram": [[round(BIN**number, 5), count] for number, count in sorted(bins.items())]}

@@ -1,8 +1,6 @@
 """What a seed does all day: small steps, one after another, each of which somebody waits for."""
 
-import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +8,6 @@ import torch
 
 from benchmarks.worker.state import Skip, State
 
-BIN = 1.01
-"""Each bin of a distribution reaches one percent further than the one before it."""
 CONTEXT = 256
 """Tokens after which the generation begins anew."""
 
@@ -24,26 +20,14 @@ def prepare(state: State, *, load: str) -> None:
     state.kept["step"] = step
 
 
-def run(state: State, *, seconds: float) -> dict[str, Any]:
-    """Step after step, each waited for; how long they took, in ms."""
+def run(state: State, *, seconds: float) -> list[float]:
+    """Step after step, each waited for; how long each took, in ms."""
     step, spent = state.kept["step"], list[float]()
     end = time.perf_counter() + seconds
     while (began := time.perf_counter()) < end:
         step()
-        spent.append(1e3 * (time.perf_counter() - began))
-    return distribution(spent)
-
-
-def distribution(spent: list[float]) -> dict[str, Any]:
-    """Percentiles, and a histogram: how many steps took less than each bound and more than the one before, in ms."""
-    ordered = sorted(spent)
-    found: dict[str, Any] = {
-        name: ordered[min(len(ordered) - 1, math.ceil(len(ordered) * share) - 1)]
-        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999))
-    }
-    bins = Counter(math.ceil(math.log(max(value, 1e-3), BIN)) for value in ordered)
-    found |= {"steps": len(ordered), "mean": sum(ordered) / len(ordered), "max": ordered[-1]}
-    return found | {"histogram": [[round(BIN**number, 5), count] for number, count in sorted(bins.items())]}
+        spent.append(round(1e3 * (time.perf_counter() - began), 4))
+    return spent
 
 
 def _gemm(state: State) -> Callable[[], None]:
@@ -113,8 +97,10 @@ def _loop(state: State) -> Callable[[], None]:
         for _ in range(times):
             y = torch.tanh(y @ x)
 
-    work(10)
-    began = time.perf_counter()
-    work(20)
-    times = max(1, round(20 * 0.002 / (time.perf_counter() - began)))
+    def timed(times: int) -> float:
+        began = time.perf_counter()
+        work(times)
+        return time.perf_counter() - began
+
+    times = max(1, round(10 * 0.002 / min(timed(10) for _ in range(50))))
     return lambda: work(times)
