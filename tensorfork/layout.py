@@ -163,7 +163,7 @@ class Memory:
     def regions(self, layout: ModelLayout) -> list[Region]:
         """One region for each storage that has bytes and memory, with the storage's index as its id."""
         return [
-            Region(index, address, storage.nbytes, storage.device)
+            Region(index, address, storage.nbytes, storage.device, self)
             for index, (address, storage) in enumerate(zip(self.addresses, layout.storages, strict=True))
             if address is not None and storage.nbytes
         ]

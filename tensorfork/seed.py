@@ -206,6 +206,8 @@ class _Service:
         self._listener.close(deadline)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        for transport in self._transports.values():
+            transport.forget(self._regions)
 
     def _make_welcome(self) -> wire.Welcome:
         offered = {}

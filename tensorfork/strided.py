@@ -38,7 +38,7 @@ class Scratch:
     def regions(self) -> list[Region]:
         """One for each device."""
         return [
-            Region(_FIRST_ID + i, buffer.data_ptr(), buffer.nbytes, str(device))
+            Region(_FIRST_ID + i, buffer.data_ptr(), buffer.nbytes, str(device), buffer)
             for i, (device, buffer) in enumerate(self.buffers.items())
         ]
 

@@ -121,7 +121,7 @@ class Fresh:
         """One for each storage that has bytes, with the storage's index as its id."""
         bases = {device: (buffer.data_ptr(), str(device)) for device, buffer in self.buffers.items()}
         return [
-            Region(storage, bases[device][0] + start, nbytes, bases[device][1])
+            Region(storage, bases[device][0] + start, nbytes, bases[device][1], self.storages[device])
             for storage, (device, start, nbytes) in self.spots.items()
             if nbytes
         ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import Any, ClassVar, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 Facts = Mapping[str, Any]
 """What one side can do, as values msgpack carries: None, bool, int, float, str, bytes, lists and dicts of them."""
@@ -20,12 +20,17 @@ Facts = Mapping[str, Any]
 
 @frozen
 class Region:
-    """A stretch of this process's memory that a transport may touch. Raw addresses live here and nowhere else."""
+    """A stretch of this process's memory that a transport may touch. Raw addresses live here and nowhere else.
+
+    `owner` is what keeps that memory alive. A transport whose library goes on writing after a failure, and cannot be
+    stopped, holds on to it until that is over.
+    """
 
     id: int
     address: int
     nbytes: int
     device: str
+    owner: Any = field(default=None, eq=False, repr=False)
 
 
 @frozen
@@ -143,6 +148,9 @@ class Transport(ABC):
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
         """Pure: why these two cannot use this transport, with the remedy, or None if they can."""
         return None
+
+    def forget(self, regions: Sequence[Region]) -> None:  # noqa: B027  # most keep nothing
+        """The seed that offered these regions has closed. What was kept ready for further leases is let go of."""
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """The regions it would rather touch, and where in them each of the given ones begins.
