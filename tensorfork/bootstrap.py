@@ -6,6 +6,7 @@ deadline, and a channel for each lease. Neither knows what the messages mean.
 """
 
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -26,6 +27,8 @@ from tensorfork.errors import (
     TransportUnavailable,
 )
 from tensorfork.sockets import Address, Bell, bind, connect, make, milliseconds, resolve
+
+log = logging.getLogger("tensorfork")
 
 M = TypeVar("M")
 Answer = Callable[..., None]
@@ -127,7 +130,11 @@ class Listener:
         def answer(reply: wire.Reply, frames: Sequence[bytes] = ()) -> None:
             self.say(peer, reply, number, frames)
 
-        self._handle(peer, message, answer)
+        try:
+            self._handle(peer, message, answer)
+        except Exception as error:  # one request must not end the thread that answers all
+            log.exception("answering a %s failed", type(message).__name__)
+            answer(wire.Refused(wire.BUSY, f"the seed failed to answer: {error!r:.1000}"))
 
     def _send(self) -> None:
         while self._outbox:
@@ -161,8 +168,8 @@ class Conversation:
         self._said: dict[bytes, queue.SimpleQueue[bytes]] = {}
         self._met = False
         self._strangers = 0
+        self._unanswered = False
         self._refusals = 0
-        self._gone = False
         connect(self._socket, resolved)
 
     def ask(self, request: wire.Request, expect: type[M], deadline: float, step: str) -> tuple[M, list[bytes]]:
@@ -252,13 +259,20 @@ class Conversation:
             raise PeerUnreachable(f"{self.peer}: the seed closed the connection, or died (at step {step})")
         elif event == zmq.Event.CONNECT_RETRIED:
             self._refusals += 1
-        elif event in (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.HANDSHAKE_FAILED_NO_DETAIL):
-            self._strangers += 1
+        elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+            self._strangers, self._unanswered = self._strangers + 1, True
             if self._strangers >= 3:  # once may be a seed that is just ending
-                raise ProtocolError(
-                    f"{self.peer}: what listens there does not speak ZeroMQ; we speak version {wire.VERSION} of the "
-                    "tensorfork protocol. Check the port: it should be the one of seed.address."
-                )
+                raise self._stranger()
+        elif event == zmq.Event.DISCONNECTED and self._unanswered:
+            self._unanswered = False  # libzmq tries again
+        elif event in (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.DISCONNECTED):
+            raise self._stranger()  # and libzmq does not try again
+
+    def _stranger(self) -> ProtocolError:
+        return ProtocolError(
+            f"{self.peer}: what listens there does not speak ZeroMQ, or not as a seed does; we speak version "
+            f"{wire.VERSION} of the tensorfork protocol. Check the port: it should be the one of seed.address."
+        )
 
     def _read(self, frame: bytes, step: str) -> tuple[int, Any]:
         try:
