@@ -199,11 +199,11 @@ class _Service:
 
     def close(self, deadline: float) -> None:
         self._digests.close()
+        self._listener.close(deadline)  # first, so that no lease is taken behind our back
         with self._lock:
             leases, threads = list(self._leases.values()), list(self._threads)
         for lease in leases:
             lease.end()
-        self._listener.close(deadline)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         for transport in self._transports.values():
@@ -417,8 +417,12 @@ class _Digests:
 
 def _advertised(text: str) -> tuple[str, int | None]:
     """A host, or a host and a port."""
-    try:
-        address = Address.parse(text)
-    except ValueError:
-        return text.removeprefix("tcp://").removeprefix("[").removesuffix("]"), None
-    return address.host, address.port
+    bare = text.removeprefix("tcp://")
+    for written in (text, f"{bare}:*", f"[{bare}]:*"):
+        try:
+            address = Address.parse(written)
+        except ValueError:
+            continue
+        if not address.is_wildcard:
+            return address.host, address.port
+    raise ValueError(f"advertise={text!r} is not an address by which forks can come; give a host, or host:port")

@@ -4,6 +4,8 @@ libzmq's defaults are made for friends: no limit on a message, 30 s for a handsh
 hears from anybody, so nothing here is left at its default.
 """
 
+import ipaddress
+import re
 import socket
 import threading
 import time
@@ -16,6 +18,7 @@ from tensorfork.errors import PeerUnreachable
 
 HANDSHAKE_MS = 5_000
 WILDCARDS = {"0.0.0.0", "*", "::"}
+_ADDRESS = re.compile(r"(?:tcp://)?(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^\s:/\[\]]+)):(?P<port>\*|\d{1,5})")
 
 
 @frozen
@@ -28,11 +31,11 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> "Address":
         """From ``tcp://host:port`` or ``host:port``; a port of ``*`` becomes None. Raises `ValueError`."""
-        host, separator, port = text.removeprefix("tcp://").rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not separator or not host or "/" in host or not (port == "*" or (port.isdecimal() and int(port) < 65536)):
+        found = _ADDRESS.fullmatch(text)
+        port = None if found is None or found["port"] == "*" else int(found["port"])
+        if found is None or (port or 0) > 65535 or not (found["host"] or _is_ipv6(found["v6"])):
             raise ValueError(f"{text!r} is not an address; write tcp://host:port, or tcp://[::1]:port for IPv6")
-        return cls(host, None if port == "*" else int(port))
+        return cls(found["host"] or found["v6"], port)
 
     @property
     def is_wildcard(self) -> bool:
@@ -42,6 +45,13 @@ class Address:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"tcp://{host}:{'*' if self.port is None else self.port}"
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
 
 
 def resolve(address: Address, deadline: float) -> Address:
@@ -54,7 +64,7 @@ def resolve(address: Address, deadline: float) -> Address:
     def look_up() -> None:
         try:
             found.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][4][0])
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
             found.append(error)
 
     thread = threading.Thread(target=look_up, name="tensorfork-resolve", daemon=True)
