@@ -5,11 +5,12 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.process import Skipped, Worker
+from benchmarks.process import Failed, Skipped, Worker
 
 START = 120.0
 """Seconds a worker may take to import everything and make a CUDA context."""
@@ -80,20 +81,19 @@ class Bench:
         left = self.deadline - time.monotonic()
         return worker.result(max(1.0, min(timeout or self.timeout, left)))
 
-    def both(self, first: Worker, second: Worker, call: str, **arguments: Any) -> Any:
-        """Ask two workers that need one another; the result of the second."""
-        first.post(call, **arguments)
-        second.post(call, **arguments)
-        errors = []
-        results = []
-        for worker in (first, second):
+    def all(self, workers: Sequence[Worker], call: str, *, timeout: float | None = None, **arguments: Any) -> list[Any]:
+        """Ask several at once, each of which may need the others; their results."""
+        for worker in workers:
+            worker.post(call, **arguments)
+        results, errors = [], list[Exception]()
+        for worker in workers:  # each is heard, also when another failed: the next answer is to be the next call's
             try:
-                results.append(self.result(worker))
-            except Skipped as error:
+                results.append(self.result(worker, timeout))
+            except (Skipped, Failed) as error:
                 errors.append(error)
         if errors:
             raise errors[0]
-        return results[1]
+        return results
 
     def folder(self, room: int) -> str:
         """A folder that is removed when the case ends: in memory, or else where temporary files go.

@@ -25,10 +25,7 @@ def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transp
     """
     seed = bench.start("seed", bench.source, alone=True)
     fork = bench.start("fork", bench.sink, alone=True)
-    for worker in (seed, fork):
-        worker.post("sides.warm_up", transport=transport)
-    for worker in (seed, fork):
-        bench.result(worker, START)
+    bench.all((seed, fork), "sides.warm_up", timeout=START, transport=transport)
     bench.ask(seed, "steps.prepare", timeout=START, load=load)
     if shape is not None:
         bench.ask(seed, "models.build", shape=bench.shape(shape), placement="placed", fill=True)

@@ -1,6 +1,7 @@
 """The limits that a fork is held against, measured beside it in workers of their own."""
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.bench import START, Bench, free_port
@@ -45,27 +46,20 @@ def send(bench: Bench, outcome: Outcome) -> dict[str, Measure]:
         outcome.skipped[SEND] = "NCCL refuses two ranks on one GPU"
         return {}
     pair = [bench.start(f"nccl{rank}", device) for rank, device in enumerate((bench.source, bench.sink))]
-    for worker in pair:
-        worker.post("raw.buffers", nbytes=buffer(bench))
-    for worker in pair:
-        bench.result(worker, START)
-    outcome.detail["nccl_join_seconds"] = join(bench, *pair)
-    return {SEND: lambda: bench.both(*pair, "raw.nccl_send")}
+    bench.all(pair, "raw.buffers", timeout=START, nbytes=buffer(bench))
+    outcome.detail["nccl_join_seconds"] = join(bench, pair)
+    return {SEND: lambda: bench.all(pair, "raw.nccl_send")[1]}
 
 
-def join(bench: Bench, first: Worker, second: Worker) -> float:
+def join(bench: Bench, pair: Sequence[Worker]) -> float:
     """Make a group of the two; seconds."""
-    port = free_port()
-    first.post("raw.nccl_join", rank=0, port=port)
-    second.post("raw.nccl_join", rank=1, port=port)
-    return max(bench.result(first), bench.result(second))
+    return float(max(bench.all(pair, "raw.nccl_join", names=[worker.name for worker in pair], port=free_port())))
 
 
 def ipc(bench: Bench) -> dict[str, Measure]:
     """Across two processes, over an opened handle."""
     theirs, ours = bench.start("ipc source", bench.source), bench.start("ipc sink", bench.sink)
-    for worker in (theirs, ours):
-        bench.ask(worker, "raw.buffers", timeout=START, nbytes=buffer(bench))
+    bench.all((theirs, ours), "raw.buffers", timeout=START, nbytes=buffer(bench))
     bench.ask(ours, "raw.ipc_open", offer=bench.ask(theirs, "raw.ipc_offer"))
     return {IPC: lambda: bench.ask(ours, "raw.ipc_copy")}
 
@@ -83,8 +77,8 @@ def mooncake_tcp(bench: Bench, outcome: Outcome, shape: str = "1GiB/1") -> dict[
 def engines(bench: Bench, shape: str, *, nvlink: bool) -> Measure:
     """Two engines with a model of this shape each; reads the one's into the other's, an entry a tensor."""
     theirs, ours = bench.start("engine source", bench.source), bench.start("engine sink", bench.sink)
+    bench.all((theirs, ours), "sides.warm_up", timeout=START)
     for worker in (theirs, ours):
-        bench.ask(worker, "sides.warm_up", timeout=START, transport="transfer_engine")
         bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=worker is theirs)
     found = bench.ask(theirs, "peers.engine", nvlink=nvlink)
     bench.ask(ours, "peers.engine", nvlink=nvlink)
@@ -97,8 +91,7 @@ def engines(bench: Bench, shape: str, *, nvlink: bool) -> Measure:
 def cpu_case(bench: Bench, outcome: Outcome) -> None:
     """What the host moves: a core, and a connection."""
     seed, fork = bench.start("source", "cpu"), bench.start("sink", "cpu")
-    for worker in (seed, fork):
-        bench.ask(worker, "models.build", timeout=START, shape=bench.shape("1GiB/1"), placement="placed", fill=True)
+    bench.all((seed, fork), "models.build", timeout=START, shape=bench.shape("1GiB/1"), placement="placed", fill=True)
     _report(bench, outcome, memcpy(bench, fork) | tcp(bench, seed, fork))
 
 
@@ -121,9 +114,8 @@ def peers_case(bench: Bench, outcome: Outcome, *, shape: str) -> None:
     """What a user would do instead, with one model: the file again, a broadcast a parameter, an engine per tensor."""
     measures = raw(bench)
     pair = [bench.start(name, device) for name, device in (("source", bench.source), ("sink", bench.sink))]
-    for worker in pair:
-        bench.ask(worker, "sides.warm_up", timeout=START)
-        built = bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=True)
+    bench.all(pair, "sides.warm_up", timeout=START)
+    built = bench.all(pair, "models.build", shape=bench.shape(shape), placement="placed", fill=True)[0]
     try:
         path = f"{bench.folder(int(1.05 * built['nbytes']))}/model.safetensors"
         bench.ask(pair[1], "peers.save", path=path)
@@ -134,8 +126,8 @@ def peers_case(bench: Bench, outcome: Outcome, *, shape: str) -> None:
     if bench.source == bench.sink:
         outcome.skipped[name] = "NCCL refuses two ranks on one GPU"
     else:
-        outcome.detail["nccl_join_seconds"] = join(bench, *pair)
-        measures[name] = lambda: bench.both(*pair, "raw.nccl_broadcast")
+        outcome.detail["nccl_join_seconds"] = join(bench, pair)
+        measures[name] = lambda: bench.all(pair, "raw.nccl_broadcast")[1]
     try:
         measures["Mooncake NVLink, a read a tensor"] = engines(bench, shape, nvlink=True)
     except (Skipped, Failed, Lost) as error:

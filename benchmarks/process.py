@@ -100,7 +100,7 @@ class Worker:
     def _line(self, deadline: float, timeout: float) -> bytes:
         while b"\n" not in self._received:
             if not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise Lost(f"the worker {self.name} hung for {timeout:.0f} s and was killed:\n{self._stacks()}")
+                raise Lost(f"the worker {self.name} hung for {timeout:g} s and was killed:\n{self._stacks()}")
             try:
                 data = self._socket.recv(1 << 20)
             except ConnectionError:

@@ -16,8 +16,8 @@ DIGEST_CPU = 6.0
 def publish_case(bench: Bench, outcome: Outcome, *, shape: str) -> None:
     """Publish, and fork once with a thread in the seed that wants to run every millisecond."""
     seed, fork = bench.start("seed", bench.source), bench.start("fork", bench.sink)
+    bench.all((seed, fork), "sides.warm_up", timeout=START)
     for worker in (seed, fork):
-        bench.ask(worker, "sides.warm_up", timeout=START)
         built = bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=worker is seed)
 
     def once() -> dict[str, Any]:

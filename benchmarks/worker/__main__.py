@@ -28,7 +28,7 @@ def main() -> None:
             if state is None:
                 from benchmarks.worker.state import State
 
-                state = State(sys.argv[3])
+                state = State(sys.argv[2], sys.argv[3])
             connection.sendall(json.dumps(_answer(state, json.loads(line))).encode() + b"\n")
     if state is not None and state.seed is not None:
         state.seed.close()

@@ -124,15 +124,15 @@ def _timed(state: State, into: torch.Tensor, source: torch.Tensor) -> float:
 # NCCL: a group of two workers.
 
 
-def nccl_join(state: State, *, rank: int, port: int) -> float:
-    """Form the group, the first operation included; seconds."""
+def nccl_join(state: State, *, names: list[str], port: int) -> float:
+    """Form the group of these workers, the first operation included; seconds."""
     import torch.distributed as dist
 
     if not dist.is_nccl_available():
         raise Skip("this torch has no NCCL")
     torch.cuda.set_device(state.device)
     began = time.perf_counter()
-    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=names.index(state.name))
     nccl_meet(state)
     return time.perf_counter() - began
 

@@ -16,6 +16,7 @@ class State:
     """One worker's.
 
     Attributes:
+        name: its name.
         device: where its tensors are.
         model: what it publishes or fills, if it has built one.
         tensors: the model's tensors by name.
@@ -23,6 +24,7 @@ class State:
         kept: what the functions of one module leave for each other: sockets, groups, engines.
     """
 
+    name: str
     device: str
     model: Any = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
