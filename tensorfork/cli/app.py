@@ -30,19 +30,21 @@ def about(
 @app.command()
 def demo(
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face folder with safetensors, instead of the packaged MiniLM.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A Hugging Face folder with safetensors, instead of the packaged MiniLM."),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Size of the generated model, such as 512MiB or 8GiB; 2GiB by default.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Size of the generated model, such as 512MiB or 8GiB; 2GiB by default."),
     ] = None,
-    transport: Annotated[str, typer.Option(help="The transport to use, by name.")] = "auto",
-    timeout: Annotated[float, typer.Option(help="Seconds that each step may take.", min=1.0)] = 600.0,
+    transport: Annotated[str, typer.Option(metavar="NAME", help="The transport to use.")] = "auto",
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="What each step may take.", min=1.0)] = 600.0,
     verify: Annotated[bool, typer.Option(help="Compare the digest of every tensor with the seed's.")] = True,
 ) -> None:
     """Fork a model between two processes, and show that both compute the same, bit for bit.
 
     First the real weights of all-MiniLM-L6-v2, then a large generated model, beside the time its file takes to read.
-    With --model, that folder alone.
+    With --model, that folder, and a generated model only where --size asks for one.
     """
     try:
         nbytes = None if size is None else the_demo.parse_size(size)

