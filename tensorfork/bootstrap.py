@@ -26,13 +26,18 @@ from tensorfork.errors import (
     TensorForkError,
     TransportUnavailable,
 )
-from tensorfork.sockets import Address, Bell, bind, connect, make, milliseconds, resolve
+from tensorfork.sockets import Address, Bell, bind, connect, context, make, milliseconds, resolve
 
 log = logging.getLogger("tensorfork")
 
 M = TypeVar("M")
 Answer = Callable[..., None]
 """Takes a reply and the frames behind it; may be called from any thread, once."""
+
+UNREAD = 100
+"""Replies that wait for a fork which does not read; more are dropped."""
+COPY_BELOW = 1 << 10
+"""Longer frames are sent from where they lie: a layout's pages are the same for every fork and every request."""
 
 _WATCHED = (
     zmq.Event.HANDSHAKE_SUCCEEDED
@@ -52,8 +57,9 @@ class Listener:
 
     def __init__(self, address: Address, handle: Callable[[bytes, Any, Answer], None]) -> None:
         self._handle = handle
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = make(self._context, zmq.ROUTER, max_message=wire.MAX_REQUEST, queue=1000)
+        self._context = context()
+        self._socket = make(self._context, zmq.ROUTER, max_message=wire.MAX_REQUEST, queue=UNREAD)
+        self._socket.copy_threshold = COPY_BELOW
         self._socket.router_mandatory = True
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
@@ -158,7 +164,7 @@ class Conversation:
         if self.peer.port is None or self.peer.is_wildcard:
             raise ValueError(f"{peer!r} is where a seed listens, not where it is found; use what seed.address says")
         resolved = resolve(self.peer, deadline)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = context()
         self._socket = make(self._context, zmq.DEALER, max_message=wire.MAX_REPLY, queue=0)
         self._socket.reconnect_ivl = 50
         self._socket.reconnect_ivl_max = 500

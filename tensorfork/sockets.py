@@ -4,8 +4,11 @@ libzmq's defaults are made for friends: no limit on a message, 30 s for a handsh
 hears from anybody, so nothing here is left at its default.
 """
 
+import errno
 import ipaddress
+import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -17,6 +20,8 @@ from attrs import frozen
 from tensorfork.errors import PeerUnreachable
 
 HANDSHAKE_MS = 5_000
+DESCRIPTORS = 48
+"""File descriptors that must be free before a context is made; one with its sockets takes about a dozen."""
 WILDCARDS = {"0.0.0.0", "*", "::"}
 _ADDRESS = re.compile(r"(?:tcp://)?(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^\s:/\[\]]+)):(?P<port>\*|\d{1,5})")
 
@@ -76,6 +81,20 @@ def resolve(address: Address, deadline: float) -> Address:
             f"{address}: no such host (looking up the name): {answer}. Check the address the seed printed."
         ) from answer
     return Address(answer, address.port)
+
+
+def context(io_threads: int = 1) -> "zmq.Context[zmq.Socket[bytes]]":
+    """A context of its own. Raises `OSError` where it could take the last file descriptors of this process: libzmq
+    ends the process when it gets none, and whoever holds idle connections to a seed could have it do so.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = len(os.listdir("/proc/self/fd"))
+    if limit != resource.RLIM_INFINITY and used + DESCRIPTORS > limit:
+        raise OSError(
+            errno.EMFILE,
+            f"{used} of {limit} file descriptors are in use, too many to begin; raise the limit (ulimit -n)",
+        )
+    return zmq.Context(io_threads)
 
 
 def make(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, *, max_message: int, queue: int) -> "zmq.Socket[bytes]":

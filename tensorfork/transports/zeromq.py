@@ -27,7 +27,7 @@ from attrs import define, frozen
 from zmq.utils.monitor import recv_monitor_message
 
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
-from tensorfork.sockets import Address, Bell, bind, connect, make, milliseconds, resolve
+from tensorfork.sockets import Address, Bell, bind, connect, context, make, milliseconds, resolve
 from tensorfork.staging import RegionMemory, Slot
 from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
 
@@ -92,7 +92,7 @@ class _Export(Export):
     def __init__(self, regions: Sequence[Region], host: str, ports: range | None) -> None:
         self._memory = RegionMemory(regions, 4 * WINDOW, FRAME)
         self._token = secrets.token_bytes(16)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        self._context = _context(2)
         self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
         self._socket.router_mandatory = True
         self._socket.copy_threshold = COPY_BELOW
@@ -215,7 +215,7 @@ class _Session(Session):
     def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
         self._token, self._seed = token, seed
         self._memory = RegionMemory(regions, 2 * WINDOW, FRAME)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=min(connections, 4))
+        self._context = _context(min(connections, 4))
         self._lines = [self._connect() for _ in range(connections)]
         self._number = 0
         self._landing: deque[tuple[torch.cuda.Event, int]] = deque()
@@ -350,3 +350,10 @@ class _Session(Session):
     def _notice(self, line: _Line) -> None:
         recv_monitor_message(line.monitor)
         raise TransferFailed(f"{self._seed} closed the connection, or died")
+
+
+def _context(io_threads: int) -> "zmq.Context[zmq.Socket[bytes]]":
+    try:
+        return context(io_threads)
+    except OSError as error:
+        raise TransportUnavailable(f"zeromq: {error.strerror}") from error
