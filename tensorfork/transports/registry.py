@@ -14,9 +14,11 @@ from tensorfork.transports.base import Transport
 GROUP = "tensorfork.transports"
 BUILT_IN = {
     "cuda_ipc": "tensorfork.transports.cuda_ipc:CudaIpc",
+    "nccl": "tensorfork.transports.nccl:NCCL",
+    "gloo": "tensorfork.transports.nccl:Gloo",
     "zeromq": "tensorfork.transports.zeromq:ZeroMQ",
 }
-AUTO = ("cuda_ipc", "zeromq")
+AUTO = ("cuda_ipc", "nccl", "zeromq")
 """The order in which `transport="auto"` tries; third parties' transports are used only by name."""
 
 

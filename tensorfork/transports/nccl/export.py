@@ -1,0 +1,212 @@
+"""The seed's side of a lease: it waits for the fork's words, and sends the parcels that the fork asks for."""
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgpack
+from attrs import evolve
+
+from tensorfork import cuda
+from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, TransportUnavailable
+from tensorfork.sockets import WILDCARDS
+from tensorfork.transports.base import Channel, Export, Region, Site
+from tensorfork.transports.nccl.lanes import SEED, WINDOW, Ctas, Lane, Settings, make
+from tensorfork.transports.nccl.memory import Memory
+from tensorfork.transports.nccl.parcels import Stretch, read_page
+from tensorfork.transports.nccl.rendezvous import Watch, local_address, numeric, serve_store, together
+from tensorfork.transports.nccl.talk import MAX_PAIRS, Talk
+
+
+class GroupExport(Export):
+    """One lease of the seed's.
+
+    Args:
+        settings: what the fork is told of how to ask.
+        regions: the memory.
+        site: where to listen.
+        ports: the range in which to, or None.
+        rate_limit: bytes a second, or None.
+        joining: seconds that the making of a group may take.
+        stall: seconds after which a GPU's kernel that waits for the fork is ended.
+        deadline: when the lease ends.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        regions: Sequence[Region],
+        site: Site,
+        *,
+        ports: range | None,
+        rate_limit: float | None,
+        joining: float,
+        stall: float,
+        deadline: float,
+    ) -> None:
+        self._settings, self._memory = settings, Memory(regions)
+        self._site, self._deadline, self._joining, self._stall = site, deadline, joining, stall
+        self._token = secrets.token_hex(16)
+        self._pace = Pace(rate_limit)
+        self._lanes: list[Lane] = []
+        self._pairs: list[tuple[str, str]] = []
+        self._ended, self._serving = threading.Event(), threading.Lock()
+        self._store, port = serve_store(site.bind, ports, deadline)
+        ctas = [settings.ctas.fewest, settings.ctas.most, settings.ctas.cluster]
+        self.offer = msgpack.packb(
+            [self._token, port, settings.parcel, settings.bucket, settings.small, ctas, cuda.host()]
+        )
+
+    def serve(self, channel: Channel) -> None:
+        """See `Export.serve`."""
+        talk = Talk(channel)
+        with self._serving:
+            try:
+                while not self._ended.is_set():
+                    self._answer(talk.hear(self._deadline, self._look), talk)
+            except (TensorForkError, RuntimeError) as error:
+                if not self._ended.is_set():
+                    self._abort()
+                    self._fail(talk, error)
+            finally:
+                for lane in self._lanes:
+                    lane.close()
+
+    def close(self, deadline: float) -> bool:
+        """See `Export.close`."""
+        self._ended.set()
+        self._abort()
+        served = self._serving.acquire(timeout=max(0.1, deadline - time.monotonic()))
+        if served:
+            self._store = None
+            self._serving.release()
+        return served
+
+    def _answer(self, words: Sequence[Any], talk: Talk) -> None:
+        match words:
+            case ["join", list(pairs), [fewest, most, cluster], str(address)]:
+                self._join(pairs, Ctas(_few(fewest), _few(most), _few(cluster)), address, talk)
+            case ["parcels", bool(last), bytes(page)]:
+                self._send(last, page, talk)
+            case _:
+                raise ProtocolError(f"a message {words[0][:20]!r} came where none is expected")
+
+    def _join(self, pairs: Sequence[Any], ctas: Ctas, address: str, talk: Talk) -> None:
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        until = min(self._deadline, time.monotonic() + self._joining)
+        wanted = [self._pair(pair) for pair in pairs]
+        if len(self._pairs) + len(wanted) > MAX_PAIRS:
+            raise ProtocolError(f"more than {MAX_PAIRS} pairs of devices were asked for")
+        bind = self._site.bind
+        own = local_address(address) if bind in WILDCARDS else numeric(bind)
+        talk.say("ready", until=until)
+        settings = evolve(self._settings, ctas=ctas)
+
+        def look() -> None:
+            self._look()
+            if time.monotonic() > until:
+                raise TransportUnavailable("the group was not made in time")
+
+        def maker(number: int, pair: tuple[str, str]) -> Callable[[], Lane]:
+            store = PrefixStore(f"{self._token}/{number}", self._store)
+            return lambda: make(pair, store, SEED, self._memory, settings, own, until)
+
+        makers = [maker(number, pair) for number, pair in enumerate(wanted, len(self._pairs))]
+        self._lanes += together(makers, Lane.close, "tensorfork-join", look)
+        self._pairs += wanted
+        self._look()
+        talk.say("joined", until=until)
+
+    def _pair(self, pair: Any) -> tuple[str, str]:
+        match pair:
+            case [str(theirs), str(forks)] if theirs in self._memory.devices and len(forks) < 20:
+                return theirs, forks
+        raise ProtocolError(f"the seed has no memory on {str(pair)[:60]}")
+
+    def _send(self, last: bool, page: bytes, talk: Talk) -> None:
+        window: deque[tuple[Lane, Any]] = deque()
+        count = 0
+        with Watch(self._deadline, "the lease has ended", None, self._abort) as watch:
+
+            def finish() -> None:
+                lane, begun = window.popleft()
+                watch.until = min(self._deadline, time.monotonic() + self._stall)
+                lane.finish(begun, self._deadline, self._look)
+                watch.until = self._deadline
+
+            while True:
+                for number, packed, stretches in read_page(page):
+                    lane = self._checked(number, packed, stretches)
+                    self._pace.wait(sum(nbytes for _, _, nbytes in stretches), self._ended)
+                    if len(window) == WINDOW:
+                        finish()
+                    self._look()
+                    window.append((lane, lane.begin(stretches, packed)))
+                    count += 1
+                if last:
+                    break
+                last, page = self._next_page(talk)
+            while window:
+                finish()
+        talk.say("sent", count, until=self._deadline)
+
+    def _next_page(self, talk: Talk) -> tuple[bool, bytes]:
+        match words := talk.hear(self._deadline, self._look):
+            case ["parcels", bool(last), bytes(page)]:
+                return last, page
+        raise ProtocolError(f"a message {words[0][:20]!r} came where parcels are expected")
+
+    def _checked(self, number: int, packed: bool, stretches: Sequence[Stretch]) -> Lane:
+        """The lane, if everything asked for lies in the regions and fits into a bucket. Raises `ProtocolError`."""
+        if number >= len(self._lanes):
+            raise ProtocolError(f"there is no lane {number}")
+        device = self._pairs[number][SEED]
+        for stretch in stretches:
+            if not self._memory.holds(stretch, device):
+                raise ProtocolError("a stretch outside the leased regions was asked for")
+        if packed and sum(nbytes for _, _, nbytes in stretches) > self._settings.bucket:
+            raise ProtocolError("more was asked for than a bucket holds")
+        return self._lanes[number]
+
+    def _look(self) -> None:
+        if self._ended.is_set():
+            raise PeerUnreachable("the lease has ended")
+
+    def _abort(self) -> None:
+        for lane in list(self._lanes):
+            lane.abort()
+
+    def _fail(self, talk: Talk, error: BaseException) -> None:
+        """Tell the fork, if it is still there; to the seed, whatever happened means that the fork is gone."""
+        try:
+            talk.say("failed", str(error)[:4096], until=time.monotonic() + 1.0)
+        except PeerUnreachable:
+            pass
+        raise PeerUnreachable(f"the transfer ended: {error}") from error
+
+
+class Pace:
+    """Says when the next bytes may leave, so that no more than a number of them a second do."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._next = rate, 0.0
+
+    def wait(self, nbytes: int, ended: threading.Event) -> None:
+        """Until so many bytes may leave, or it is over."""
+        if self._rate is None:
+            return
+        now = time.monotonic()
+        self._next = max(self._next, now)
+        if self._next > now:
+            ended.wait(self._next - now)
+        self._next += nbytes / self._rate
+
+
+def _few(value: Any) -> int | None:
+    if value is None or (type(value) is int and 0 < value <= 64):
+        return value
+    raise ProtocolError(f"{str(value)[:20]!r} is no number of CTAs")

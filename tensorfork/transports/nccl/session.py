@@ -1,0 +1,279 @@
+"""The fork's side of a lease: it draws up the order, asks for it, and receives."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from threading import Event
+from typing import Any
+
+import msgpack
+from attrs import evolve
+
+from tensorfork import cuda
+from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
+from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
+from tensorfork.transports.nccl.lanes import FORK, WINDOW, Ctas, Lane, Settings, make
+from tensorfork.transports.nccl.memory import Memory
+from tensorfork.transports.nccl.parcels import Parcel, pages, schedule
+from tensorfork.transports.nccl.rendezvous import Task, Watch, local_address, reach_store, together
+from tensorfork.transports.nccl.talk import Talk
+
+LISTEN = 0.05
+"""Seconds between two looks at the channel while something is under way."""
+DRAINING = 2.0
+"""Seconds for a GPU to stop writing after an abort."""
+_undrained: list[tuple[Lane, Any]] = []
+"""What a GPU may still be writing to; kept for ever, since nothing says when it stops."""
+
+
+class GroupSession(Session):
+    """One lease, as the fork sees it.
+
+    Args:
+        offer: the seed's.
+        settings: our own; the smaller of both sides' sizes count.
+        seed: the seed's address, resolved.
+        joining: seconds that the making of a group may take.
+    """
+
+    def __init__(
+        self,
+        offer: bytes,
+        settings: Settings,
+        seed: str,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        joining: float,
+        deadline: float,
+    ) -> None:
+        self._token, port, self._settings, same_host = _read_offer(offer, settings)
+        self.fabric = "tcp" if not settings.nccl else "p2p" if same_host else "network"
+        self._seed, self._joining = seed, joining
+        self._remote = {region.id: region for region in remote}
+        self._memory = Memory(regions)
+        self._devices = {region.id: region.device for region in regions}
+        self._talk = Talk(channel)
+        self._lanes: list[Lane] = []
+        self._pairs: list[tuple[str, str]] = []
+        self._broken = False
+        until = min(deadline, time.monotonic() + joining)
+        self._store = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join").result(
+            _patience(until)
+        )
+        theirs, ours = {region.device for region in remote}, set(self._devices.values())
+        if len(theirs) == len(ours) == 1:  # else it is the copies that say which pairs are needed
+            self._join([(theirs.pop(), ours.pop())], deadline, lambda: None)
+
+    def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
+        """See `Session.pull`."""
+        if self._broken:
+            raise TransferFailed("this connection failed before; open another session")
+        if cancel.is_set() or time.monotonic() >= deadline:
+            raise TransferFailed("the transfer was cancelled" if cancel.is_set() else "the deadline is past")
+        pairs = [self._pair(copy) for copy in copies]
+        self._broken = True  # until it is over
+        window: deque[tuple[Parcel, Any]] = deque()
+        late = "not everything had arrived by the deadline"
+        with Watch(deadline, late, cancel, self._abort) as watch:
+            pull = _Pull(self._talk, watch, cancel, deadline, done)
+            try:
+                if missing := sorted(set(pairs) - set(self._pairs)):
+                    self._join(missing, deadline, pull.look)
+                numbers = [self._pairs.index(pair) for pair in pairs]
+                limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
+                pull.run(copies, schedule(copies, numbers, limits), self._lanes, window)
+            except BaseException as error:
+                undrained = self._drain(window)
+                if not isinstance(error, RuntimeError | TransferFailed | TransportUnavailable | PeerUnreachable):
+                    raise
+                reason = pull.reason(error)
+                raise TransferFailed(f"{self._seed}: {reason}", undrained=undrained) from error
+        self._broken = False
+
+    def close(self, deadline: float) -> None:
+        """See `Session.close`."""
+        lanes, self._lanes, self._store = self._lanes, [], None
+        self._broken = True
+        for lane in lanes:
+            lane.close()
+
+    def _join(self, pairs: Sequence[tuple[str, str]], deadline: float, look: Callable[[], object]) -> None:
+        """Make lanes for these pairs of devices, all at once. Raises `TransportUnavailable`, and leaves nothing."""
+        until = min(deadline, time.monotonic() + self._joining)
+        patience = _patience(until)
+        ctas = self._settings.ctas
+
+        def both() -> None:
+            patience()
+            look()
+
+        try:
+            own = local_address(self._seed)
+            self._talk.say("join", pairs, [ctas.fewest, ctas.most, ctas.cluster], own, until=until)
+            self._expect("ready", until, look)
+            makers = [self._maker(number, pair, own, until) for number, pair in enumerate(pairs, len(self._pairs))]
+            self._lanes += together(makers, Lane.close, "tensorfork-join", both)
+            self._pairs += pairs
+            self._expect("joined", until, look)
+        except (RuntimeError, PeerUnreachable, TransferFailed) as error:
+            raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
+
+    def _maker(self, number: int, pair: tuple[str, str], own: str, until: float) -> Callable[[], Lane]:
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        store = PrefixStore(f"{self._token}/{number}", self._store)
+        return lambda: make(pair, store, FORK, self._memory, self._settings, own, until)
+
+    def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
+        words = self._talk.hear(until, look)
+        if words[0] == "failed":
+            raise TransferFailed(str(words[1:2])[:4096])
+        if words[0] != word:
+            raise ProtocolError(f"the seed said {words[0][:20]!r} where {word!r} is expected")
+
+    def _pair(self, copy: Copy) -> tuple[str, str]:
+        """The two devices of a copy. Raises `TransferFailed` unless it lies within a region on both sides."""
+        theirs, ours = self._remote.get(copy.region), self._devices.get(copy.into)
+        if theirs is None or not 0 <= copy.offset <= theirs.nbytes - copy.nbytes:
+            raise TransferFailed("a copy lies outside the seed's regions")
+        if ours is None or not self._memory.holds((copy.into, copy.at, copy.nbytes), ours):
+            raise TransferFailed("a copy lies outside our regions")
+        return theirs.device, ours
+
+    def _abort(self) -> None:
+        for lane in self._lanes:
+            lane.abort()
+
+    def _drain(self, window: Sequence[tuple[Parcel, Any]]) -> list[tuple[int, int]]:
+        """Stop everything; the stretches, as (address, bytes), that may be written to all the same."""
+        self._abort()
+        end = time.monotonic() + DRAINING
+        undrained = []
+        for parcel, begun in window:
+            lane = self._lanes[parcel.lane]
+            while not (quiet := lane.quiet(begun)) and time.monotonic() < end:
+                time.sleep(0.01)
+            if not quiet:
+                _undrained.append((lane, begun))
+                undrained += [(self._memory.address(stretch), stretch[2]) for stretch in parcel.ours]
+        return undrained
+
+
+class _Pull:
+    """One pull, under way."""
+
+    def __init__(
+        self, talk: Talk, watch: Watch, cancel: threading.Event, deadline: float, done: Callable[[int], None]
+    ) -> None:
+        self._talk, self._watch, self._cancel, self._deadline, self._done = talk, watch, cancel, deadline, done
+        self._listen = time.monotonic() + LISTEN
+        self._sent: int | None = None
+        self._failed = ""
+
+    def run(
+        self,
+        copies: Sequence[Copy],
+        parcels: Sequence[Parcel],
+        lanes: Sequence[Lane],
+        window: deque[tuple[Parcel, Any]],
+    ) -> None:
+        """Receive all parcels. What is under way is in the window."""
+        left = [0] * len(copies)
+        for parcel in parcels:
+            for i in parcel.copies:
+                left[i] += 1
+        for i, count in enumerate(left):
+            if not count:
+                self._done(i)
+        for lane in lanes:
+            lane.prepare()
+        book = list(pages(parcels))
+        turned = told = 0
+        for number, parcel in enumerate(parcels):
+            while turned < len(book) and (told <= number or turned == 1):  # one page ahead of what is received
+                page, count = book[turned]
+                turned += 1
+                told += count
+                self._talk.say("parcels", turned == len(book), page, until=self._deadline)
+            if len(window) == WINDOW:
+                self._finish(window, lanes, left)
+            window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed)))
+        while window:
+            self._finish(window, lanes, left)
+        while parcels and self._sent != len(parcels):  # the seed says so too: an aborted transfer is no success
+            self._note(self._talk.hear(self._deadline, self.look))
+
+    def look(self) -> None:
+        """Raise if it is over: late, cancelled, or the seed says that it failed."""
+        if self._watch.reason or self._cancel.is_set() or time.monotonic() >= self._deadline:
+            raise TransferFailed(self._watch.reason or "the transfer was cancelled, or is late")
+        if time.monotonic() >= self._listen:
+            self._listen = time.monotonic() + LISTEN
+            if words := self._talk.overhear(time.monotonic() + 0.001):
+                self._note(words)
+
+    def reason(self, error: BaseException) -> str:
+        """Why it failed: what we did ourselves, what the seed says, or what torch saw."""
+        if self._watch.reason or self._failed or not isinstance(error, RuntimeError):
+            return self._watch.reason or self._failed or str(error)
+        try:
+            while words := self._talk.overhear(time.monotonic() + LISTEN):
+                self._note(words)
+        except (TransferFailed, ProtocolError, PeerUnreachable) as said:
+            return f"{said} ({str(error).splitlines()[0]})"
+        return f"the connection broke: {str(error).splitlines()[0]}"
+
+    def _finish(self, window: deque[tuple[Parcel, Any]], lanes: Sequence[Lane], left: list[int]) -> None:
+        parcel, begun = window[0]
+        lanes[parcel.lane].finish(begun, self._deadline, self.look)
+        window.popleft()
+        for i in parcel.copies:
+            left[i] -= 1
+            if not left[i]:
+                self._done(i)
+                if self._cancel.is_set():
+                    raise TransferFailed("the transfer was cancelled")
+
+    def _note(self, words: Sequence[Any]) -> None:
+        match words:
+            case ["sent", int(count)]:
+                self._sent = count
+            case ["failed", str(reason)]:
+                self._failed = f"the seed says: {reason}"
+                raise TransferFailed(self._failed)
+            case _:
+                raise ProtocolError(f"the seed said {words[0][:20]!r} where nothing of the kind is expected")
+
+
+def _read_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]:
+    """The token, the store's port, what both sides keep to, and whether they share a host."""
+    try:
+        token, port, parcel, bucket, small, ctas, host = msgpack.unpackb(offer)
+        sizes = [min(int(a), b) for a, b in ((parcel, ours.parcel), (bucket, ours.bucket), (small, ours.small))]
+        limits = [theirs if mine is None else mine for theirs, mine in zip(ctas, _ctas(ours.ctas), strict=True)]
+    except Exception as error:  # msgpack has no common base for what it raises on bad bytes
+        raise ProtocolError(f"the seed's offer cannot be read: {error}") from error
+    if min(sizes) < 1 or type(port) is not int or not 0 < port < 65536:
+        raise ProtocolError("the seed's offer is no offer")
+    return (
+        str(token),
+        port,
+        evolve(ours, parcel=sizes[0], bucket=sizes[1], small=sizes[2], ctas=Ctas(*limits)),
+        (host == cuda.host()),
+    )
+
+
+def _ctas(ctas: Ctas) -> Mapping[Any, Any] | list[int | None]:
+    return [ctas.fewest, ctas.most, ctas.cluster]
+
+
+def _patience(until: float) -> Callable[[], None]:
+    def look() -> None:
+        if time.monotonic() >= until:
+            raise TransportUnavailable(
+                "the two sides did not find one another in time; check that the seed's ports can be reached"
+            )
+
+    return look

@@ -1,0 +1,57 @@
+"""What the two sides of a lease say to one another on its channel, in msgpack.
+
+The fork says ``join, pairs, ctas, address`` and ``parcels, last, page``; the seed ``ready`` and ``joined``, ``sent,
+number`` once all parcels of a pull have left, and ``failed, reason``.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+from attrs import define
+
+from tensorfork.errors import PeerUnreachable, ProtocolError
+from tensorfork.transports.base import Channel
+
+SLICE = 0.2
+"""Seconds of one wait on the channel; between two, whoever waits looks up."""
+MAX_PAIRS = 256
+
+
+@define
+class Talk:
+    """A channel, and the format of what is said on it."""
+
+    channel: Channel
+
+    def say(self, *words: Any, until: float) -> None:
+        """Send."""
+        self.channel.send(msgpack.packb(words), until)
+
+    def hear(self, until: float, look: Callable[[], object]) -> list[Any]:
+        """The next message. `look` is called now and then, and may raise.
+
+        Raises `PeerUnreachable` at the deadline and when the other side is gone, `ProtocolError` for nonsense.
+        """
+        while (words := self.overhear(min(until, time.monotonic() + SLICE))) is None:
+            look()
+            if time.monotonic() >= until:
+                raise PeerUnreachable("the other side said nothing by the deadline")
+        return words
+
+    def overhear(self, until: float) -> list[Any] | None:
+        """The next message if it comes by then. Raises `PeerUnreachable` if the other side is gone."""
+        try:
+            message = self.channel.recv(until)
+        except PeerUnreachable:
+            if time.monotonic() < until:  # it did not wait so long: there is nobody
+                raise
+            return None
+        try:
+            words = msgpack.unpackb(message, strict_map_key=True)
+        except Exception as error:  # msgpack has no common base for what it raises on bad bytes
+            raise ProtocolError(f"what came on the channel is not msgpack: {error}") from error
+        if not isinstance(words, list) or not words or not isinstance(words[0], str):
+            raise ProtocolError("what came on the channel is not one of our messages")
+        return words
