@@ -14,11 +14,12 @@ from tensorfork.transports.base import Transport
 GROUP = "tensorfork.transports"
 BUILT_IN = {
     "cuda_ipc": "tensorfork.transports.cuda_ipc:CudaIpc",
+    "transfer_engine": "tensorfork.transports.transfer_engine:TransferEngine",
     "nccl": "tensorfork.transports.nccl:NCCL",
     "gloo": "tensorfork.transports.nccl:Gloo",
     "zeromq": "tensorfork.transports.zeromq:ZeroMQ",
 }
-AUTO = ("cuda_ipc", "nccl", "zeromq")
+AUTO = ("cuda_ipc", "transfer_engine:rdma", "nccl", "zeromq")
 """The order in which `transport="auto"` tries; third parties' transports are used only by name."""
 
 
@@ -28,27 +29,38 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Transport:
-    """A new transport of that name, with its default settings.
+    """A new transport of that name, with its default settings; for ``name:fabric``, one that uses that fabric alone.
 
     Raises:
-        TransportUnavailable: no such name, or its module cannot be imported.
+        TransportUnavailable: no such name, its module cannot be imported, or it has no such fabric.
     """
-    if name in BUILT_IN:
-        module, _, attribute = BUILT_IN[name].partition(":")
-        factory: Any = getattr(import_module(module), attribute)
-    elif other := _others().get(name):
-        try:
-            factory = other.load()
-        except Exception as error:
-            raise TransportUnavailable(
-                f"the transport {name!r} of {other.value!r} cannot be imported: {error}. Reinstall what provides it."
-            ) from error
-    else:
-        raise TransportUnavailable(f"there is no transport {name!r}; there are: {', '.join(names())}")
-    made = factory()
+    known, _, fabric = name.partition(":")
+    factory = _factory(known)
+    try:
+        made = factory(fabric=fabric) if fabric else factory()
+    except (TypeError, ValueError) as error:
+        if not fabric:
+            raise
+        why = str(error) if isinstance(error, ValueError) else "it has none to choose from"
+        raise TransportUnavailable(f"the transport {known!r} has no fabric {fabric!r}: {why}") from error
     if not isinstance(made, Transport):
         raise TransportUnavailable(f"the transport {name!r} made a {type(made).__name__}, not a tensorfork.Transport")
     return made
+
+
+def _factory(name: str) -> Any:
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        return getattr(import_module(module), attribute)
+    other = _others().get(name)
+    if other is None:
+        raise TransportUnavailable(f"there is no transport {name!r}; there are: {', '.join(names())}")
+    try:
+        return other.load()
+    except Exception as error:
+        raise TransportUnavailable(
+            f"the transport {name!r} of {other.value!r} cannot be imported: {error}. Reinstall what provides it."
+        ) from error
 
 
 def _others() -> Mapping[str, EntryPoint]:

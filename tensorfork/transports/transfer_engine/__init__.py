@@ -1,0 +1,190 @@
+"""One-sided reads by Mooncake's TransferEngine: over RDMA, over NVLink within a host, or over TCP.
+
+The seed registers its memory with an engine and takes no further part; the fork's engine reads. docs/transfer_engine.md
+says what that needs, and what it opens to whom.
+"""
+
+import socket
+import time
+import weakref
+from collections.abc import Sequence
+from typing import ClassVar
+
+from attrs import define
+
+from tensorfork import cuda
+from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
+from tensorfork.sockets import Address, resolve
+from tensorfork.transports.base import (
+    Channel,
+    Facts,
+    Place,
+    Region,
+    RemoteRegion,
+    Site,
+    Transport,
+)
+from tensorfork.transports.transfer_engine import agree, engine
+from tensorfork.transports.transfer_engine.engine import FABRICS, Engine, Peer
+from tensorfork.transports.transfer_engine.export import EngineExport, Offer
+from tensorfork.transports.transfer_engine.quarantine import quarantine
+from tensorfork.transports.transfer_engine.regions import cover
+from tensorfork.transports.transfer_engine.session import EngineSession
+from tensorfork.transports.transfer_engine.spans import Holding
+
+__all__ = ["TransferEngine"]
+
+BY_DEFAULT = ("nvlink", "rdma")
+
+
+class TransferEngine(Transport):
+    """Mooncake's TransferEngine.
+
+    Args:
+        fabric: "rdma", "nvlink" or "tcp", or several in order of preference. By default rdma and nvlink, whichever the
+            two sides can use. tcp has to be named on both: nothing protects its ports.
+        rate_limit: bytes a second that a fork asks for at most, on average; no limit by default.
+        keep_registered: whether a seed's memory stays registered from its first lease until it is closed, so that later
+            leases begin at once, or only while a lease needs it. By default it stays for rdma, where registering takes
+            seconds, and does not for nvlink and tcp, where it takes milliseconds.
+        nics: names of the RDMA NICs to use, such as "mlx5_0"; all by default.
+        piece: bytes of a read at most, 1 MiB or more.
+    """
+
+    name: ClassVar[str] = "transfer_engine"
+
+    def __init__(
+        self,
+        *,
+        fabric: str | Sequence[str] | None = None,
+        rate_limit: float | None = None,
+        keep_registered: bool | None = None,
+        nics: Sequence[str] = (),
+        piece: int | None = None,
+    ) -> None:
+        fabrics = BY_DEFAULT if fabric is None else (fabric,) if isinstance(fabric, str) else tuple(fabric)
+        for one in fabrics:
+            if one not in FABRICS:
+                raise ValueError(f"{one!r} is not a fabric of transfer_engine; those are {', '.join(FABRICS)}")
+        if rate_limit is not None and not rate_limit > 0:
+            raise ValueError(f"rate_limit is bytes a second, more than 0; not {rate_limit}")
+        if piece is not None and piece < 1 << 20:
+            raise ValueError(f"piece must be 1 MiB or more, not {piece} bytes")
+        if isinstance(nics, str):
+            raise TypeError(f"nics must be a sequence of names; write [{nics!r}]")
+        self._fabrics, self._nics = fabrics, tuple(nics)
+        self._rate, self._keep = rate_limit, keep_registered
+        self.piece = piece or ((64 << 20) if fabrics == ("tcp",) else (256 << 20))
+        self._published: dict[int, int] = {}
+        self._kept: list[_Kept] = []
+        weakref.finalize(self, _release, self._kept).atexit = False
+
+    def facts(self, regions: Sequence[Region]) -> Facts:
+        """See `Transport.facts`."""
+        said = agree.facts(regions, self._fabrics, self._nics)
+        self._published |= {block.start: block.buffer_id for block in _blocks(regions)}
+        return said
+
+    def why_not(self, fork: Facts, seed: Facts) -> str | None:
+        """See `Transport.why_not`."""
+        try:
+            agree.choose(fork, seed)
+        except TransportUnavailable as error:
+            return str(error)
+        return None
+
+    def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
+        """See `Transport.cover`: allocator blocks on GPUs; on CPUs, what overlaps, and close neighbours of many."""
+        return cover(regions)
+
+    def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> EngineExport:
+        """See `Transport.export`."""
+        for block in _blocks(regions):
+            if self._published.get(block.start, block.buffer_id) != block.buffer_id:
+                raise TransportUnavailable(
+                    f"memory of the model at {block.start:#x} was freed and mapped anew since it was published; "
+                    "publish again"
+                )
+        fabric = agree.choose(fork, agree.facts(regions, self._fabrics, self._nics))
+        try:
+            quarantine.wait([(one.address, one.nbytes) for one in regions], time.monotonic(), lambda: False)
+        except TransferFailed as error:
+            raise TransportUnavailable(str(error)) from error
+        made = engine.engine(fabric, site.host, self._nics)
+        keep = fabric == "rdma" if self._keep is None else self._keep
+        if keep:
+            self._keep_registered(made, regions, deadline)
+        return EngineExport(made, made.spans.hold(regions, deadline), regions, kept=keep)
+
+    def forget(self, regions: Sequence[Region]) -> None:
+        """See `Transport.forget`: nothing stays registered for a seed that is closed."""
+        _release(self._kept, regions)
+
+    def open(
+        self,
+        offer: bytes,
+        host: str,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        deadline: float,
+    ) -> EngineSession:
+        """See `Transport.open`."""
+        offered = Offer.unpack(offer)
+        if missing := {region.id for region in remote} - offered.regions.keys():
+            raise ProtocolError(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
+        try:
+            found = resolve(Address(host, offered.port), deadline)
+        except PeerUnreachable as error:
+            raise TransportUnavailable(str(error)) from error
+        mine = engine.own(offered.nonce) or engine.engine(offered.fabric, _reached_by(found), self._nics)
+        address = mine.address(Peer(found.host, offered.port, offered.nonce, offered.serial))
+        made = EngineSession(
+            mine, address, offered.regions, remote, regions, channel, piece=self.piece, rate=self._rate
+        )
+        made.start(deadline)
+        return made
+
+    def _keep_registered(self, made: Engine, regions: Sequence[Region], deadline: float) -> None:
+        """Hold these regions until `forget`, too; and let go of what was held and has been mapped anew since."""
+        for kept in list(self._kept):
+            if kept.holding.is_stale():
+                self._kept.remove(kept)
+                kept.holding.release()
+        here = frozenset((region.address, region.nbytes) for region in regions)
+        if not any(kept.engine is made and kept.where == here for kept in self._kept):
+            self._kept.append(_Kept(made, here, made.spans.hold(regions, deadline)))
+
+
+@define(eq=False)
+class _Kept:
+    """What stays registered beyond its lease, with which engine, and where it is."""
+
+    engine: Engine
+    where: frozenset[tuple[int, int]]
+    holding: Holding
+
+
+def _release(kept: list[_Kept], regions: Sequence[Region] | None = None) -> None:
+    """Release what was kept for these regions; all, by default."""
+    for one in list(kept):
+        if regions is None or any(
+            address <= region.address < address + nbytes for region in regions for address, nbytes in one.where
+        ):
+            kept.remove(one)
+            one.holding.release()
+
+
+def _blocks(regions: Sequence[Region]) -> Sequence[cuda.Block]:
+    return cuda.blocks(regions) if any(region.device != "cpu" for region in regions) else []
+
+
+def _reached_by(peer: Address) -> str:
+    """The address of ours that a peer would see: over rdma, its engine may call back there."""
+    family = socket.AF_INET6 if ":" in peer.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer.host, peer.port))
+        except OSError as error:
+            raise TransportUnavailable(f"{peer} cannot be reached from here: {error}") from error
+        return str(probe.getsockname()[0])

@@ -1,0 +1,299 @@
+"""The fork's side of a lease: reads in a bounded window, looked at again and again until all are over."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from threading import Event
+
+import torch
+from attrs import define, frozen
+
+from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
+from tensorfork.transports.transfer_engine.engine import Engine, Outcome
+from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
+from tensorfork.transports.transfer_engine.quarantine import Flight, quarantine
+from tensorfork.transports.transfer_engine.regions import cover
+from tensorfork.transports.transfer_engine.spans import Holding
+
+OPENING = 30.0
+"""Seconds for the first byte, where the deadline is later: nobody waits minutes for a port that is closed."""
+GRACE = 0.5
+"""Seconds, beyond the deadline, that a failed pull waits for its reads to be over."""
+PATIENCE = 5.0
+"""The same within the deadline."""
+SMALLEST = 64 << 10
+"""Bytes of a read, at least, where a rate is to be kept."""
+
+
+@frozen
+class Window:
+    """How much is under way at once, and how long to wait before looking again.
+
+    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink all
+    reads of a device go to one stream, and each is over when the stream is empty: so much at a time that this is rare.
+    """
+
+    count: int
+    nbytes: int
+    pause: float
+    ordered: bool
+
+
+WINDOWS = {
+    "nvlink": Window(512, 8 << 30, 100e-6, True),
+    "rdma": Window(256, 1 << 30, 200e-6, False),
+    "tcp": Window(256, 256 << 20, 500e-6, False),
+}
+
+
+class Pace:
+    """Says when the next read may begin, so that no more than `rate` bytes a second are asked for on average."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._next = rate, 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds until a read may begin; 0 for at once."""
+        return max(0.0, self._next - now) if self._rate else 0.0
+
+    def spend(self, nbytes: int, now: float) -> None:
+        """A read begins."""
+        if self._rate:
+            self._next = max(self._next, now) + nbytes / self._rate
+
+    def piece(self, nbytes: int) -> int:
+        """The longest read, where `nbytes` would be the longest without a rate: a tenth of a second's."""
+        return nbytes if not self._rate else max(SMALLEST, min(nbytes, int(self._rate / 10)))
+
+
+@define
+class _Job:
+    """A read that is still to be begun."""
+
+    copy: int
+    into: int
+    source: int
+    nbytes: int
+    device: str
+
+
+class EngineSession(Session):
+    """One lease, read through the process's engine. `holding` is what of ours is registered for it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        address: str,
+        offered: dict[int, OfferedRegion],
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        *,
+        piece: int,
+        rate: float | None,
+    ) -> None:
+        self.fabric = engine.fabric
+        self._engine, self._address, self._channel = engine, address, channel
+        self._offered = offered
+        self._remote = {region.id: region for region in remote}
+        self._regions = {region.id: region for region in regions}
+        self._window, self._rate, self._piece = WINDOWS[engine.fabric], rate, piece
+        self._holding: Holding | None = None
+        self._closed = self._unquiet = False
+
+    def start(self, deadline: float) -> None:
+        """Register what is to be written, where the fabric needs that, and read a byte to see that it works.
+
+        Raises `TransportUnavailable`, and leaves nothing registered, where it does not.
+        """
+        soon = min(deadline, time.monotonic() + OPENING)
+        try:
+            if self.fabric == "rdma":
+                self._holding = self._engine.spans.hold(list(self._regions.values()), deadline)
+            for remote in {region.device: region for region in self._remote.values() if region.nbytes}.values():
+                for device in sorted({region.device for region in self._regions.values()}):
+                    source = self._offered[remote.id].address
+                    self._engine.meet(partial(self._try, source, device, soon), soon)
+        except BaseException as error:
+            self._unquiet = self._engine.broken
+            self.close(deadline)
+            if isinstance(error, TransferFailed):
+                raise TransportUnavailable(f"transfer_engine over {self.fabric} does not work here: {error}") from error
+            raise
+
+    def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
+        """See `Session.pull`."""
+        for copy in copies:
+            self._check_bounds(copy)
+        targets = [(self._regions[copy.into].address + copy.at, copy.nbytes) for copy in copies]
+        quarantine.wait(targets, deadline, cancel.is_set)
+        _check(deadline, cancel)
+        self._engine.settle(sorted({self._regions[copy.into].device for copy in copies} - {"cpu"}))
+        flying: deque[Flight] = deque()
+        try:
+            self._run(copies, flying, deadline, done, cancel)
+        except BaseException as error:
+            left = self._drain(flying, deadline)
+            if isinstance(error, TransferFailed):
+                raise TransferFailed(str(error), undrained=[(one.address, one.nbytes) for one in left]) from error
+            raise
+
+    def close(self, deadline: float) -> None:
+        """See `Session.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._holding is not None:
+            self._holding.release()
+        if not self._unquiet:
+            try:
+                self._channel.send(QUIET, max(deadline, time.monotonic() + 0.2))
+            except PeerUnreachable:
+                return  # a seed that is gone needs not be told
+
+    def _run(
+        self,
+        copies: Sequence[Copy],
+        flying: deque[Flight],
+        deadline: float,
+        done: Callable[[int], None],
+        cancel: Event,
+    ) -> None:
+        pace = Pace(self._rate)
+        left = [0] * len(copies)
+        jobs = deque(self._jobs(copies, left, pace.piece(self._piece)))
+        for i, parts in enumerate(left):
+            if not parts:
+                done(i)
+        under_way = 0
+        while jobs or flying:
+            _check(deadline, cancel)
+            while jobs and len(flying) < self._window.count and under_way < self._window.nbytes:
+                now = time.monotonic()
+                if pace.wait(now) or now >= deadline:
+                    break
+                job = jobs.popleft()
+                under_way += job.nbytes
+                pace.spend(job.nbytes, now)
+                self._begin(job, flying, deadline)
+            arrived, failed = self._over(flying)
+            for flight in arrived:
+                under_way -= flight.nbytes
+                left[flight.copy] -= 1
+                if not left[flight.copy]:
+                    done(flight.copy)
+            if failed:
+                raise TransferFailed(
+                    f"reading from {self._address} failed over {self.fabric}: its process died or is stopped, its "
+                    "memory is not registered any more, or the engine's ports are closed (MC_LOG_LEVEL=INFO tells more)"
+                )
+            if not arrived:
+                cancel.wait(max(self._window.pause, 0.0 if flying else min(0.1, pace.wait(time.monotonic()))))
+
+    def _jobs(self, copies: Sequence[Copy], left: list[int], piece: int) -> Iterator[_Job]:
+        """The copies in pieces that cross no registration; `left` counts those of each."""
+        for i, copy in enumerate(copies):
+            ours, offered = self._regions[copy.into], self._offered[copy.region]
+            at, end = copy.offset, copy.offset + copy.nbytes
+            for cut in [*(cut for cut in offered.cuts if at < cut < end), end]:
+                while at < cut:
+                    nbytes = min(piece, cut - at)
+                    into = ours.address + copy.at + at - copy.offset
+                    yield _Job(i, into, offered.address + at, nbytes, ours.device)
+                    left[i] += 1
+                    at += nbytes
+
+    def _begin(self, job: _Job, flying: deque[Flight], deadline: float) -> None:
+        flight = Flight(job.copy, job.into, job.nbytes)
+        flying.append(flight)  # first: an interrupt between the two must not lose sight of it
+        try:
+            flight.number = self._engine.read(self._address, job.into, job.source, job.nbytes, job.device, deadline)
+        except TransferFailed:
+            flying.pop()
+            raise
+
+    def _over(self, flying: deque[Flight]) -> tuple[list[Flight], bool]:
+        """The reads that have arrived, and whether any has failed; both are taken out of those that fly."""
+        arrived, failed = [], False
+        for _ in range(len(flying)):
+            outcome = flying[0].ask(self._engine.outcome)
+            if outcome is Outcome.RUNNING:
+                if self._window.ordered:
+                    break
+                flying.rotate(-1)
+            elif outcome is Outcome.DONE:
+                arrived.append(flying.popleft())
+            else:
+                failed = True
+                flying.popleft()
+        return arrived, failed
+
+    def _drain(self, flying: deque[Flight], deadline: float) -> list[Flight]:
+        """Wait a little for reads to be over; what then is not goes into quarantine, with what keeps it alive."""
+        now = time.monotonic()
+        until = max(now + GRACE, min(deadline, now + PATIENCE))
+        left = list(flying)
+        try:
+            while left and time.monotonic() < until:
+                for flight in list(left):
+                    if flight.ask(self._engine.outcome) is not Outcome.RUNNING:
+                        left.remove(flight)
+                if left:
+                    time.sleep(self._window.pause)
+        finally:
+            if left:
+                self._unquiet = True
+                holding, self._holding = self._holding, None
+                keep = [region.owner for region in self._regions.values()]
+                quarantine.take(left, self._later, holding.release if holding else _nothing, keep)
+        return left
+
+    def _later(self, number: int) -> Outcome:
+        """The outcome, asked from another thread. Over nvlink the engine's stream belongs to the thread that read, and
+        may be gone with it; so wait for the devices instead.
+        """
+        if self.fabric != "nvlink":
+            return self._engine.outcome(number)
+        self._engine.settle(sorted({region.device for region in self._regions.values()}))
+        return Outcome.DONE
+
+    def _try(self, source: int, device: str, deadline: float) -> None:
+        """Read one byte into memory of our own. Runs on a thread that lasts until that is over."""
+        scratch = torch.empty(64, dtype=torch.uint8, device=device)
+        region = Region(0, scratch.data_ptr(), scratch.nbytes, device, scratch)
+        holding = self._engine.spans.hold(cover([region])[0], deadline) if self.fabric == "rdma" else None
+        over = holding.release if holding else _nothing
+        flight = Flight(0, region.address, 1)
+        flight.number = self._engine.read(self._address, region.address, source, 1, device, deadline)
+        outcome = Outcome.RUNNING
+        while outcome is Outcome.RUNNING and time.monotonic() < deadline:
+            outcome = flight.ask(self._engine.outcome)
+            time.sleep(self._window.pause)
+        if outcome is Outcome.RUNNING:
+            quarantine.take([flight], self._later, over, scratch)
+        else:
+            over()
+        if outcome is not Outcome.DONE:
+            raise TransferFailed(f"the first byte from {self._address} did not come")
+
+    def _check_bounds(self, copy: Copy) -> None:
+        remote, ours = self._remote.get(copy.region), self._regions.get(copy.into)
+        if remote is None or ours is None or copy.region not in self._offered:
+            raise TransferFailed(f"{copy} names a region that was not leased")
+        if min(copy.offset, copy.at, copy.nbytes) < 0:
+            raise TransferFailed(f"{copy} lies outside the leased regions")
+        if copy.offset + copy.nbytes > remote.nbytes or copy.at + copy.nbytes > ours.nbytes:
+            raise TransferFailed(f"{copy} lies outside the leased regions")
+
+
+def _check(deadline: float, cancel: Event) -> None:
+    if cancel.is_set():
+        raise TransferFailed("the transfer was cancelled")
+    if time.monotonic() >= deadline:
+        raise TransferFailed("not everything had arrived by the deadline")
+
+
+def _nothing() -> None:
+    pass
