@@ -13,7 +13,12 @@ HOST_MIB, GPU_MIB = 64.0, 16.0
 """Memory that a fork may add to either side."""
 COLD_GOALS = {False: 2.5, True: 3.5}
 """Whole cold forks, to the raw copy's time; unverified and verified."""
+NCCL_COLD = 1.2
+"""The same for NCCL, to the time in which torch makes a group and sends."""
+MANY, ROOM_MS = 10_000, 150.0
+"""Room for so many new tensors is made in so long."""
 SMALL = 64 << 20
+"""Bytes up to which a model is forked three times as often."""
 VERIFIED = {False: "unverified", True: "verified"}
 Goals = dict[tuple[str, str], float]
 """(placement in the seed, placement in the fork): the least ratio to the limit."""
@@ -133,27 +138,38 @@ def _cold(
     for worker in ready:
         bench.result(worker, START)
     found: dict[str, list[dict[str, Any]]] = {how: [] for how in VERIFIED.values()}
-    raw: list[float] = []
+    speeds: dict[str, list[float]] = {name: [] for name in beside}
     for worker, (verify, how) in zip(ready, hows, strict=True):
-        if limits.RAW in beside:
-            beside[limits.RAW]()
-            raw.append(beside[limits.RAW]())
+        for name, samples in speeds.items():
+            beside[name]()
+            samples.append(beside[name]())
         bench.ask(worker, "models.build", shape=seed.shape, placement="meta" if place == "arena" else place)
         found[how].append(_forking(bench, seed, worker, transport, verify=verify)())
         if worker is not ready[-1]:
             worker.close()
-    for verify, how in VERIFIED.items():
-        outcome.add(
-            f"into {place}: whole, cold, {how}",
-            [one["whole"] for one in found[how]],
-            "s",
-            limit="time of the raw copy" if raw else None,
-            against=limits.seconds_of(seed.nbytes, raw),
-            goal=COLD_GOALS[verify] if raw and seed.tensors <= 300 else None,
-            less=True,
-        )
     outcome.detail[f"cold into {place}"] = found
+    for verify, how in VERIFIED.items():
+        _judge_cold(outcome, seed, f"into {place}: whole, cold, {how}", found[how], speeds, verify)
+    if place == "arena" and seed.tensors >= MANY:
+        spent = [1e3 * one["seconds"]["allocate"] for how in found for one in found[how]]
+        outcome.add("into arena: room made, cold", spent, "ms", goal=ROOM_MS, less=True)
     return ready[-1]
+
+
+def _judge_cold(
+    outcome: Outcome, seed: _Seed, what: str, forks: Sequence[Any], speeds: dict[str, list[float]], verify: bool
+) -> None:
+    """Beside the raw copy's time; for NCCL, beside the time to make a group and send."""
+    limit, against, goal = None, list[float](), None
+    if limits.SEND in speeds:
+        joining = outcome.detail["nccl_join_seconds"]
+        limit = "joining NCCL, and its send"
+        against = [joining + spent for spent in limits.seconds_of(seed.nbytes, speeds[limits.SEND])]
+        goal = None if verify else NCCL_COLD
+    elif limits.RAW in speeds:
+        limit, against = "time of the raw copy", limits.seconds_of(seed.nbytes, speeds[limits.RAW])
+        goal = COLD_GOALS[verify] if seed.tensors <= 300 and limits.TCP not in speeds else None
+    outcome.add(what, [one["whole"] for one in forks], "s", limit=limit, against=against, goal=goal, less=True)
 
 
 def _speed(

@@ -50,7 +50,8 @@ def digest_case(bench: Bench, outcome: Outcome, *, shape: str, goal: float) -> N
     worker = bench.start("digest", bench.sink)
     bench.ask(worker, "sides.warm_up", timeout=START)
     bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=True)
-    bench.ask(worker, "timing.one_core")
+    if not bench.on_gpu:
+        bench.ask(worker, "timing.one_core")
     measures: dict[str, Measure] = {
         "digest": lambda: bench.ask(worker, "timing.digests"),
         "reading": lambda: bench.ask(worker, "timing.reading"),

@@ -14,32 +14,10 @@ LIBRARIES = {"transfer_engine": "mooncake.engine"}
 """What a transport imports when it is used; part of "imports done"."""
 
 
-def transport(word: str) -> Any:
-    """The transport a word stands for.
-
-    A word is a name, perhaps with a fabric and options: ``nccl``, ``transfer_engine:tcp``, ``nccl,max_ctas=2``.
-    """
-    head, *rest = word.split(",")
-    name, _, fabric = head.partition(":")
-    options = {key: _value(value) for key, _, value in (one.partition("=") for one in rest)}
-    if fabric:
-        options["fabric"] = fabric
-    if not options:
-        return name
-    try:
-        kind = type(registry.load(name))
-    except tensorfork.TensorForkError as error:
-        raise Skip(str(error)) from error
-    known = inspect.signature(kind).parameters
-    if unknown := [option for option in options if option not in known]:
-        raise Skip(f"the transport {name} has no option {', '.join(unknown)}")
-    return kind(**options)
-
-
 def warm_up(state: State, *, transport: str | None = None) -> None:
     """What a cold fork finds done: imports, and a CUDA context. Raises `Skip` for an option that does not exist."""
     if transport is not None:
-        globals()["transport"](transport)
+        _transport(state, transport)
     name = (transport or "").partition(",")[0].partition(":")[0]
     if name:
         try:
@@ -59,7 +37,7 @@ def publish(state: State, *, transports: list[str] | None = None) -> dict[str, A
     if state.seed is not None:
         state.seed.close()
         state.seed = None
-    offered = None if transports is None else [globals()["transport"](word) for word in transports]
+    offered = None if transports is None else [_transport(state, word) for word in transports]
     state.sync()
     began = time.perf_counter()
     try:
@@ -71,7 +49,7 @@ def publish(state: State, *, transports: list[str] | None = None) -> dict[str, A
 
 def fork(state: State, *, address: str, transport: str, verify: bool, timeout: float = 120.0) -> dict[str, Any]:
     """Fork into the worker's model; every phase of the report, and the whole as the caller waited for it."""
-    chosen = globals()["transport"](transport)
+    chosen = _transport(state, transport)
     state.sync()
     moment, began = time.monotonic(), time.perf_counter()
     try:
@@ -98,7 +76,7 @@ def take(state: State, *, address: str, transport: str, timeout: float = 120.0) 
     """Fork everything the seed has into new memory, which becomes the worker's model."""
     try:
         state.tensors = tensorfork.fork(
-            address, device=state.device, transport=globals()["transport"](transport), timeout=timeout
+            address, device=state.device, transport=_transport(state, transport), timeout=timeout
         )
     except tensorfork.TransportUnavailable as error:
         raise Skip(str(error)) from error
@@ -108,7 +86,7 @@ def take(state: State, *, address: str, transport: str, timeout: float = 120.0) 
 
 def forks(state: State, *, address: str, transport: str, verify: bool, seconds: float) -> dict[str, Any]:
     """Fork without pause for so long; the speed that was kept up, pauses between transfers included."""
-    chosen = globals()["transport"](transport)
+    chosen = _transport(state, transport)
     began = time.perf_counter()
     count = nbytes = 0
     speeds = []
@@ -117,6 +95,38 @@ def forks(state: State, *, address: str, transport: str, verify: bool, seconds: 
         count, nbytes = count + 1, nbytes + report.nbytes
         speeds.append(report.gbps)
     return {"forks": count, "seconds": spent, "gbps": nbytes / spent / 1e9, "transfers": speeds}
+
+
+def _transport(state: State, word: str) -> Any:
+    """The transport a word stands for: the same one every time.
+
+    A word is a name, perhaps with a fabric and options: ``nccl``, ``transfer_engine:tcp``, ``nccl,max_ctas=2``.
+    """
+    made = state.kept.setdefault("transports", {})
+    if word not in made:
+        made[word] = _make(word)
+    return made[word]
+
+
+def _make(word: str) -> Any:
+    head, *rest = word.split(",")
+    name, _, fabric = head.partition(":")
+    options = {key: _value(value) for key, _, value in (one.partition("=") for one in rest)}
+    if fabric:
+        options["fabric"] = fabric
+    if not options:
+        return name
+    try:
+        kind = type(registry.load(name))
+    except tensorfork.TensorForkError as error:
+        raise Skip(str(error)) from error
+    known = inspect.signature(kind).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise Skip(f"the transport {name} has no option {', '.join(unknown)}")
+    try:
+        return kind(**options)
+    except tensorfork.TransportUnavailable as error:
+        raise Skip(str(error)) from error
 
 
 def _value(text: str) -> Any:
