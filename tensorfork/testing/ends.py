@@ -74,7 +74,7 @@ class Memory:
     def regions(self) -> list[Region]:
         """One for each size; the ids are neither dense nor in order."""
         return [
-            Region(self.id(i), buffer.data_ptr() + front, nbytes, self.device)
+            Region(self.id(i), buffer.data_ptr() + front, nbytes, self.device, buffer)
             for i, (buffer, front, nbytes) in enumerate(zip(self._buffers, self._fronts, self.sizes, strict=True))
         ]
 

@@ -359,6 +359,7 @@ class TransportSuite:
             lease.attempt(lease.stripes(64), then=once, seconds=self.under_way)
         except TransferFailed as error:
             undrained = error.undrained
+            lease.undrained += undrained
         else:
             assert self.one_sided, "the pull succeeded without its seed"
         assert once.called
