@@ -16,7 +16,7 @@ from tensorfork.seed import Seed
 from tensorfork.target import Device, Target
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
-from tensorfork.verify import Verification
+from tensorfork.verify import Verification, warm_up
 
 TIMEOUT = 300.0
 """Seconds a fork may take, unless told otherwise."""
@@ -49,8 +49,10 @@ def publish(
     layout, tensors, memory = survey(model)
     if lost := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise UnsupportedTensor(f"{lost[0]} is on the meta device and has no bytes to fork; load the model first")
-    for device in {t.device for t in tensors.values() if t.is_cuda}:
+    gpus = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    for device in gpus:
         torch.cuda.current_stream(device).synchronize()
+    warm_up(gpus)
     return Seed(layout, tensors, memory, _offered(transports), bind, advertise)
 
 
@@ -136,6 +138,8 @@ def _fork(
         watch.enter("layout")
         theirs = seed.layout(deadline)
         into = prepare(theirs, watch.enter)
+        if verify:
+            warm_up({tensor.device for tensor in into.tensors.values()})
         for attempt in range(restarts + 1):
             try:
                 report = _copy(seed, theirs, into, wanted, deadline, verify, progress, watch)

@@ -19,6 +19,9 @@ from tensorfork.memory import as_tensor
 POOL = 640 << 10
 """Words of sums that are gathered on a GPU before they are mixed: 5 MiB, and as much again while they are."""
 
+LONG = 1 << 20
+"""Words of a segment for whose sums torch takes scratch, in proportion: one segment's worth of them at a time."""
+
 Key = tuple[object, ...]
 
 
@@ -113,7 +116,7 @@ def _launches(segments: Sequence[_Segment]) -> Iterator[_Launch]:
     for segment in segments:
         lengths[segment.words].append(segment)
     for words in sorted(lengths, reverse=True):
-        most = max(1, POOL // _width(words))
+        most = max(1, min(POOL // _width(words), SEGMENT // 8 // words if words >= LONG else POOL))
         rows = list(_rows(sorted(lengths[words], key=lambda one: one.address), most))
         yield from _stacks(rows, words, most)
 
@@ -167,7 +170,7 @@ class _Sums:
     weights: torch.Tensor
     width: int = 0
     waiting: list[_Segment] = field(factory=list)
-    mixed: list[torch.Tensor] = field(factory=list)
+    sums: list[torch.Tensor] = field(factory=list)
     order: list[_Segment] = field(factory=list)
 
     @classmethod
@@ -205,15 +208,14 @@ class _Sums:
     def finish(self) -> dict[Key, int]:
         """Every tensor's digest."""
         self._mix()
-        numbers = torch.tensor([segment.number for segment in self.order], device=self.device)
-        values = _mixed(torch.cat(self.mixed)).mul_(self._segment_weights(numbers)).tolist()
+        values = [value for part in self.sums for value in part.tolist()]
+        weights = digest.weights(max(segment.number for segment in self.order) + 1)
+        segments = torch.tensor(values, dtype=torch.int64)
+        numbers = torch.tensor([segment.number for segment in self.order])
         found: dict[Key, int] = defaultdict(int)
-        for segment, value in zip(self.order, values, strict=True):
+        for segment, value in zip(self.order, _mixed(segments).mul_(weights[numbers]).tolist(), strict=True):
             found[segment.key] += value
         return {key: value % (1 << 64) for key, value in found.items()}
-
-    def _segment_weights(self, numbers: torch.Tensor) -> torch.Tensor:
-        return digest.weights(max(segment.number for segment in self.order) + 1).to(self.device)[numbers]
 
     def _take(self, launch: _Launch) -> int:
         """Where in the pool the launch's slots begin; mixes what is there when they do not fit with it."""
@@ -232,7 +234,7 @@ class _Sums:
     def _mix(self) -> None:
         if self.waiting:
             used = self.pool[: len(self.waiting) * self.width].view(len(self.waiting), self.width)
-            self.mixed.append(_mixed(used).mul_(self.weights[: self.width]).sum(1))
+            self.sums.append(_mixed(used).mul_(self.weights[: self.width]).sum(1))
             self.order += self.waiting
             self.waiting = []
 

@@ -132,6 +132,7 @@ def lease(
             ours = {region.id: place for region, place in zip(given, places, strict=True)}
             yield Lease(taken.lease, taken.generation, session, theirs, ours, transport.piece, scratch)
         finally:
+            enter("close")
             session.close(deadline)
     finally:
         _release(peer, taken.lease, deadline)

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +23,7 @@ from tensorfork.checksum import Checksums
 from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
 from tensorfork.layout import Memory, ModelLayout
 from tensorfork.sockets import Address
-from tensorfork.transports.base import Export, RemoteRegion, Site, Transport
+from tensorfork.transports.base import Export, Region, RemoteRegion, Site, Transport
 from tensorfork.version import __version__
 
 log = logging.getLogger("tensorfork")
@@ -176,6 +176,7 @@ class _Service:
         self._regions = memory.regions(layout)
         self.clock = _Clock(frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda")))
         self._digests = _Digests(tensors, self.clock)
+        self._covered: dict[str, tuple[Sequence[Region], list[bytes]]] = {}
         self._leases: dict[bytes, _Lease] = {}
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
@@ -226,7 +227,7 @@ class _Service:
             offered,
         )
 
-    def _handle(self, peer: bytes, message: Any, answer: Answer) -> None:
+    def _handle(self, peer: bytes, message: Any, said: bytes, answer: Answer) -> None:
         match message:
             case wire.Hello():
                 answer(self._welcome)
@@ -237,7 +238,7 @@ class _Service:
                 self._take(peer, message, answer)
             case wire.Say():
                 lease = self._leases.get(message.lease)
-                if lease is not None and not lease.channel.hear(message.message):
+                if lease is not None and not lease.channel.hear(said):
                     log.warning("a fork says more than its transport reads; its lease is ended")
                     lease.end()
             case wire.GetDigests():
@@ -301,7 +302,7 @@ class _Service:
         """A lease's whole life, on a thread of its own."""
         transport = self._transports[request.transport]
         try:
-            regions, places = transport.cover(self._regions)
+            regions, pages = self._cover(transport)
             export = transport.export(regions, self._site, request.facts, lease.expires)
         except Exception as error:
             if not isinstance(error, TensorForkError):
@@ -311,9 +312,6 @@ class _Service:
             answer(wire.Refused(wire.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}"))
             return
         self._granted += 1
-        remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
-        where = {region.id: place for region, place in zip(self._regions, places, strict=True)}
-        pages = wire.pack_places(remote, where)
         serving = self._start(self._serve, export, lease)
         answer(wire.Leased(lease.id, generation, export.offer, len(pages)), pages)
         lease.ended.wait()
@@ -321,6 +319,15 @@ class _Service:
             log.warning("a lease over %s has ended; its reader can still reach the memory", transport.name)
         serving.join(CLOSING)
         self._end(lease)
+
+    def _cover(self, transport: Transport) -> tuple[Sequence[Region], list[bytes]]:
+        """The regions that a transport would rather touch, and what forks are told of them: the same for each lease."""
+        if transport.name not in self._covered:
+            regions, places = transport.cover(self._regions)
+            remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
+            where = {region.id: place for region, place in zip(self._regions, places, strict=True)}
+            self._covered[transport.name] = regions, wire.pack_places(remote, where)
+        return self._covered[transport.name]
 
     def _serve(self, export: Export, lease: _Lease) -> None:
         try:

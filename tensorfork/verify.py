@@ -8,7 +8,7 @@ part is left to wait for. On the CPU everything is digested at the end, as sums 
 import queue
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from attrs import define
@@ -123,3 +123,24 @@ def _cut(
     for part in parts:
         part.missing = part.last - part.first
     return parts
+
+
+def warm_up(devices: Iterable[torch.device]) -> None:
+    """Have the kernels of the sums loaded on these GPUs, on a thread of its own: CUDA loads each when it is first used,
+    a tenth of a second in all, which otherwise the first fork waits for.
+    """
+    cold = {device for device in devices if device.type == "cuda"} - _warm
+    if cold:
+        _warm.update(cold)
+        threading.Thread(target=_warm_up, args=(cold,), name="tensorfork-warm-up", daemon=True).start()
+
+
+def _warm_up(devices: Iterable[torch.device]) -> None:
+    cuda.relax_capture()
+    with cuda.aside(devices):
+        for device in devices:
+            samples = {str(n): torch.zeros(n, dtype=torch.int64, device=device) for n in (1 << 17, 100_003)}
+            Checksums.of(samples).compute()
+
+
+_warm: set[torch.device] = set()

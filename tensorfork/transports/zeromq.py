@@ -96,7 +96,7 @@ class _Export(Export):
         self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
         self._socket.router_mandatory = True
         self._socket.copy_threshold = COPY_BELOW
-        self._in_use: dict[int, Sequence[zmq.Frame]] = {}
+        self._in_use: dict[int, Sequence[zmq.MessageTracker]] = {}
         self._bell, self._ended = Bell(), threading.Event()
         self._serving = threading.Lock()
         try:
@@ -172,19 +172,22 @@ class _Export(Export):
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
 
-    def _send_tracked(self, frames: Sequence[Any]) -> Sequence[zmq.Frame]:
-        """Send frames, none of them copied; they know when libzmq has let go of them."""
+    def _send_tracked(self, frames: Sequence[Any]) -> Sequence[zmq.MessageTracker]:
+        """Send frames, none of them copied; what says when libzmq has let go of each. A frame that is kept is never let
+        go of, so they are not.
+        """
         sent = [zmq.Frame(frame, track=True, copy=False) for frame in frames]
+        trackers = [frame.tracker for frame in sent if frame.tracker is not None]
         self._socket.send_multipart(sent, zmq.NOBLOCK, copy=False)
-        return sent
+        return trackers
 
     def _free_slot(self) -> Slot:
         """The slot used longest ago, once libzmq has let go of it."""
         slot = self._memory.next_slot()
-        for frame in self._in_use.pop(id(slot), ()):
-            while frame.tracker is not None and not frame.tracker.done and not self._ended.is_set():
+        for tracker in self._in_use.pop(id(slot), ()):
+            while not tracker.done and not self._ended.is_set():
                 try:
-                    frame.tracker.wait(0.1)
+                    tracker.wait(0.1)
                 except zmq.NotDone:
                     continue
         return slot
