@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from tensorfork.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        sys.exit(f"tensorfork: the command needs the package {error.name}; pip install 'tensorfork[cli]'")
+        sys.exit(f"tensorfork: the command needs the package {missing}; pip install 'tensorfork[cli]'")
     app()

@@ -48,7 +48,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._said,
             cwd=folder,
-            env=os.environ | _ENVIRONMENT,
+            env=os.environ | _ENVIRONMENT | {"TMPDIR": str(folder)},
             start_new_session=True,
         )
         self._rest = b""
@@ -75,6 +75,11 @@ class Worker:
             else:
                 answer: Mapping[str, Any] = said["answer"]
                 return answer
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, once it has ended."""
+        return self._process.poll()
 
     def end(self) -> None:
         """Let it end by itself, and kill it if it does not."""

@@ -84,7 +84,7 @@ class Screen:
 
     def comparison(self, rows: Sequence[tuple[str, float, int]]) -> None:
         """Ways to the same bytes: each with what it is, its seconds, and its bytes. The fork comes first."""
-        table = _table("the same bytes, in a new process", ">time", ">speed", ">beside the fork")
+        table = _table("the same bytes, into the fork's process", ">time", ">speed", ">beside the fork")
         fork = rows[0][1]
         for what, seconds, nbytes in rows:
             beside = f"{fork / seconds:.1f} x faster" if seconds < fork else f"{seconds / fork:.1f} x slower"

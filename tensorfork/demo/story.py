@@ -1,6 +1,5 @@
 """The demo's story: which processes there are, what each does, and what comes of it."""
 
-import filecmp
 import importlib.util
 import shutil
 import signal
@@ -52,71 +51,91 @@ def tell(options: Options, screen: Screen) -> bool:
     size = None if options.model is not None and options.size is None else size_for(options.size)
     with _signals(), tempfile.TemporaryDirectory(prefix="tensorfork-demo-") as made:
         room = Path(made)
-        equal = _Act(options, screen, room / "1").folder(folder, MINILM if options.model is None else folder.name)
-        if size is not None:
-            equal &= _Act(options, screen, room / "2").generated(size)
+        for name in ("seed", "fork"):
+            (room / name).mkdir()
+        with (
+            Worker("the seed", room / "seed", options.timeout) as seed,
+            Worker("the fork", room / "fork", options.timeout) as fork,
+        ):
+            story = _Story(options, screen, room, seed, fork)
+            equal = story.folder(folder, MINILM if options.model is None else folder.name)
+            if size is not None:
+                equal &= story.generated(size)
     screen.verdict(equal, "Everything that was compared is equal." if equal else "Something differs: see above.")
     return equal
 
 
-class _Act:
-    """One model, forked from a seed's process into another."""
+class _Story:
+    """Two processes, and the models that go from one to the other."""
 
-    def __init__(self, options: Options, screen: Screen, room: Path) -> None:
+    def __init__(self, options: Options, screen: Screen, room: Path, seed: Worker, fork: Worker) -> None:
         self._options, self._screen = options, screen
+        self._seed, self._fork = seed, fork
         self._at_seed, self._at_fork = room / "seed", room / "fork"
-        self._at_seed.mkdir(parents=True)
-        self._at_fork.mkdir()
 
     def folder(self, folder: Path, name: str) -> bool:
-        files = sorted(folder.glob("*.safetensors"))
+        """A model that has its file already."""
+        files = sorted(folder.resolve().glob("*.safetensors"))
+        self._screen.title(f"{name}, {show_size(sum(file.stat().st_size for file in files))}")
+        loaded = self._load(folder=str(folder.resolve()))
+        took = show_seconds(loaded["seconds"])
+        weights = files[0].name if len(files) == 1 else f"{len(files)} files"
+        self._screen.line("seed", f"process {self._seed.pid} loads {weights} in {took}")
         bare = self._at_fork / "model"
         bare.mkdir()
-        _copy_all_but_weights(folder, bare)
-        self._screen.title(f"{name}, {show_size(sum(f.stat().st_size for f in files))}")
-        with self._worker("the seed", self._at_seed) as seed:
-            with self._screen.waiting("the seed loads the model"):
-                loaded = seed.ask("load", subject={"folder": str(folder.resolve())})
-            self._screen.line("seed", f"process {seed.pid} loads {name} in {show_seconds(loaded['seconds'])}")
-            return self._fork(seed, {"folder": str(bare), "dtype": loaded["dtype"]}, files, ours=False)
+        more = len(_copy_all_but_weights(folder, bare)) - 1
+        self._screen.line(
+            "fork",
+            f"process {self._fork.pid} has config.json and {more} more of the folder's files, and no weights",
+        )
+        report, equal = self._copy({"folder": str(bare), "dtype": loaded["dtype"]})
+        self._compare_with(report, [self._read(files)])
+        return equal
 
     def generated(self, nbytes: int) -> bool:
-        self._screen.title(f"a generated model, {show_size(nbytes)}")
+        """A model that is made for this."""
         file = self._at_seed / "model.safetensors"
-        with self._worker("the seed", self._at_seed) as seed:
-            with self._screen.waiting("the seed makes the model"):
-                loaded = seed.ask("load", subject={"generated": nbytes})
-            made = f"process {seed.pid} fills it with random numbers in {show_seconds(loaded['seconds'])}"
-            self._screen.line("seed", made)
-            with self._screen.waiting("the seed writes its file, to compare with"):
-                seed.ask("save", path=str(file))
-            return self._fork(seed, {"generated": nbytes}, [file], ours=True)
+        self._screen.title(f"a generated model, {show_size(nbytes)}")
+        took = show_seconds(self._load(generated=nbytes)["seconds"])
+        self._screen.line("seed", f"process {self._seed.pid} fills it with random numbers in {took}")
+        report, equal = self._copy({"generated": nbytes}, file)
+        warm = self._read([file])
+        page_cache.drop(file)
+        self._compare_with(report, [warm, self._read([file])])
+        return equal
 
-    def _fork(self, seed: Worker, subject: Mapping[str, Any], files: Sequence[Path], *, ours: bool) -> bool:
-        published = seed.ask("publish")
+    def _load(self, **subject: Any) -> Mapping[str, Any]:
+        with self._screen.waiting("the seed gets its model"):
+            return self._seed.ask("load", subject=subject)
+
+    def _copy(self, subject: Mapping[str, Any], file: Path | None = None) -> tuple[Mapping[str, Any], bool]:
+        """From the seed to the fork, which then both compute; the report, and whether they agree."""
+        published = self._seed.ask("publish")
         self._screen.line(
             "seed",
             f"publishes {published['tensors']:,} tensors ({show_size(published['nbytes'])}) at {published['address']} "
             f"in {show_seconds(published['seconds'])}",
         )
-        with self._worker("the fork", self._at_fork) as fork:
-            report = self._pull(fork, subject, published["address"])
-            equal = self._compare(seed, fork)
-        if files:
-            self._read(files, report, ours=ours)
-        return equal
+        report = self._pull(subject, published["address"])
+        equal = self._compare()
+        if file is not None:
+            with self._screen.waiting("the seed writes the model to a file, to compare with"):
+                self._seed.ask("save", path=str(file))
+        self._seed.ask("drop")
+        self._fork.ask("drop")
+        return report, equal
 
-    def _pull(self, fork: Worker, subject: Mapping[str, Any], address: str) -> Mapping[str, Any]:
-        built = fork.ask("build", subject=subject)
-        source = "its configuration" if "folder" in subject else "its dimensions"
+    def _pull(self, subject: Mapping[str, Any], address: str) -> Mapping[str, Any]:
+        with self._screen.waiting("the fork builds its model"):
+            built = self._fork.ask("build", subject=subject)
         self._screen.line(
             "fork",
-            f"process {fork.pid} builds the same network on the meta device, from {source} alone: "
-            f"{built['held']} bytes in {show_seconds(built['seconds'])}",
+            f"builds the same network on the meta device in {show_seconds(built['seconds'])}; it holds "
+            f"{built['held']} bytes",
         )
         options = self._options
         with self._screen.moving("fork") as progress:
-            report = fork.ask(
+            report = self._fork.ask(
                 "fork",
                 progress,
                 address=address,
@@ -133,18 +152,18 @@ class _Act:
         self._screen.phases(report)
         return report
 
-    def _compare(self, seed: Worker, fork: Worker) -> bool:
+    def _compare(self) -> bool:
         """Both compute, and every byte that comes out is compared."""
         theirs, ours = self._at_seed / "outputs", self._at_fork / "outputs"
         with self._screen.waiting("both run the model"):
-            wanted = seed.ask("compute", into=str(theirs))
-            got = fork.ask("compute", into=str(ours))
+            wanted = self._seed.ask("compute", into=str(theirs))
+            got = self._fork.ask("compute", into=str(ours))
         if not wanted["numbers"]:
             self._screen.line("both", f"do not run the model: {wanted['kind']}")
             return True
         self._screen.line("both", f"run the model on the same {len(wanted['inputs'])} {wanted['kind']}")
         self._screen.similarities(wanted["inputs"], got["similarities"], wanted["similarities"])
-        equal = filecmp.cmp(theirs, ours, shallow=False)
+        equal = theirs.read_bytes() == ours.read_bytes()
         count, length = wanted["shape"]
         self._screen.verdict(
             equal,
@@ -153,23 +172,16 @@ class _Act:
         )
         return equal
 
-    def _read(self, files: Sequence[Path], report: Mapping[str, Any], *, ours: bool) -> None:
-        """Beside it, how long another process takes to read the same from the file."""
-        paths = [str(path.resolve()) for path in files]
-        waiting = self._screen.waiting("another process reads the file")
-        with self._worker("the reader", self._at_seed) as reader, waiting:
-            reads = [reader.ask("read", paths=paths)]
-            if ours:
-                page_cache.drop(files[0])
-                reads.append(reader.ask("read", paths=paths))
-        moved, total = report["nbytes"], report["total"]
-        rows = [(f"fork over {report['transport']}, all phases", total, moved)]
+    def _read(self, files: Sequence[Path]) -> Mapping[str, Any]:
+        """How long the fork's process, which has let go of what it forked, takes to read the same from the file."""
+        with self._screen.waiting("the fork's process reads the file"):
+            return self._fork.ask("read", paths=[str(file) for file in files])
+
+    def _compare_with(self, report: Mapping[str, Any], reads: Sequence[Mapping[str, Any]]) -> None:
+        rows = [(f"fork over {report['transport']}, all phases", report["total"], report["nbytes"])]
         rows += [(f"load_file, {_warmth(read['warm'])}", read["seconds"], read["nbytes"]) for read in reads]
         self._screen.comparison(rows)
         self._screen.line("", "load_file is safetensors'; every byte then goes into the process's own memory.")
-
-    def _worker(self, name: str, folder: Path) -> Worker:
-        return Worker(name, folder, self._options.timeout)
 
 
 def find_model(folder: Path | None) -> Path:
@@ -221,10 +233,16 @@ def _free_memory() -> int:
     raise DemoFailed("/proc/meminfo does not say how much memory there is")
 
 
-def _copy_all_but_weights(folder: Path, into: Path) -> None:
-    for path in folder.iterdir():
-        if path.suffix in _NOT_WEIGHTS and path.is_file() and not path.name.endswith(".index.json"):
-            shutil.copy(path, into)
+def _copy_all_but_weights(folder: Path, into: Path) -> list[str]:
+    """The names of what was copied."""
+    wanted = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix in _NOT_WEIGHTS and path.is_file() and not path.name.endswith(".index.json")
+    ]
+    for path in wanted:
+        shutil.copy(path, into)
+    return [path.name for path in wanted]
 
 
 def _warmth(share: float | None) -> str:

@@ -1,6 +1,6 @@
 """What runs in the demo's processes: `python -m tensorfork.demo.worker`; see `processes` for how it is spoken to.
 
-The same program is seed, fork and reader: what it is depends on what it is asked to do.
+The same program is seed and fork: what it is depends on what it is asked to do.
 """
 
 import json
@@ -32,8 +32,8 @@ class Worker:
 
     def __init__(self, say: Any) -> None:
         self._say = say
-        self._model: torch.nn.Module
-        self._subject: subjects.Subject
+        self._subject: Any = None
+        self._model: Any = None
         self._seed: tensorfork.Seed | None = None
 
     def load(self, subject: dict[str, Any]) -> dict[str, Any]:
@@ -104,20 +104,21 @@ class Worker:
         return {"seconds": time.perf_counter() - since}
 
     def read(self, paths: list[str]) -> dict[str, Any]:
-        """The reader: every byte of these files into memory of its own; `mapped` is without the bytes."""
+        """The fork: every byte of these files into memory of its own, for comparison."""
         files = [Path(path) for path in paths]
         warm = page_cache.resident(files)
         since = time.perf_counter()
         found = [subjects.load_file(path) for path in files]
-        mapped = time.perf_counter() - since
         kept = [torch.empty_like(tensor).copy_(tensor) for tensors in found for tensor in tensors.values()]
         spent = time.perf_counter() - since
-        return {"seconds": spent, "mapped": mapped, "nbytes": sum(t.nbytes for t in kept), "warm": warm}
+        return {"seconds": spent, "nbytes": sum(t.nbytes for t in kept), "warm": warm}
 
-    def close(self) -> None:
-        """End what runs."""
+    def drop(self) -> dict[str, Any]:
+        """Let go of the model, and end what runs."""
         if self._seed is not None:
             self._seed.close()
+        self._seed = self._model = None
+        return {}
 
 
 def main() -> None:
@@ -140,7 +141,7 @@ def main() -> None:
             say({"failed": str(error) if isinstance(error, DemoFailed) else f"{type(error).__name__}: {error}"})
         except Exception:
             say({"failed": traceback.format_exc()})
-    worker.close()
+    worker.drop()
     finished.set()
 
 
