@@ -1,12 +1,12 @@
 """Checksums of tensors: 64 bits each, the same on CPU and GPU, against accident rather than attackers.
 
-In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 128
+In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 8
 MiB, as little-endian 64-bit words, the last one filled up with zeros. All arithmetic is on integers modulo 2^64, so
 the order of additions does not matter, and every device gets the same result. For each segment x[0..n) three families
 of sums are taken:
 
     c[j] = sum of x[1024 i + j] over i             (columns)
-    d[j] = sum of x[1021 i + j] over i             (columns of another width; 1021 is prime)
+    d[j] = sum of x[1031 i + j] over i             (columns of another width)
     r[i] = sum of x[1024 i + j] over j < 1024      (rows)
 
 The segment's digest is the sum over all these v[k], in this order, of mix(v[k]) * w[k], with fixed odd pseudo-random
@@ -14,10 +14,11 @@ weights w, where mix is a bijection that carries high bits down (two xor-shifts 
 of Steele, Lea and Flood's SplitMix64 is the model). The tensor's digest is the sum over its segments of mix(digest) *
 w[segment].
 
-Why three. Rows and columns see every changed, moved and exchanged word, but not four equal and opposite changes at the
-corners of a rectangle. Those lie in columns of the other width as well only when the rectangle's height is a multiple
-of 1021 rows, where 1024 h = 1021 k, beyond the length of any side such an accident has; what remains unseen needs eight
-changes at the corners of a box whose sides are tuned to all three.
+Why three, and why these widths. Rows and columns see every changed, moved and exchanged word, but not four equal and
+opposite changes at the corners of a rectangle: two words of one row, and two of another in the same columns. The
+third family does, always: 1031 is prime, more than a row is long and more than the 1024 rows of a segment, so that no
+two words of a row, and no two of a column, share one of its sums. What remains unseen within a segment needs six or
+more changes that cancel out in all three families; across segments, nothing cancels out.
 
 Plain torch, nothing compiled: a kernel that must be built first costs more than the copy it checks.
 """
@@ -30,12 +31,12 @@ from functools import cache
 import torch
 from attrs import frozen
 
-SEGMENT = 128 << 20
+SEGMENT = 8 << 20
 """Bytes of a tensor that are summed together."""
 NAME = "sums3/1"
 """Names this definition on the wire: two sides compare digests only when they compute the same thing."""
 
-WIDTH, OTHER_WIDTH = 1024, 1021
+WIDTH, OTHER_WIDTH = 1024, 1031
 _WORDS = SEGMENT // 8
 COLUMNS = WIDTH + OTHER_WIDTH
 _SLOTS = COLUMNS + _WORDS // WIDTH
@@ -116,7 +117,7 @@ class _Summing:
     def __init__(self, device: torch.device, pace: _Pace) -> None:
         self._device, self._pace = device, pace
         self._weights = weights(_SLOTS).to(device)
-        self._twice = self._weights[:OTHER_WIDTH] + self._weights[WIDTH:COLUMNS]
+        self._twice = self._weights[:WIDTH] + self._weights[WIDTH : 2 * WIDTH]
         self._pool = torch.zeros(pace.pool, dtype=torch.int64, device=device)
         self._spare = torch.empty(pace.pool, dtype=torch.int64, device=device)
         self._width = 0
@@ -145,7 +146,7 @@ class _Summing:
                 keys, members = zip(*group, strict=True)
                 if step:
                     self._sum_in_place(keys, _bytes(members[0], 0, (len(group), nbytes), (step, 1)))
-                elif nbytes <= OTHER_WIDTH * 8:
+                elif nbytes <= WIDTH * 8:
                     self._sum_short(keys, members, nbytes)
                 else:
                     self._sum_copied(keys, members, nbytes)
@@ -173,7 +174,7 @@ class _Summing:
         in place, or 0 where its tensors must be copied.
         """
         words = -(-nbytes // 8)
-        most = self._pace.pool // (words if words <= OTHER_WIDTH else _width(words))
+        most = self._pace.pool // (words if words <= WIDTH else _width(words))
         if words > self._pace.small:
             yield from _spaced(same, nbytes, max(1, min(most, self._pace.block // words)))
         else:
