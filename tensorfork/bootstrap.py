@@ -34,7 +34,7 @@ M = TypeVar("M")
 Answer = Callable[..., None]
 """Takes a reply and the frames behind it; may be called from any thread, once."""
 
-UNREAD = 100
+UNREAD = 256
 """Replies that wait for a fork which does not read; more are dropped."""
 COPY_BELOW = 1 << 10
 """Longer frames are sent from where they lie: a layout's pages are the same for every fork and every request."""
@@ -50,15 +50,16 @@ _WATCHED = (
 
 
 class Listener:
-    """The seed's end. `handle(peer, message, answer)` runs on its thread, and must not wait.
+    """The seed's end. `handle(peer, message, said, answer)` runs on its thread, and must not wait; `said` is the frame
+    behind the message, empty for most.
 
     Survives whatever is sent to its port; what cannot be read is answered with `Refused` where it can be, and dropped.
     """
 
-    def __init__(self, address: Address, handle: Callable[[bytes, Any, Answer], None]) -> None:
+    def __init__(self, address: Address, handle: Callable[[bytes, Any, bytes, Answer], None]) -> None:
         self._handle = handle
         self._context = context()
-        self._socket = make(self._context, zmq.ROUTER, max_message=wire.MAX_REQUEST, queue=UNREAD)
+        self._socket = make(self._context, zmq.ROUTER, max_message=wire.MAX_MESSAGE, queue=UNREAD)
         self._socket.copy_threshold = COPY_BELOW
         self._socket.router_mandatory = True
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
@@ -118,12 +119,14 @@ class Listener:
                 if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                     raise
                 continue  # a peer that vanished in the middle of a message
-            if len(frames) == 2:
-                self._dispatch(frames[0], frames[1])
+            if len(frames) in (2, 3):
+                self._dispatch(*frames)
 
-    def _dispatch(self, peer: bytes, frame: bytes) -> None:
+    def _dispatch(self, peer: bytes, frame: bytes, said: bytes = b"") -> None:
         number = 0
         try:
+            if len(frame) > wire.MAX_REQUEST:
+                raise ProtocolError(f"a request of {len(frame):,} bytes came; it may have {wire.MAX_REQUEST:,}")
             number, message = wire.decode(frame, wire.REQUESTS)
         except wire.OtherVersion as error:
             reason = f"the seed speaks version {wire.VERSION} of the tensorfork protocol, the fork another"
@@ -137,7 +140,7 @@ class Listener:
             self.say(peer, reply, number, frames)
 
         try:
-            self._handle(peer, message, answer)
+            self._handle(peer, message, said, answer)
         except Exception as error:  # one request must not end the thread that answers all
             log.exception("answering a %s failed", type(message).__name__)
             answer(wire.Refused(wire.BUSY, f"the seed failed to answer: {error!r:.1000}"))
@@ -188,12 +191,12 @@ class Conversation:
         """
         number = next(self._numbers)
         with self._lock:
-            self._put(wire.encode(request, number), deadline, step)
+            self._put([wire.encode(request, number)], deadline, step)
             while True:
                 frames = self._get(deadline, step)
                 got, message = self._read(frames[0], step)
                 if isinstance(message, wire.Say):
-                    self._keep(message)
+                    self._keep(message, frames)
                 elif got == number and isinstance(message, wire.Refused):
                     raise self._refusal(message, step)
                 elif got == number and isinstance(message, expect):
@@ -204,8 +207,9 @@ class Conversation:
 
     def say(self, lease: bytes, message: bytes, deadline: float) -> None:
         """Send on a lease's channel."""
+        _bounded(message)
         with self._lock:
-            self._put(wire.encode(wire.Say(lease, message), 0), deadline, "channel")
+            self._put([wire.encode(wire.Say(lease), 0), message], deadline, "channel")
 
     def hear(self, lease: bytes, deadline: float) -> bytes:
         """The next message on a lease's channel."""
@@ -217,9 +221,10 @@ class Conversation:
                 pass
             with self._lock:
                 if box.empty():
-                    _, message = self._read(self._get(deadline, "channel")[0], "channel")
+                    frames = self._get(deadline, "channel")
+                    _, message = self._read(frames[0], "channel")
                     if isinstance(message, wire.Say):
-                        self._keep(message)
+                        self._keep(message, frames)
                     elif isinstance(message, wire.Refused):
                         raise self._refusal(message, "channel")
 
@@ -228,13 +233,13 @@ class Conversation:
         self._socket.disable_monitor()
         self._context.destroy(linger=200)
 
-    def _keep(self, said: wire.Say) -> None:
-        self._said.setdefault(said.lease, queue.SimpleQueue()).put(said.message)
+    def _keep(self, said: wire.Say, frames: Sequence[bytes]) -> None:
+        self._said.setdefault(said.lease, queue.SimpleQueue()).put(b"".join(frames[1:]))
 
-    def _put(self, frame: bytes, deadline: float, step: str) -> None:
+    def _put(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
         while not self._socket.poll(0, zmq.POLLOUT):
             self._wait(zmq.POLLOUT, deadline, step)
-        self._socket.send(frame, zmq.NOBLOCK)
+        self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _get(self, deadline: float, step: str) -> list[bytes]:
         while not self._socket.poll(0, zmq.POLLIN):
@@ -326,7 +331,7 @@ class SeedChannel:
 
     def send(self, message: bytes, deadline: float) -> None:
         """See `tensorfork.transports.base.Channel`. Never waits: messages are few and small."""
-        self._listener.say(self._peer, wire.Say(self._lease, message))
+        self._listener.say(self._peer, wire.Say(self._lease), frames=[_bounded(message)])
 
     def recv(self, deadline: float) -> bytes:
         """See `tensorfork.transports.base.Channel`."""
@@ -349,3 +354,10 @@ class SeedChannel:
     def end(self) -> None:
         """Wake whoever waits: nothing more will come."""
         self._box.put(None)
+
+
+def _bounded(message: bytes) -> bytes:
+    """The message, if a channel takes it: the other side hangs up on longer ones."""
+    if len(message) > wire.MAX_MESSAGE:
+        raise ValueError(f"a message on a channel has at most {wire.MAX_MESSAGE:,} bytes, not {len(message):,}")
+    return message

@@ -6,6 +6,7 @@ sending one never holds the interpreter for long. Nothing is ever unpickled, and
 declared shape is refused before it is looked at further.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar, get_args
@@ -23,8 +24,8 @@ from tensorfork.transports.base import Place, RemoteRegion
 MAGIC = "tensorfork"
 VERSION = 1
 
-MAX_REQUEST = 2 << 20
-"""Bytes of a frame to a seed."""
+MAX_REQUEST = 64 << 10
+"""Bytes of a request; unpacking one made to be slow takes a few milliseconds of the seed's interpreter at most."""
 MAX_REPLY = 32 << 20
 """Bytes of a frame to a fork."""
 MAX_FRAMES = 4096
@@ -35,6 +36,7 @@ MAX_OFFER = 16 << 20
 PAGE = 500
 """Tensors, or storages, in one frame: packed in well under a millisecond."""
 
+_DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 _short: Any = max_len(4096)
 _count = [ge(0), le(MAX_TENSORS)]
 
@@ -103,10 +105,9 @@ class Leased:
 
 @frozen
 class Say:
-    """A message on a lease's channel; either way, and never answered."""
+    """The frame behind is a message on a lease's channel; either way, and never answered."""
 
     lease: bytes = field(validator=max_len(64))
-    message: bytes = field(validator=max_len(MAX_MESSAGE))
 
 
 @frozen
@@ -233,10 +234,15 @@ def unpack_layout(tensors: Sequence[bytes], storages: Sequence[bytes]) -> ModelL
     def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any) -> TensorLayout:
         return TensorLayout(name, dtype, tuple(shape), tuple(stride), storage, offset)
 
+    def storage(nbytes: Any, device: Any) -> StorageLayout:
+        if not isinstance(device, str) or not _DEVICE.fullmatch(device):
+            raise ValueError(f"{str(device)[:40]!r} is not a device that a seed can have")
+        return StorageLayout(nbytes, device)
+
     with _Reading("layout"):
         return ModelLayout(
             tuple(_rows(tensors, 6, tensor)),
-            tuple(_rows(storages, 2, StorageLayout)),
+            tuple(_rows(storages, 2, storage)),
         )
 
 

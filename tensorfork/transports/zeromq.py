@@ -80,7 +80,10 @@ class ZeroMQ(Transport):
         deadline: float,
     ) -> "_Session":
         """See `Transport.open`."""
-        token, port = _OFFER.unpack(offer)
+        try:
+            token, port = _OFFER.unpack(offer)
+        except struct.error as error:
+            raise TransportUnavailable(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
         try:
             seed = resolve(Address(host, port), deadline)
         except PeerUnreachable as error:
