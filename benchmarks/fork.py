@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks import limits
@@ -48,6 +49,7 @@ def cpu_case(
     for read in (*limits.READS, limits.MEMCPY):
         outcome.add(read, found[read], "GB/s")
     outcome.detail |= {"warm": {how: found[how] for how in VERIFIED.values()}}
+    _cost(bench, outcome, seed, fork, measures, name)
     _memory(bench, outcome, seed, fork, transport)
     _same_bytes(bench, outcome, seed, fork, transport)
 
@@ -181,6 +183,24 @@ def _speed(
     goal: float | None,
 ) -> None:
     outcome.add(what, [one["gbps"] for one in found], "GB/s", limit=limit, against=against, goal=goal)
+
+
+def _cost(
+    bench: Bench, outcome: Outcome, seed: _Seed, fork: Worker, measures: dict[str, Measure], limit: str | None
+) -> None:
+    """What it takes of the processor, on both sides together; this moves little when others use the machine too."""
+
+    def spent(measure: Measure) -> float:
+        before = bench.all((seed.worker, fork), "timing.processor")
+        measure()
+        after = bench.all((seed.worker, fork), "timing.processor")
+        return 1e9 * (sum(after) - sum(before)) / seed.nbytes
+
+    names = [name for name in (*VERIFIED.values(), limit) if name is not None]
+    found = interleave({name: partial(spent, measures[name]) for name in names}, bench.rounds, outcome, warm=0)
+    for how in VERIFIED.values():
+        against = found[limit] if limit else ()
+        outcome.add(f"processor time a GB, {how}", found[how], "s", limit=limit, against=against)
 
 
 def _memory(bench: Bench, outcome: Outcome, seed: _Seed, fork: Worker, transport: str, prefix: str = "") -> None:

@@ -23,7 +23,7 @@ def publish_case(bench: Bench, outcome: Outcome, *, shape: str) -> None:
     def once() -> dict[str, Any]:
         published = bench.ask(seed, "sides.publish", transports=["zeromq"])
         bench.ask(seed, "timing.tick")
-        forked = bench.ask(fork, "sides.fork", address=published["address"], transport="auto", verify=False)
+        forked = bench.ask(fork, "sides.fork", address=published["address"], transport="zeromq", verify=False)
         gaps = bench.ask(seed, "timing.tock")
         return {"publish": published["seconds"], "fork": forked, "gaps": gaps}
 

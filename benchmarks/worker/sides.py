@@ -110,12 +110,12 @@ def _transport(state: State, word: str) -> Any:
 
 def _make(word: str) -> Any:
     head, *rest = word.split(",")
+    if not rest:
+        return word
     name, _, fabric = head.partition(":")
     options = {key: _value(value) for key, _, value in (one.partition("=") for one in rest)}
     if fabric:
         options["fabric"] = fabric
-    if not options:
-        return name
     try:
         kind = type(registry.load(name))
     except tensorfork.TensorForkError as error:

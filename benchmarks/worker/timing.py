@@ -38,6 +38,11 @@ def reading(state: State) -> float:
     return words.nbytes / (time.perf_counter() - began) / 1e9
 
 
+def processor(state: State) -> float:
+    """Seconds of a core's time that this process has used."""
+    return time.process_time()
+
+
 def tick(state: State) -> None:
     """Start a thread that wants to run every millisecond, as an engine's own loop would."""
     ended, gaps = threading.Event(), list[tuple[float, float]]()
