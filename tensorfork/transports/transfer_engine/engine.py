@@ -136,13 +136,13 @@ class Engine:
         self._seen: dict[tuple[str, int], dict[bytes, int]] = {}
         with _gate, library.environment(_ENVIRONMENT[fabric]):
             self._mooncake: Any = module.TransferEngine()
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mooncake))  # it is never destroyed: see above
             code = self._mooncake.initialize(host, "P2PHANDSHAKE", fabric, ",".join(nics))
             if code:
                 raise TransportUnavailable(
                     f"Mooncake cannot start on {fabric} at {host} ({explain(code)}); MC_LOG_LEVEL=INFO in the "
                     "environment shows why. Check the NICs, and that MC_MIN_RPC_PORT to MC_MAX_RPC_PORT has free ports"
                 )
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mooncake))  # it is never destroyed: see above
             self.port = int(self._mooncake.get_rpc_port())
         self.spans = Spans(self._register, self._unregister, self._identify)
 
@@ -213,7 +213,7 @@ class Engine:
         return Outcome.FAILED if code == -1 else Outcome.RUNNING  # -2: slow by MC_SLICE_TIMEOUT, and still running
 
     def settle(self, devices: Sequence[str]) -> None:
-        """Wait for everything this process does on these GPUs, reads over NVLink among it."""
+        """Wait for everything that this process does on these GPUs, reads over NVLink among it."""
         for device in devices:
             torch.cuda.synchronize(device)
 

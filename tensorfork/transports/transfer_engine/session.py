@@ -99,6 +99,7 @@ class EngineSession(Session):
         self._offered = offered
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
+        self._gpus = sorted({region.device for region in regions} - {"cpu"})
         self._window, self._rate, self._piece = WINDOWS[engine.fabric], rate, piece
         self._holding: Holding | None = None
         self._closed = self._unquiet = False
@@ -130,7 +131,7 @@ class EngineSession(Session):
         targets = [(self._regions[copy.into].address + copy.at, copy.nbytes) for copy in copies]
         quarantine.wait(targets, deadline, cancel.is_set)
         _check(deadline, cancel)
-        self._engine.settle(sorted({self._regions[copy.into].device for copy in copies} - {"cpu"}))
+        self._engine.settle(self._gpus)  # nothing of this process may still be using what is written now
         flying: deque[Flight] = deque()
         try:
             self._run(copies, flying, deadline, done, cancel)
@@ -179,10 +180,13 @@ class EngineSession(Session):
                 pace.spend(job.nbytes, now)
                 self._begin(job, flying, deadline)
             arrived, failed = self._over(flying)
+            if arrived and self.fabric == "tcp":  # its copies to GPUs may still be on their way when it calls them done
+                self._engine.settle(self._gpus)
             for flight in arrived:
                 under_way -= flight.nbytes
                 left[flight.copy] -= 1
                 if not left[flight.copy]:
+                    _check(deadline, cancel)
                     done(flight.copy)
             if failed:
                 raise TransferFailed(
@@ -256,7 +260,7 @@ class EngineSession(Session):
         """
         if self.fabric != "nvlink":
             return self._engine.outcome(number)
-        self._engine.settle(sorted({region.device for region in self._regions.values()}))
+        self._engine.settle(self._gpus)
         return Outcome.DONE
 
     def _try(self, source: int, device: str, deadline: float) -> None:
@@ -266,15 +270,18 @@ class EngineSession(Session):
         holding = self._engine.spans.hold(cover([region])[0], deadline) if self.fabric == "rdma" else None
         over = holding.release if holding else _nothing
         flight = Flight(0, region.address, 1)
-        flight.number = self._engine.read(self._address, region.address, source, 1, device, deadline)
-        outcome = Outcome.RUNNING
-        while outcome is Outcome.RUNNING and time.monotonic() < deadline:
-            outcome = flight.ask(self._engine.outcome)
-            time.sleep(self._window.pause)
-        if outcome is Outcome.RUNNING:
-            quarantine.take([flight], self._later, over, scratch)
-        else:
-            over()
+        outcome = Outcome.FAILED
+        try:
+            flight.number = self._engine.read(self._address, region.address, source, 1, device, deadline)
+            outcome = Outcome.RUNNING
+            while outcome is Outcome.RUNNING and time.monotonic() < deadline:
+                outcome = flight.ask(self._engine.outcome)
+                time.sleep(self._window.pause)
+        finally:
+            if outcome is Outcome.RUNNING:
+                quarantine.take([flight], self._later, over, scratch)
+            else:
+                over()
         if outcome is not Outcome.DONE:
             raise TransferFailed(f"the first byte from {self._address} did not come")
 
