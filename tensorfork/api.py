@@ -147,6 +147,8 @@ def _fork(
             except SeedChanged:
                 if attempt == restarts:
                     raise
+                pause = min(0.01 * 2**attempt, 0.5)  # a change takes its time, and restarts are counted
+                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     into.install()
     into.touch()
     return report.finished(watch.stop(), attempt), into
@@ -170,7 +172,7 @@ def _copy(
             try:
                 with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
                     watch.enter("match")
-                    plan = forking.plan(held, into, seed)
+                    plan = forking.plan(held, into)
                     verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
                     try:
                         watch.enter("transfer")

@@ -26,7 +26,7 @@ from tensorfork.plan import Plan, complete, cut
 from tensorfork.strided import Scratch, pull_strided
 from tensorfork.target import Target
 from tensorfork.transports import registry
-from tensorfork.transports.base import Place, Region, Session, Transport
+from tensorfork.transports.base import Place, Region, RemoteRegion, Session, Transport
 from tensorfork.verify import Verification
 from tensorfork.version import __version__
 
@@ -104,6 +104,8 @@ def reason_against(transport: Transport, peer: Peer, regions: Sequence[Region]) 
         return transport.why_not(transport.facts(regions), offered.facts)
     except TransportUnavailable as error:
         return str(error)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a seed that says something else
+        return f"what the seed says of it makes no sense: {error!r}"
 
 
 @contextmanager
@@ -124,6 +126,7 @@ def lease(
     taken, frames = peer.conversation.ask(request, wire.Leased, deadline, "lease")
     try:
         remote, theirs = wire.unpack_places(frames)
+        _check_places(peer, target, remote, theirs)
         enter("open")
         channel = ForkChannel(peer.conversation, taken.lease)
         host = peer.conversation.peer.host
@@ -138,11 +141,8 @@ def lease(
         _release(peer, taken.lease, deadline)
 
 
-def plan(held: Lease, target: Target, peer: Peer) -> Plan:
+def plan(held: Lease, target: Target) -> Plan:
     """What to copy."""
-    needed = {pair.theirs.storage for pair in target.pairs if pair.theirs.numel}
-    if not needed <= held.theirs.keys():
-        raise ProtocolError(f"{peer.address}: the lease lacks some of the layout's storages")
     return cut(target.pairs, held.theirs, held.ours, held.piece)
 
 
@@ -230,6 +230,15 @@ def verify(held: Lease, peer: Peer, layout: ModelLayout, verification: Verificat
             "changes its weights outside of seed.updating() does this too.",
             tensors=wrong,
         )
+
+
+def _check_places(peer: Peer, target: Target, remote: Sequence[RemoteRegion], theirs: Mapping[int, Place]) -> None:
+    """Raise `ProtocolError` unless every tensor lies within a leased region: no transport is to read anything else."""
+    sizes = {region.id: region.nbytes for region in remote}
+    for tensor in (pair.theirs for pair in target.pairs if pair.theirs.numel):
+        place = theirs.get(tensor.storage)
+        if place is None or place.offset + tensor.offset + tensor.extent > sizes.get(place.region, 0):
+            raise ProtocolError(f"{peer.address}: {tensor.name} does not lie within what was leased")
 
 
 def _release(peer: Peer, id: bytes, deadline: float) -> None:
