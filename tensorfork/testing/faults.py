@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 
 import torch
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from tensorfork import (
     Channel,
@@ -168,6 +168,21 @@ class Flip(Spoiled):
 
 
 @frozen
+class LateFlip(Fault):
+    """One bit of one copy changes once everything has been reported as done."""
+
+    copy: int = 0
+    byte: int = 0
+    bit: int = 0
+
+    def pull(self, job: Job) -> None:
+        """See `Fault.pull`."""
+        super().pull(job)
+        if (i := job.find(self.copy)) is not None:
+            job.bytes_of(i)[self.byte] ^= 1 << self.bit
+
+
+@frozen
 class SwapWords(Spoiled):
     """Two words within one copy, 8 bytes each, have changed places."""
 
@@ -218,7 +233,7 @@ class StalePage(Spoiled):
     copy: int = 0
     page: int = 0
     nbytes: int = 4096
-    _old: torch.Tensor | None = None
+    _old: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def before(self, job: Job) -> None:
         """See `Spoiled.before`."""
@@ -251,12 +266,13 @@ class FaultyTransport(Transport):
     Args:
         inner: what does the work.
         fault: what goes wrong; one of this module's, or a `Fault` of your own.
+        piece: the longest copy to be asked for, in bytes; as the inner one's, by default.
         memory: reaches the bytes of a region; needed where they are not in host memory.
     """
 
-    def __init__(self, inner: Transport, fault: Fault, *, memory: Host = host_memory) -> None:
+    def __init__(self, inner: Transport, fault: Fault, *, piece: int | None = None, memory: Host = host_memory) -> None:
         self.name = inner.name  # type: ignore[misc]  # a seed knows the inner one by it
-        self.piece = inner.piece
+        self.piece = inner.piece if piece is None else piece
         self._inner, self._fault, self._memory = inner, fault, memory
 
     def facts(self, regions: Sequence[Region]) -> Facts:
@@ -266,6 +282,10 @@ class FaultyTransport(Transport):
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
         """See `Transport.why_not`."""
         return self._inner.why_not(fork, seed)
+
+    def forget(self, regions: Sequence[Region]) -> None:
+        """See `Transport.forget`."""
+        self._inner.forget(regions)
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """See `Transport.cover`."""
