@@ -6,6 +6,7 @@ report = tensorfork.fork_into(model, seed.address)    # in the new one
 
 from tensorfork.api import fork, fork_into, publish
 from tensorfork.errors import (
+    IdentityMismatch,
     LayoutMismatch,
     PeerRefused,
     PeerUnreachable,
@@ -17,7 +18,9 @@ from tensorfork.errors import (
     UnsupportedTensor,
     VerificationFailed,
 )
+from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
+from tensorfork.placement import Placement
 from tensorfork.report import ForkReport
 from tensorfork.seed import Seed, SeedStats
 from tensorfork.transports.base import (
@@ -40,12 +43,16 @@ __all__ = [
     "Export",
     "Facts",
     "ForkReport",
+    "Identity",
+    "IdentityMismatch",
     "LayoutMismatch",
     "ModelLayout",
     "PeerRefused",
     "PeerUnreachable",
     "Place",
+    "Placement",
     "ProtocolError",
+    "Rank",
     "Region",
     "RemoteRegion",
     "Seed",

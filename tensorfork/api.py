@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from attrs import evolve, frozen
 
 from tensorfork import forking, target
 from tensorfork.errors import SeedChanged, TensorForkError, TransportUnavailable, UnsupportedTensor
 from tensorfork.forking import Peer, Progress
+from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, survey
 from tensorfork.plan import match
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed import Seed
+from tensorfork.selection import Patterns, Selection
 from tensorfork.target import Device, Target
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
@@ -28,6 +31,10 @@ def publish(
     bind: str = "tcp://127.0.0.1:*",
     advertise: str | None = None,
     transports: Sequence[str | Transport] | None = None,
+    identity: Identity | None = None,
+    rank: Rank | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
 ) -> Seed:
     """Let other processes fork this model, from now until the seed is closed.
 
@@ -35,25 +42,32 @@ def publish(
     is synchronised once, and a thread begins to answer. Change the tensors in place only under `Seed.updating`.
 
     Args:
-        model: an `nn.Module`, or a mapping of names to tensors.
+        model: an `nn.Module`, of which every tensor is published (docs/reliability.md says where they are found); or a
+            mapping of names to tensors, of which just those are.
         bind: the address to listen on. Whoever reaches it can read the model: it is loopback unless told otherwise.
         advertise: the host, or host:port, by which forks reach it; needed with ``tcp://0.0.0.0:*``.
         transports: names or instances to offer; all that work here, by default.
+        identity: which model this is; compared by forks that say theirs.
+        rank: which part of the model this process holds; compared by forks that say theirs.
+        include: names of tensors, or patterns with ``*`` and ``?``, each for what lies under it too; only these are
+            published.
+        exclude: the same for those that are not: caches, and integers that hold addresses or handles.
 
     Raises:
         TypeError: it is not a model.
+        ValueError: `include` names what the model does not have.
         UnsupportedTensor: one of its tensors cannot be forked; the message names it.
         TransportUnavailable: one of the transports named cannot work here.
         OSError: the address cannot be listened on.
     """
-    layout, tensors, memory = survey(model)
-    if lost := [name for name, tensor in tensors.items() if tensor.is_meta]:
+    ours = survey(model, Selection(include, exclude), identity, rank)
+    if lost := [name for name, tensor in ours.tensors.items() if tensor.is_meta]:
         raise UnsupportedTensor(f"{lost[0]} is on the meta device and has no bytes to fork; load the model first")
-    gpus = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    gpus = {tensor.device for tensor in ours.tensors.values() if tensor.is_cuda}
     for device in gpus:
         torch.cuda.current_stream(device).synchronize()
     warm_up(gpus)
-    return Seed(layout, tensors, memory, _offered(transports), bind, advertise)
+    return Seed(ours.layout, ours.tensors, ours.memory, _offered(transports), bind, advertise)
 
 
 def fork_into(
@@ -66,6 +80,10 @@ def fork_into(
     verify: bool = True,
     restarts: int = 0,
     progress: Progress | None = None,
+    identity: Identity | None = None,
+    rank: Rank | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
 
@@ -73,7 +91,8 @@ def fork_into(
     seed's do, once everything has been verified; until then, and after any failure, they stay meta.
 
     Args:
-        model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and strides.
+        model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and strides: built
+            by the same code, and at the same moment of its life as the seed's was when it was published.
         peer: the seed's address, as `Seed.address` says it.
         device: where meta tensors go; as in the seed, by default (one GPU: to the current one).
         transport: "auto", a name, or a `Transport`.
@@ -81,20 +100,27 @@ def fork_into(
         verify: compare the digest of every tensor with the seed's.
         restarts: how often to begin again when the seed's weights change under the fork.
         progress: called with the bytes that have arrived, and the bytes there are.
+        identity: which model this is; the seed's must be equal, and is compared before anything else.
+        rank: which part of the model this process holds; the seed's must be equal but for data parallelism.
+        include: names of tensors, or patterns with ``*`` and ``?``, each for what lies under it too; only these are
+            filled, whatever else the seed has.
+        exclude: the same for those that are left as they are. What the seed excludes is to be excluded here too.
 
     Raises:
         TensorForkError: see docs/errors.md for each kind, and for the state it leaves the model in.
         TypeError, ValueError: bad arguments; nothing was touched.
     """
-    ours, tensors, memory = survey(model)
+    terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    ours = survey(model, terms.selection)
 
     def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
         enter("match")
-        pairs = match(theirs, ours)
+        pairs = match(theirs, ours.layout)
         enter("allocate")
-        return target.prepare(pairs, theirs, ours, tensors, memory, device)
+        return target.prepare(pairs, theirs, ours, device)
 
-    return _fork(peer, prepare, transport, timeout, verify, restarts, progress)[0]
+    report, _ = _fork(peer, prepare, terms)
+    return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
 def fork(
@@ -106,52 +132,76 @@ def fork(
     verify: bool = True,
     restarts: int = 0,
     progress: Progress | None = None,
+    identity: Identity | None = None,
+    rank: Rank | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
 ) -> dict[str, torch.Tensor]:
     """All tensors of the seed at `peer`, by name, in new memory on `device`; ties are one tensor under several names.
 
     The arguments and errors are those of `fork_into`. After a failure there is nothing.
     """
+    terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
 
     def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
+        if unused := terms.selection.unused([tensor.name for tensor in theirs.tensors]):
+            raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
         return target.build(theirs, device)
 
-    return dict(_fork(peer, prepare, transport, timeout, verify, restarts, progress)[1].tensors)
+    return dict(_fork(peer, prepare, terms)[1].tensors)
+
+
+@frozen
+class _Terms:
+    """What the caller of a fork wants; see `fork_into` for each."""
+
+    transport: str | Transport
+    timeout: float
+    verify: bool
+    restarts: int
+    progress: Progress | None
+    identity: Identity | None
+    rank: Rank | None
+    selection: Selection
 
 
 def _fork(
-    peer: str,
-    prepare: Callable[[ModelLayout, Callable[[str], object]], Target],
-    transport: str | Transport,
-    timeout: float,
-    verify: bool,
-    restarts: int,
-    progress: Progress | None,
+    peer: str, prepare: Callable[[ModelLayout, Callable[[str], object]], Target], terms: _Terms
 ) -> tuple[ForkReport, Target]:
     watch = Stopwatch()
-    deadline = time.monotonic() + timeout
-    wanted = forking.transports(transport)
+    deadline = time.monotonic() + terms.timeout
+    wanted = forking.transports(terms.transport)
     watch.enter("resolve")
     with Peer(peer, deadline) as seed:
         watch.enter("hello")
         seed.greet(deadline)
+        not_compared = seed.compare(terms.identity, terms.rank)
         watch.enter("layout")
         theirs = seed.layout(deadline)
-        into = prepare(theirs, watch.enter)
-        if verify:
+        taken, left_out = theirs.only(terms.selection.takes)
+        into = prepare(taken, watch.enter)
+        if terms.verify:
             warm_up({tensor.device for tensor in into.tensors.values()})
-        for attempt in range(restarts + 1):
+        for attempt in range(terms.restarts + 1):
             try:
-                report = _copy(seed, theirs, into, wanted, deadline, verify, progress, watch)
+                report = _copy(seed, theirs, into, wanted, deadline, terms, watch)
                 break
             except SeedChanged:
-                if attempt == restarts:
+                if attempt == terms.restarts:
                     raise
                 pause = min(0.01 * 2**attempt, 0.5)  # a change takes its time, and restarts are counted
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     into.install()
     into.touch()
-    return report.finished(watch.stop(), attempt), into
+    return evolve(
+        report,
+        seconds=dict(watch.stop()),
+        restarts=attempt,
+        not_compared=(*not_compared, *([] if terms.verify else ["digests"])),
+        left_out=tuple(left_out),
+        left_out_by_seed=theirs.left_out,
+    ), into
 
 
 def _copy(
@@ -160,11 +210,11 @@ def _copy(
     into: Target,
     wanted: Sequence[Transport],
     deadline: float,
-    verify: bool,
-    progress: Progress | None,
+    terms: _Terms,
     watch: Stopwatch,
 ) -> ForkReport:
     """One attempt: with the first transport that works between the two."""
+    verify = terms.verify
     passed_over: dict[str, str] = {}
     for transport in wanted:
         why_not = forking.reason_against(transport, seed, into.regions)
@@ -176,7 +226,7 @@ def _copy(
                     verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
                     try:
                         watch.enter("transfer")
-                        nbytes = forking.pull(held, plan, into, seed, deadline, progress, verification)
+                        nbytes = forking.pull(held, plan, into, seed, deadline, terms.progress, verification)
                         forking.check(held, seed, deadline)
                         if verification is not None:
                             watch.enter("verify")

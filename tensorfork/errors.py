@@ -5,6 +5,7 @@
     TensorForkError
     ├── the caller's
     │   ├── UnsupportedTensor       a tensor of a kind that cannot be forked (also a TypeError)
+    │   ├── IdentityMismatch        the two are not the same model, or not the same part of it
     │   ├── LayoutMismatch          the two models differ in names, dtypes, shapes, strides or ties
     │   └── TransportUnavailable    the transport cannot work between these two processes
     ├── the peer's
@@ -19,7 +20,7 @@
 docs/errors.md says for each in which state it leaves the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 
 class TensorForkError(Exception):
@@ -28,6 +29,22 @@ class TensorForkError(Exception):
 
 class UnsupportedTensor(TensorForkError, TypeError):
     """A tensor that cannot be forked: sparse, quantized, without memory, ... The message names it."""
+
+
+class IdentityMismatch(TensorForkError):
+    """The seed holds another model, or another part of it. Nothing was copied; the model is untouched.
+
+    Attributes:
+        fields: by the name of each field that differs, the seed's value and ours; None where it was not given.
+    """
+
+    def __init__(self, peer: str, fields: Mapping[str, tuple[object, object]]) -> None:
+        self.fields = dict(fields)
+        lines = [f"{name}: {theirs!r} in the seed, {ours!r} here" for name, (theirs, ours) in self.fields.items()]
+        super().__init__(
+            f"{peer}: the seed is not the same as this instance; nothing was copied. Fork from another seed, or give "
+            "both sides the same identity= and rank= if they are what was wrong:\n  " + "\n  ".join(lines)
+        )
 
 
 class LayoutMismatch(TensorForkError):
@@ -40,12 +57,18 @@ class LayoutMismatch(TensorForkError):
     """
 
     def __init__(
-        self, *, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[tuple[str, str]]
+        self,
+        *,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        mismatched: Sequence[tuple[str, str]],
+        left_out: Collection[str] = (),
     ) -> None:
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.mismatched = tuple(mismatched)
-        lines = [f"missing from the seed: {name}" for name in self.missing]
+        hint = " (it leaves it out; exclude it here too, or publish it)"
+        lines = [f"missing from the seed: {name}{hint * (name in left_out)}" for name in self.missing]
         lines += [f"only in the seed: {name}" for name in self.unexpected]
         lines += [f"{name}: {why}" for name, why in self.mismatched]
         super().__init__(

@@ -13,6 +13,7 @@ from attrs import frozen
 from tensorfork import digest, wire
 from tensorfork.bootstrap import Conversation, ForkChannel
 from tensorfork.errors import (
+    IdentityMismatch,
     PeerUnreachable,
     ProtocolError,
     SeedChanged,
@@ -21,6 +22,7 @@ from tensorfork.errors import (
     TransportUnavailable,
     VerificationFailed,
 )
+from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.plan import Plan, complete, cut
 from tensorfork.strided import Scratch, pull_strided
@@ -52,12 +54,22 @@ class Peer:
         soon = min(deadline, time.monotonic() + HELLO)
         self.welcome, _ = self.conversation.ask(hello, wire.Welcome, soon, "hello")
 
+    def compare(self, identity: Identity | None, rank: Rank | None) -> list[str]:
+        """Raise `IdentityMismatch` if it is not what we are; what was not compared, as it was not given."""
+        seed, its_rank = wire.unpack_identity(self.welcome)
+        differ: dict[str, tuple[object, object]] = {}
+        if identity is not None:
+            differ |= (seed or Identity()).differences(identity)
+        if rank is not None:
+            differ |= {"rank": (None, rank)} if its_rank is None else its_rank.differences(rank)
+        if differ:
+            raise IdentityMismatch(self.address, differ)
+        return [what for what, given in (("identity", identity), ("rank", rank)) if given is None]
+
     def layout(self, deadline: float) -> ModelLayout:
         """Every tensor it has."""
         pages, frames = self.conversation.ask(wire.GetLayout(), wire.Pages, deadline, "layout")
-        if len(frames) != pages.tensors + pages.storages:
-            raise ProtocolError(f"{self.address}: {len(frames)} pages of a layout came, others were announced")
-        layout = wire.unpack_layout(frames[: pages.tensors], frames[pages.tensors :])
+        layout = wire.unpack_layout(pages, frames, self.welcome)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:
             raise ProtocolError(f"{self.address}: the layout is not the one that its welcome announced")
         return layout

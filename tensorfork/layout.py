@@ -8,29 +8,28 @@ that holds ten rows of a large buffer publishes ten rows. Its start is rounded d
 well aligned in a fork's copy of the storage as in the seed's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
 
 import torch
-from attrs import field, frozen
-from attrs.validators import and_, instance_of, max_len
+from attrs import evolve, field, frozen
+from attrs.validators import and_, instance_of, max_len, optional
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from tensorfork.errors import UnsupportedTensor
+from tensorfork.identity import Identity, Rank
+from tensorfork.placement import Placement, sizes
+from tensorfork.selection import Selection
 from tensorfork.transports.base import Region
+from tensorfork.walk import walk
 
 ALIGNMENT = 512
 """Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
 
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-
-
-def _sizes(instance: Any, attribute: Any, value: Any) -> None:
-    if type(value) is not tuple or len(value) > 64 or not all(type(size) is int and size >= 0 for size in value):
-        raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
 
 
 def _natural(instance: Any, attribute: Any, value: Any) -> None:
@@ -50,14 +49,16 @@ class TensorLayout:
             (dimensions of size one, empty tensors).
         storage: index of its storage in the model's layout.
         offset: bytes from the start of that storage to its first element.
+        placement: of a `DTensor`'s local shard, which part of the whole it is.
     """
 
     name: str = field(validator=and_(instance_of(str), max_len(4096)))
     dtype: str = field(validator=instance_of(str))
-    shape: tuple[int, ...] = field(validator=_sizes)
-    stride: tuple[int, ...] = field(validator=_sizes)
+    shape: tuple[int, ...] = field(validator=sizes)
+    stride: tuple[int, ...] = field(validator=sizes)
     storage: int = field(validator=_natural, eq=False)
     offset: int = field(validator=_natural, eq=False)
+    placement: Placement | None = field(default=None, validator=optional(instance_of(Placement)))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -106,6 +107,7 @@ class TensorLayout:
                 ("dtype", self.dtype, other.dtype),
                 ("shape", self.shape, other.shape),
                 ("stride", self.stride, other.stride),
+                ("placement", self.placement or "whole", other.placement or "whole"),
             )
             if theirs != ours
         ]
@@ -122,10 +124,21 @@ class StorageLayout:
 
 @frozen(repr=False)
 class ModelLayout:
-    """Every tensor and storage of one model. Tied tensors are several names at one place."""
+    """Every tensor and storage of one model. Tied tensors are several names at one place.
+
+    Attributes:
+        tensors: all of them.
+        storages: what they lie in.
+        left_out: names of tensors that the model has besides, and that whoever published it left out.
+        identity: which model it is, where that was said.
+        rank: which part of it, where that was said.
+    """
 
     tensors: tuple[TensorLayout, ...]
     storages: tuple[StorageLayout, ...]
+    left_out: tuple[str, ...] = ()
+    identity: Identity | None = None
+    rank: Rank | None = None
 
     def __attrs_post_init__(self) -> None:
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
@@ -144,6 +157,13 @@ class ModelLayout:
     def nbytes(self) -> int:
         """Bytes of all storages: what a whole copy occupies."""
         return sum(storage.nbytes for storage in self.storages)
+
+    def only(self, takes: Callable[[str], bool]) -> tuple["ModelLayout", list[str]]:
+        """The same with only the tensors whose names are taken, in the same storages; and the names of the others."""
+        taken = tuple(tensor for tensor in self.tensors if takes(tensor.name))
+        if len(taken) == len(self.tensors):
+            return self, []
+        return evolve(self, tensors=taken), [tensor.name for tensor in self.tensors if not takes(tensor.name)]
 
     def __repr__(self) -> str:
         devices = ", ".join(sorted({storage.device for storage in self.storages})) or "nowhere"
@@ -169,39 +189,43 @@ class Memory:
         ]
 
 
-def walk(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor the model owns, by name, in the model's order; a tied one comes under each of its names.
+@frozen(eq=False, repr=False)
+class Survey:
+    """A model as it is here.
 
-    Raises `TypeError` for what is neither an `nn.Module` nor a mapping of names to tensors.
+    Attributes:
+        layout: its description.
+        tensors: the tensors by name, none of them made of others.
+        wrappers: those that are made of these, by name, the inner ones first.
+        memory: where they lie.
     """
-    if isinstance(model, torch.nn.Module):
-        yield from model.named_parameters(remove_duplicate=False)
-        yield from model.named_buffers(remove_duplicate=False)
-    elif isinstance(model, Mapping):
-        for name, tensor in model.items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise TypeError(
-                    f"a mapping must be of names (str) to tensors; it has {name!r}: {type(tensor).__name__}"
-                )
-            yield name, tensor
-    else:
-        raise TypeError(f"{type(model).__name__} is not a model; give an nn.Module, or a mapping of names to tensors")
+
+    layout: ModelLayout
+    tensors: Mapping[str, torch.Tensor]
+    wrappers: Mapping[str, torch.Tensor]
+    memory: Memory
 
 
-def survey(model: Any) -> tuple[ModelLayout, dict[str, torch.Tensor], Memory]:
-    """Describe a model: its layout, its tensors by name, and where they lie. Copies nothing.
+def survey(
+    model: Any, selection: Selection | None = None, identity: Identity | None = None, rank: Rank | None = None
+) -> Survey:
+    """Describe a model, or what is selected of it. Copies nothing.
 
     Raises:
         TypeError: it is not a model.
         UnsupportedTensor: it has a tensor that cannot be described; the message names it.
     """
-    tensors = dict(walk(model))
-    homes = [_home(name, tensor) for name, tensor in tensors.items()]
+    found = walk(model, selection)
+    homes = [_home(name, tensor) for name, tensor in found.tensors.items()]
     spans = _spans(homes)
-    layouts = tuple(_describe(name, t, home, spans) for (name, t), home in zip(tensors.items(), homes, strict=True))
+    layouts = tuple(
+        _describe(name, tensor, home, spans, found.placements.get(name))
+        for (name, tensor), home in zip(found.tensors.items(), homes, strict=True)
+    )
     storages = tuple(StorageLayout(span.end - span.start, span.device) for span in spans.values())
     memory = Memory([span.address for span in spans.values()], [kept for span in spans.values() for kept in span.keep])
-    return ModelLayout(layouts, storages), tensors, memory
+    layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
+    return Survey(layout, found.tensors, found.wrappers, memory)
 
 
 class _Home:
@@ -304,7 +328,9 @@ def _spans(homes: Sequence[_Home]) -> dict[Any, _Span]:
     return spans
 
 
-def _describe(name: str, tensor: torch.Tensor, home: _Home, spans: Mapping[Any, _Span]) -> TensorLayout:
+def _describe(
+    name: str, tensor: torch.Tensor, home: _Home, spans: Mapping[Any, _Span], placement: Placement | None
+) -> TensorLayout:
     span = spans[home.key]
     shape = tuple(tensor.shape)
     return TensorLayout(
@@ -314,6 +340,7 @@ def _describe(name: str, tensor: torch.Tensor, home: _Home, spans: Mapping[Any, 
         plain_stride(shape, tensor.stride()),
         span.index,
         home.start - span.start,
+        placement,
     )
 
 

@@ -72,7 +72,9 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
     missing = [name for name in wanted if name not in known]
     unexpected = [name for name in known if name not in wanted]
     if missing or unexpected or mismatched:
-        raise LayoutMismatch(missing=missing, unexpected=unexpected, mismatched=mismatched)
+        raise LayoutMismatch(
+            missing=missing, unexpected=unexpected, mismatched=mismatched, left_out=frozenset(theirs.left_out)
+        )
     return pairs
 
 

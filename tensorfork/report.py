@@ -1,11 +1,11 @@
 """What a fork says of itself afterwards, and the clock it is timed with."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
-PHASES = ("resolve", "hello", "layout", "match", "allocate", "lease", "open", "transfer", "verify")
+PHASES = ("resolve", "hello", "layout", "match", "allocate", "lease", "open", "transfer", "verify", "close")
 
 
 @frozen(repr=False)
@@ -23,6 +23,10 @@ class ForkReport:
         verified: whether every tensor's digest was compared with the seed's.
         restarts: times the fork began again because the seed changed.
         passed_over: transports that were not used, each with the reason.
+        not_compared: what the two sides were not compared by: "identity" and "rank" where they were not given here,
+            "digests" without verification.
+        left_out: tensors that our selection leaves out, of ours and the seed's; they are as they were.
+        left_out_by_seed: tensors that the seed has and did not publish.
     """
 
     peer: str
@@ -35,6 +39,9 @@ class ForkReport:
     verified: bool
     restarts: int = 0
     passed_over: Mapping[str, str] = field(factory=dict)
+    not_compared: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    left_out_by_seed: Sequence[str] = ()
 
     @property
     def total(self) -> float:
@@ -47,14 +54,14 @@ class ForkReport:
         spent = self.seconds.get("transfer", 0.0)
         return self.nbytes / spent / 1e9 if spent else 0.0
 
-    def finished(self, seconds: Mapping[str, float], restarts: int) -> "ForkReport":
-        """The same, with what is known only at the end."""
-        return evolve(self, seconds=dict(seconds), restarts=restarts)
-
     def __str__(self) -> str:
         phases = ", ".join(f"{name} {_spent(self.seconds[name])}" for name in PHASES if name in self.seconds)
         again = f", {self.restarts} restarts" if self.restarts else ""
         checked = "verified" if self.verified else "NOT verified"
+        unseen = [what for what in self.not_compared if what != "digests"]
+        checked += f"; not compared: {', '.join(unseen)}" if unseen else ""
+        if self.left_out or self.left_out_by_seed:
+            checked += f"; left out: {len(self.left_out):,} here, {len(self.left_out_by_seed):,} by the seed"
         return (
             f"forked {self.tensors:,} tensors ({_size(self.nbytes)}) from {self.peer} over "
             f"{self.transport}/{self.fabric} in {_spent(self.total)} ({self.gbps:.2f} GB/s; {phases}); {checked}{again}"

@@ -50,6 +50,8 @@ class Seed:
     Attributes:
         address: where forks find it, such as ``tcp://10.0.0.7:4180``.
         layout: what it published.
+        identity: which model it is, where that was said.
+        rank: which part of it, where that was said.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Seed:
         self._closed = False
         self.address = str(self._service.address)
         self.layout = layout
+        self.identity, self.rank = layout.identity, layout.rank
 
     @property
     def generation(self) -> int:
@@ -181,7 +184,7 @@ class _Service:
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._granted = self._refused = self._expired = 0
-        self._pages = wire.pack_tensors(layout.tensors), wire.pack_storages(layout.storages)
+        self._pages = wire.pack_layout(layout)
         self._welcome = self._make_welcome()
         at = Address.parse(bind)
         found = None if advertise is None else _advertised(advertise)
@@ -217,6 +220,7 @@ class _Service:
                 offered[name] = wire.Offered(dict(transport.facts(self._regions)), None)
             except TransportUnavailable as error:
                 offered[name] = wire.Offered({}, str(error))
+        identity, rank = self._layout.identity, self._layout.rank
         return wire.Welcome(
             __version__,
             secrets.token_bytes(16),
@@ -225,6 +229,8 @@ class _Service:
             self._layout.nbytes,
             digest.NAME,
             offered,
+            None if identity is None else identity.as_dict(),
+            None if rank is None else dict(rank.as_dict()),
         )
 
     def _handle(self, peer: bytes, message: Any, said: bytes, answer: Answer) -> None:
@@ -232,8 +238,7 @@ class _Service:
             case wire.Hello():
                 answer(self._welcome)
             case wire.GetLayout():
-                tensors, storages = self._pages
-                answer(wire.Pages(len(tensors), len(storages)), [*tensors, *storages])
+                answer(*self._pages)
             case wire.TakeLease():
                 self._take(peer, message, answer)
             case wire.Say():

@@ -4,15 +4,14 @@ New tensors lie in one allocation for each device, sharing storages as the seed'
 memory only in `Target.install`, the last step of a fork, as the same object.
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
-from tensorfork.layout import ALIGNMENT, Memory, ModelLayout, StorageLayout, TensorLayout
+from tensorfork.install import Installation, like, plain_mode
+from tensorfork.layout import ALIGNMENT, ModelLayout, StorageLayout, Survey, TensorLayout
 from tensorfork.plan import Pair
 from tensorfork.transports.base import Region
 
@@ -27,60 +26,53 @@ class Target:
         pairs: what fills what; in new storages for meta tensors.
         tensors: the destinations by name, with memory; for meta ones, what they will become.
         regions: the memory of all destinations, by storage.
-        new: the meta tensors, each with the tensor it becomes.
+        installation: how the meta tensors become these.
+        wrappers: the tensors of the model that are made of others.
         keep: what must stay alive while anything may write.
     """
 
     pairs: Sequence[Pair]
     tensors: Mapping[str, torch.Tensor]
     regions: Sequence[Region]
-    new: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    installation: Installation
+    wrappers: Sequence[torch.Tensor]
     keep: Sequence[Any]
 
     def install(self) -> None:
         """Give the meta tensors their memory: all, or (should one refuse) none. The objects stay the same."""
-        done: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
-            for old, new in self.new:
-                torch.utils.swap_tensors(old, new)
-                done.append((old, new))
-        except BaseException:
-            for old, new in done:
-                torch.utils.swap_tensors(old, new)
-            raise
+        self.installation.run()
 
     def touch(self) -> None:
         """Tell autograd that the tensors filled in place are not what they were."""
-        replaced = {id(new) for _, new in self.new}
+        replaced = {id(one.new) for one in self.installation.tensors}
         filled = [t for t in self.tensors.values() if id(t) not in replaced and not t.is_inference()]
+        filled += [t for t in self.wrappers if not t.is_inference()]
         if filled:
             torch.autograd.graph.increment_version(filled)
 
 
-def prepare(
-    pairs: Sequence[Pair],
-    theirs: ModelLayout,
-    ours: ModelLayout,
-    tensors: Mapping[str, torch.Tensor],
-    memory: Memory,
-    device: Device,
-) -> Target:
+def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: Device) -> Target:
     """Make room for the meta tensors among ours, on `device` (see `place`), beside those that have memory.
 
-    Raises `ValueError` for a device that cannot be used.
+    Raises:
+        ValueError: the device cannot be used.
+        UnsupportedTensor: one of the meta tensors cannot take memory in place.
     """
+    tensors, wrappers = ours.tensors, list({id(one): one for one in ours.wrappers.values()}.values())
+    regions = ours.memory.regions(ours.layout)
     meta = [pair for pair in pairs if tensors[pair.name].is_meta]
     if not meta:
-        return Target(pairs, tensors, memory.regions(ours), [], [memory])
+        return Target(pairs, tensors, regions, Installation([], []), wrappers, [ours.memory])
     fresh = allocate(theirs, sorted({pair.theirs.storage for pair in meta}), device)
     ready = dict(tensors)
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    with _plain_mode():
+    made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
+    with plain_mode():
         for pair in meta:
             old = tensors[pair.name]
             if id(old) not in made:
-                made[id(old)] = old, _like(old, fresh.tensor(pair.theirs))
-            ready[pair.name] = made[id(old)][1]
+                made[id(old)] = pair.name, old, like(old, fresh.tensor(pair.theirs))
+            ready[pair.name] = made[id(old)][2]
+        installation = Installation.prepare({name: (old, new) for name, old, new in made.values()}, ours.wrappers)
     # New storages are numbered as the seed's are, and ours that have memory come behind them.
     behind = len(theirs.storages)
     moved = [Pair(pair.theirs, pair.theirs) for pair in meta]
@@ -89,22 +81,22 @@ def prepare(
         for pair in pairs
         if not tensors[pair.name].is_meta
     ]
-    regions = [evolve(region, id=behind + region.id) for region in memory.regions(ours)]
-    return Target(moved, ready, [*fresh.regions, *regions], list(made.values()), [memory, fresh])
+    regions = [evolve(region, id=behind + region.id) for region in regions]
+    return Target(moved, ready, [*fresh.regions, *regions], installation, wrappers, [ours.memory, fresh])
 
 
 def build(theirs: ModelLayout, device: Device) -> Target:
     """Make room for a whole copy of the seed's tensors; ties become one tensor under several names."""
-    fresh = allocate(theirs, range(len(theirs.storages)), device)
+    fresh = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
-    with _plain_mode():
+    with plain_mode():
         for tensor in theirs.tensors:
             key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
             if key not in made:
                 made[key] = fresh.tensor(tensor)
             tensors[tensor.name] = made[key]
-    return Target([Pair(t, t) for t in theirs.tensors], tensors, fresh.regions, [], [fresh])
+    return Target([Pair(t, t) for t in theirs.tensors], tensors, fresh.regions, Installation([], []), [], [fresh])
 
 
 @frozen
@@ -127,7 +119,7 @@ class Fresh:
         ]
 
     def tensor(self, layout: TensorLayout) -> torch.Tensor:
-        """A tensor in its storage, with a version counter of its own. To be called in `_plain_mode`."""
+        """A tensor in its storage, with a version counter of its own. To be called in `plain_mode`."""
         device, start, _ = self.spots[layout.storage]
         dtype = layout.torch_dtype
         made = torch.empty(0, dtype=dtype, device=device)
@@ -180,22 +172,3 @@ def _indexed(device: torch.device) -> torch.device:
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The new tensor in the old one's clothes: class, attributes, requires_grad."""
-    if weakref.getweakrefcount(old):
-        raise ValueError("a meta tensor of the model has a weak reference, so it cannot take memory; drop that first")
-    if type(old) is torch.Tensor:
-        made = new.requires_grad_(old.requires_grad)
-    else:
-        made = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
-    made.__dict__.update(old.__dict__)
-    return made
-
-
-@contextmanager
-def _plain_mode() -> Iterator[None]:
-    """Whatever the caller's mode: tensors made inside are ordinary ones, and making them is not recorded."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

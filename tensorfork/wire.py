@@ -18,7 +18,9 @@ from cattrs import Converter
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
 from tensorfork.errors import ProtocolError
+from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
+from tensorfork.placement import Placement
 from tensorfork.transports.base import Place, RemoteRegion
 
 MAGIC = "tensorfork"
@@ -67,11 +69,13 @@ class Welcome:
     nbytes: int = field(validator=ge(0))
     digest: str = field(validator=_short)
     transports: dict[str, Offered]
+    identity: dict[str, Any] | None = None
+    rank: dict[str, Any] | None = None
 
 
 @frozen
 class GetLayout:
-    """Asks for every tensor and storage; answered by `Pages`."""
+    """Asks for every tensor and storage, and the names of what was left out; answered by `Pages`."""
 
 
 @frozen
@@ -80,6 +84,7 @@ class Pages:
 
     tensors: int = field(validator=[ge(0), le(MAX_FRAMES)])
     storages: int = field(validator=[ge(0), le(MAX_FRAMES)])
+    left_out: int = field(validator=[ge(0), le(MAX_FRAMES)])
 
 
 @frozen
@@ -206,8 +211,14 @@ class OtherVersion(ProtocolError):
         self.number = number
 
 
-def pack_tensors(tensors: Sequence[TensorLayout]) -> list[bytes]:
-    """Tensors as pages of columns."""
+def pack_layout(layout: ModelLayout) -> tuple[Pages, list[bytes]]:
+    """A layout as pages of columns, and how many there are of each kind."""
+    tensors, storages = _pack_tensors(layout.tensors), _pack_storages(layout.storages)
+    left_out = [msgpack.packb([page]) for page in _paged(layout.left_out)]
+    return Pages(len(tensors), len(storages), len(left_out)), [*tensors, *storages, *left_out]
+
+
+def _pack_tensors(tensors: Sequence[TensorLayout]) -> list[bytes]:
     return [
         msgpack.packb(
             [
@@ -217,22 +228,23 @@ def pack_tensors(tensors: Sequence[TensorLayout]) -> list[bytes]:
                 [t.stride for t in page],
                 [t.storage for t in page],
                 [t.offset for t in page],
+                [None if t.placement is None else [t.placement.shape, t.placement.how] for t in page],
             ]
         )
         for page in _paged(tensors)
     ]
 
 
-def pack_storages(storages: Sequence[StorageLayout]) -> list[bytes]:
-    """Storages as pages of columns."""
+def _pack_storages(storages: Sequence[StorageLayout]) -> list[bytes]:
     return [msgpack.packb([[s.nbytes for s in page], [s.device for s in page]]) for page in _paged(storages)]
 
 
-def unpack_layout(tensors: Sequence[bytes], storages: Sequence[bytes]) -> ModelLayout:
+def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> ModelLayout:
     """The layout from its pages. Raises `ProtocolError` unless every value has its type and place."""
 
-    def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any) -> TensorLayout:
-        return TensorLayout(name, dtype, tuple(shape), tuple(stride), storage, offset)
+    def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any, part: Any) -> TensorLayout:
+        placement = None if part is None else Placement(tuple(part[0]), part[1])
+        return TensorLayout(name, dtype, tuple(shape), tuple(stride), storage, offset, placement)
 
     def storage(nbytes: Any, device: Any) -> StorageLayout:
         if not isinstance(device, str) or not _DEVICE.fullmatch(device):
@@ -240,9 +252,23 @@ def unpack_layout(tensors: Sequence[bytes], storages: Sequence[bytes]) -> ModelL
         return StorageLayout(nbytes, device)
 
     with _Reading("layout"):
+        if len(frames) != pages.tensors + pages.storages + pages.left_out:
+            raise ValueError(f"it has {len(frames)} pages, and others were announced")
+        storages, left_out = pages.tensors, pages.tensors + pages.storages
         return ModelLayout(
-            tuple(_rows(tensors, 6, tensor)),
-            tuple(_rows(storages, 2, storage)),
+            tuple(_rows(frames[:storages], 7, tensor)),
+            tuple(_rows(frames[storages:left_out], 2, storage)),
+            tuple(_rows(frames[left_out:], 1, _text)),
+            *unpack_identity(welcome),
+        )
+
+
+def unpack_identity(welcome: Welcome) -> tuple[Identity | None, Rank | None]:
+    """What the seed says it is; raises `ProtocolError`."""
+    with _Reading("identity"):
+        return (
+            None if welcome.identity is None else Identity(**welcome.identity),
+            None if welcome.rank is None else Rank(**{name: tuple(value) for name, value in welcome.rank.items()}),
         )
 
 

@@ -1,0 +1,68 @@
+"""Which tensors a caller means: patterns over their names."""
+
+import re
+from collections.abc import Sequence
+
+from attrs import field, frozen
+
+Patterns = str | Sequence[str] | None
+
+
+def _patterns(given: Patterns) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
+        if type(pattern) is not str or not pattern:
+            raise TypeError(f"include and exclude must be names or patterns of names, not {pattern!r}")
+    return patterns
+
+
+@frozen
+class Selection:
+    """The tensors that are included, all by default, less those that are excluded.
+
+    A pattern is a name in which ``*`` stands for any text and ``?`` for one character; all else stands for itself,
+    brackets too. It means that name and whatever lies under it: ``layers.3`` is the whole layer, ``*.kv_cache`` every
+    cache and all tensors in it.
+
+    Attributes:
+        include: patterns, of which a tensor's name must match one; None for all.
+        exclude: patterns, of which it must match none.
+    """
+
+    include: tuple[str, ...] | None = field(default=None, converter=_patterns)
+    exclude: tuple[str, ...] | None = field(default=None, converter=_patterns)
+    _in: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
+    _out: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
+
+    @_in.default
+    def _compile_in(self) -> re.Pattern[str] | None:
+        return None if self.include is None else _regex(self.include)
+
+    @_out.default
+    def _compile_out(self) -> re.Pattern[str] | None:
+        return _regex(self.exclude) if self.exclude else None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is left out."""
+        return self._in is None and self._out is None
+
+    def excludes(self, name: str) -> bool:
+        """Whether it, and with it all that lies under it, is excluded."""
+        return self._out is not None and self._out.fullmatch(name) is not None
+
+    def takes(self, name: str) -> bool:
+        """Whether the tensor of this name is meant."""
+        return (self._in is None or self._in.fullmatch(name) is not None) and not self.excludes(name)
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """The patterns of `include` that mean none of these."""
+        return [pattern for pattern in self.include or () if not any(map(_regex([pattern]).fullmatch, names))]
+
+
+def _regex(patterns: Sequence[str]) -> re.Pattern[str]:
+    wild = {"*": ".*", "?": "."}
+    texts = ("".join(wild.get(character) or re.escape(character) for character in pattern) for pattern in patterns)
+    return re.compile(rf"(?s:(?:{'|'.join(texts)})(?:[.\[].*)?)")
