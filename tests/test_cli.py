@@ -54,6 +54,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The whole demo.
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_the_demo_forks_minilm_and_a_generated_model_and_both_sides_compute_the_same(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -84,13 +84,16 @@ class Screen:
 
     def comparison(self, rows: Sequence[tuple[str, float, int]]) -> None:
         """Ways to the same bytes: each with what it is, its seconds, and its bytes. The fork comes first."""
-        table = _table("the same bytes, into the fork's process", ">time", ">speed", ">beside the fork")
-        fork = rows[0][1]
-        for what, seconds, nbytes in rows:
-            beside = f"{fork / seconds:.1f} x faster" if seconds < fork else f"{seconds / fork:.1f} x slower"
-            speed = show_speed(nbytes, seconds)
-            table.add_row(what, show_seconds(seconds), speed, "" if seconds == fork else beside)
+        table = _table("the same bytes into a process", ">time", ">speed", ">beside the fork")
+        for i, (what, seconds, nbytes) in enumerate(rows):
+            beside = _beside(seconds, rows[0][1]) if i else ""
+            table.add_row(what, show_seconds(seconds), show_speed(nbytes, seconds), beside)
         self._show(table)
+
+    def end(self, good: bool, text: str) -> None:
+        """The last word."""
+        self._console.print()
+        self.verdict(good, text)
 
     def verdict(self, good: bool, text: str) -> None:
         """What it comes to."""
@@ -100,6 +103,13 @@ class Screen:
         self._console.print()
         self._console.print(Padding(table, INDENT, expand=False))
         self._console.print()
+
+
+def _beside(seconds: float, fork: float) -> str:
+    """How another way's time compares."""
+    if 0.95 < seconds / fork < 1.05:
+        return "about the same"
+    return f"{fork / seconds:.1f} x faster" if seconds < fork else f"{seconds / fork:.1f} x slower"
 
 
 def _table(*columns: str) -> Table:

@@ -61,7 +61,7 @@ def tell(options: Options, screen: Screen) -> bool:
             equal = story.folder(folder, MINILM if options.model is None else folder.name)
             if size is not None:
                 equal &= story.generated(size)
-    screen.verdict(equal, "Everything that was compared is equal." if equal else "Something differs: see above.")
+    screen.end(equal, "Everything that was compared is equal." if equal else "Something differs: see above.")
     return equal
 
 
