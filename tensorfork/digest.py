@@ -9,10 +9,11 @@ of sums are taken:
     d[j] = sum of x[1031 i + j] over i             (columns of another width)
     r[i] = sum of x[1024 i + j] over j < 1024      (rows)
 
-The segment's digest is the sum over all these v[k], in this order, of mix(v[k]) * w[k], with fixed odd pseudo-random
-weights w, where mix is a bijection that carries high bits down (two xor-shifts round a multiplication; the finaliser
-of Steele, Lea and Flood's SplitMix64 is the model). The tensor's digest is the sum over its segments of mix(digest) *
-w[segment].
+Each of these sums v[k], in this order, is cut into its low and its high 32 bits, taken as signed integers, and the
+segment's digest is the sum of all these halves, each times a 64-bit odd pseudo-random weight of its own: the
+multilinear hash of Carter and Wegman, in the form that Lemire and Kaser gave it (Strongly universal string hashing is
+fast, 2014). The tensor's digest is the sum over its segments of mix(digest) * w[segment], where mix is a bijection
+(two xor-shifts round a multiplication; the finaliser of Steele, Lea and Flood's SplitMix64 is the model).
 
 Why three, and why these widths. Rows and columns see every changed, moved and exchanged word, but not four equal and
 opposite changes at the corners of a rectangle: two words of one row, and two of another in the same columns. The
@@ -117,9 +118,8 @@ class _Summing:
     def __init__(self, device: torch.device, pace: _Pace) -> None:
         self._device, self._pace = device, pace
         self._weights = weights(_SLOTS).to(device)
-        self._twice = self._weights[:WIDTH] + self._weights[WIDTH : 2 * WIDTH]
+        self._twice = self._weights[: 2 * WIDTH] + self._weights[2 * WIDTH : 4 * WIDTH]
         self._pool = torch.zeros(pace.pool, dtype=torch.int64, device=device)
-        self._spare = torch.empty(pace.pool, dtype=torch.int64, device=device)
         self._width = 0
         self._owners: list[_Key] = []
         self._order: list[_Key] = []
@@ -198,8 +198,9 @@ class _Summing:
         """Tensors of less than a row of either width: a column is one word, and there is one row. No slots."""
         x = self._copied(tensors, 0, nbytes)
         rows = x.sum(1)
-        columns = mix_(x, self._spare).mul_(self._twice[: x.shape[1]]).sum(1)
-        self._mixed.append(columns.add_(mix_(rows, self._spare).mul_(self._weights[COLUMNS])))
+        folded = fold(x, self._twice[: 2 * x.shape[1]], self._pace.block)
+        row_weights = self._weights[2 * COLUMNS : 2 * COLUMNS + 2]
+        self._mixed.append(folded.add_(fold(rows.unsqueeze(1), row_weights, self._pace.block)))
         self._order += keys
 
     def _sum_copied(self, keys: Sequence[_Key], tensors: Sequence[torch.Tensor], nbytes: int) -> None:
@@ -254,7 +255,7 @@ class _Summing:
     def _mix(self) -> None:
         if self._owners:
             used = self._pool[: len(self._owners) * self._width].view(len(self._owners), self._width)
-            self._mixed.append(mix_(used, self._spare).mul_(self._weights[: self._width]).sum(1))
+            self._mixed.append(fold(used, self._weights[: 2 * self._width], self._pace.block))
             self._order += self._owners
             self._owners = []
             used.zero_()
@@ -409,10 +410,17 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def mix_(words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """In place: v ^= v >>> 32; v *= odd; v ^= v >>> 29. Zero stays zero."""
-    high = scratch[: words.numel()].view_as(words)
-    torch.bitwise_right_shift(words, 32, out=high)
+def fold(slots: torch.Tensor, halves: torch.Tensor, most: int) -> torch.Tensor:
+    """Of each row of slots [k, slot] the sum of its halves, each times its weight: [k]. No operation takes more than
+    `most` elements.
+    """
+    step = max(1, most // halves.numel())
+    return torch.cat([(part.view(torch.int32) * halves).sum(1) for part in slots.split(step)])
+
+
+def mix_(words: torch.Tensor) -> torch.Tensor:
+    """In place: v ^= v >>> 32; v *= odd; v ^= v >>> 29."""
+    high = words >> 32
     words ^= high.bitwise_and_(0xFFFFFFFF)
     words *= _signed(_ODD)
     torch.bitwise_right_shift(words, 29, out=high)
@@ -429,14 +437,19 @@ def _mix_int(value: int) -> int:
 
 @cache
 def _weight_int(index: int) -> int:
-    """The odd weight of one slot or segment."""
+    """The odd weight of one segment, or of half a slot."""
     return _mix_int(((index + 1) * _GOLDEN) & _MASK) | 1
 
 
-def weights(count: int) -> torch.Tensor:
-    """The odd weights of the first slots."""
-    state = torch.arange(1, count + 1, dtype=torch.int64, device="cpu") * _signed(_GOLDEN)
-    return mix_(state, torch.empty_like(state)) | 1
+def weights(slots: int) -> torch.Tensor:
+    """The odd weights of the first slots' halves: the low one's, then the high one's, of each."""
+    state = torch.arange(1, 2 * slots + 1, dtype=torch.int64, device="cpu") * _signed(_GOLDEN)
+    return mix_(state) | 1
+
+
+def combine(values: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """What segments of given digests and numbers add to their tensors' digests. On the CPU."""
+    return mix_(values.clone()).mul_(weights(int(numbers.max()) // 2 + 1)[numbers])
 
 
 def digest_of_words(words: Sequence[int]) -> int:
@@ -449,6 +462,12 @@ def digest_of_words(words: Sequence[int]) -> int:
             slots[k % WIDTH] += word
             slots[WIDTH + k % OTHER_WIDTH] += word
             slots[COLUMNS + k // WIDTH] += word
-        value = sum(_mix_int(v) * _weight_int(k) for k, v in enumerate(slots))
+        halves = [half for v in slots for half in (_signed_half(v), _signed_half(v >> 32))]
+        value = sum(half * _weight_int(k) for k, half in enumerate(halves) if half)
         total += _mix_int(value) * _weight_int(segment // _WORDS)
     return total & _MASK
+
+
+def _signed_half(value: int) -> int:
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >> 31 else value
