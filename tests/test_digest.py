@@ -159,6 +159,7 @@ def test_neighbours_in_one_storage_have_the_digests_they_have_alone(pace: str, g
     memory = random_bytes(9 * 200_000)
     tensors = {str(at): memory[at:][:131_081] for at in itertools.accumulate(gaps, initial=0)}
     tensors |= {f"{at} apart": tensor.clone() for at, tensor in tensors.items()}
+    tensors["another dtype"] = memory[:131_081].view(torch.int8)
     with paced(pace):
         assert digests(tensors) == {name: digest.digest(tensor.clone()) for name, tensor in tensors.items()}
 
