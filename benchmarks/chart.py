@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks import table
 
-PHASES = ("resolve", "hello", "layout", "match", "allocate", "lease", "open", "transfer", "verify", "outside")
 COLOURS = ("#00796b", "#ef6c00", "#3949ab", "#c2185b", "#558b2f", "#6d4c41", "#0097a7", "#7b1fa2", "#fbc02d", "#78909c")
 LIMIT, IDLE = "#b0bec5", "#455a64"
 Case = dict[str, Any]
@@ -87,11 +86,11 @@ def phases(cases: Sequence[Case], file: Path, machine: str) -> bool:
     if not bars:
         return False
     figure, axes = _figure(len(bars), "ms", f"Whole cold forks, by phase: {machine}")
-    for phase, colour in zip(PHASES, COLOURS, strict=True):
+    lefts = [0.0] * len(bars)
+    for phase, colour in zip(max((spent for _, spent in bars), key=len), _cycle(COLOURS), strict=False):
         widths = [1e3 * spent.get(phase, 0.0) for _, spent in bars]
-        before = PHASES[: PHASES.index(phase)]
-        lefts = [1e3 * sum(spent.get(name, 0.0) for name in before) for _, spent in bars]
         axes.barh(range(len(bars)), widths, left=lefts, height=0.7, color=colour, label=phase)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
     axes.legend(fontsize=7, ncols=5, loc="lower right", frameon=False)
     return _save(figure, file)
