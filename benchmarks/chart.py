@@ -92,7 +92,7 @@ def phases(cases: Sequence[Case], file: Path, machine: str) -> bool:
         axes.barh(range(len(bars)), widths, left=lefts, height=0.7, color=colour, label=phase)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
-    axes.legend(fontsize=7, ncols=5, loc="lower right", frameon=False)
+    figure.legend(fontsize=7, ncols=6, loc="outside lower center", frameon=False)
     return _save(figure, file)
 
 
@@ -157,7 +157,7 @@ CHARTS: dict[str, Callable[[Sequence[Case], Path, str], bool]] = {
 def _figure(bars: int, unit: str, title: str) -> Any:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * bars))
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.24 * bars))
     axes.set_xlabel(unit)
     axes.set_title(title, fontsize=9)
     axes.invert_yaxis()
