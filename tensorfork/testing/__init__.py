@@ -16,9 +16,9 @@ Needs pytest, and `tensorfork` itself; nothing else of this package is imported 
 
 import pytest
 
-pytest.register_assert_rewrite("tensorfork.testing.suite")
+pytest.register_assert_rewrite("tensorfork.testing.lab", "tensorfork.testing.suite")
 
-from tensorfork.testing import faults  # noqa: E402  # after the line above, which concerns what is imported next
+from tensorfork.testing import faults  # noqa: E402  # after that line, which concerns what is imported next
 from tensorfork.testing.faults import Fault, FaultyTransport  # noqa: E402
 from tensorfork.testing.suite import TransportSuite  # noqa: E402
 

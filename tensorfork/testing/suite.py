@@ -11,19 +11,16 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import msgpack
 import pytest
-from attrs import define, field, frozen
 
-from tensorfork import Copy, PeerUnreachable, Place, Region, Session, TransferFailed, Transport, TransportUnavailable
-from tensorfork.testing.ends import Ending, Helper, LocalSeed, Memory, Offer, SeedEnd, Speaker, contents
-
-MARGIN = 5
-"""How many times longer than promised anything may take before a test calls it late."""
-HERE, SPAWNED = "within one process", "from a spawned process"
+from tensorfork import Copy, PeerUnreachable, TransferFailed, Transport, TransportUnavailable
+from tensorfork.testing.ends import SITE, LocalSeed, Speaker
+from tensorfork.testing.helper import Helper
+from tensorfork.testing.lab import HERE, MARGIN, SPAWNED, Lab, Lease, Move, Once, Setup, run_together
+from tensorfork.testing.memory import Memory
 
 
 def _spawned_only(test: Callable[..., None]) -> Callable[..., None]:
@@ -66,8 +63,9 @@ class TransportSuite:
         """Run each test for each pair of devices, within one process and from a spawned one."""
         if "lab" in metafunc.fixturenames:
             ways = [way for way in self.ways if way != HERE or not hasattr(metafunc.function, "spawned_only")]
-            setups = [_Setup(way, *pair) for pair in self.devices for way in ways]
-            metafunc.parametrize("setup", setups, ids=str)
+            setups = [Setup(way, *pair) for pair in self.devices for way in ways]
+            nothing = pytest.param(None, marks=pytest.mark.skip(reason="needs a spawned process"), id="nowhere")
+            metafunc.parametrize("setup", setups or [nothing], ids=str)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -81,31 +79,31 @@ class TransportSuite:
         helper.close()
 
     @pytest.fixture
-    def lab(self, helper: Helper | None, setup: "_Setup") -> Iterator["Lab"]:
+    def lab(self, helper: Helper | None, setup: Setup) -> Iterator[Lab]:
         """What a test works with."""
         with Lab(self, setup, helper if setup.way == SPAWNED else None) as lab:
             yield lab
 
     # Bytes arrive.
 
-    def test_a_region_arrives(self, lab: "Lab") -> None:
+    def test_a_region_arrives(self, lab: Lab) -> None:
         with lab.lease([100_000], [100_000]) as lease:
             lease.pull([Move(0, 0, 0, 0, 100_000)])
 
     @pytest.mark.parametrize("nbytes", [1, 2, 7, 8, 63, 64, 4095, 4096, 4097, 65_537, (1 << 20) - 1, (1 << 20) + 1])
-    def test_odd_sizes_at_odd_offsets_arrive_and_their_neighbours_stay(self, lab: "Lab", nbytes: int) -> None:
+    def test_odd_sizes_at_odd_offsets_arrive_and_their_neighbours_stay(self, lab: Lab, nbytes: int) -> None:
         with lab.lease([nbytes + 40], [nbytes + 90]) as lease:
             lease.pull([Move(0, 17, 0, 31, nbytes)])
 
-    def test_a_big_copy_arrives(self, lab: "Lab") -> None:
+    def test_a_big_copy_arrives(self, lab: Lab) -> None:
         with lab.lease([self.big + 13], [self.big + 99]) as lease:
             lease.pull([Move(0, 5, 0, 3, self.big + 7)])
 
-    def test_no_copies_are_made_at_once(self, lab: "Lab") -> None:
+    def test_no_copies_are_made_at_once(self, lab: Lab) -> None:
         with lab.lease([1000], [1000]) as lease:
             lease.pull([])
 
-    def test_many_small_copies_arrive_in_random_order(self, lab: "Lab") -> None:
+    def test_many_small_copies_arrive_in_random_order(self, lab: Lab) -> None:
         draw = random.Random(1)
         moves, at = [], 0
         for _ in range(3000):
@@ -116,7 +114,7 @@ class TransportSuite:
         with lab.lease([500_000], [at]) as lease:
             lease.pull(moves)
 
-    def test_many_regions_in_random_order_arrive(self, lab: "Lab") -> None:
+    def test_many_regions_in_random_order_arrive(self, lab: Lab) -> None:
         draw = random.Random(2)
         sizes = [draw.randint(1, 20_000) for _ in range(300)]
         order = draw.sample(range(300), 300)
@@ -124,7 +122,7 @@ class TransportSuite:
             moves = [Move(source, 0, into, 9, sizes[source]) for into, source in enumerate(order)]
             lease.pull(draw.sample(moves, 300))
 
-    def test_pieces_of_all_sizes_from_and_into_several_regions_arrive(self, lab: "Lab") -> None:
+    def test_pieces_of_all_sizes_from_and_into_several_regions_arrive(self, lab: Lab) -> None:
         draw = random.Random(3)
         sizes = [3_000_001, 70_000, 1_000_003]
         moves = []
@@ -140,7 +138,7 @@ class TransportSuite:
 
     # More than one pull, session and lease.
 
-    def test_a_session_pulls_again_and_brings_what_the_seed_holds_by_then(self, lab: "Lab") -> None:
+    def test_a_session_pulls_again_and_brings_what_the_seed_holds_by_then(self, lab: Lab) -> None:
         with lab.lease([50_000], [50_000]) as lease:
             lease.pull([Move(0, 0, 0, 0, 50_000)])
             lease.change_the_seed()
@@ -148,7 +146,7 @@ class TransportSuite:
             lease.pull([])
             lease.pull([Move(0, 0, 0, 0, 50_000)])
 
-    def test_two_leases_are_read_at_once(self, lab: "Lab") -> None:
+    def test_two_leases_are_read_at_once(self, lab: Lab) -> None:
         nbytes = self.big // 4
         with lab.lease([nbytes], [nbytes]) as one, lab.lease([nbytes], [nbytes + 5]) as other:
             barrier = threading.Barrier(2)
@@ -159,13 +157,13 @@ class TransportSuite:
 
             run_together(lambda: read(one, 0), lambda: read(other, 5))
 
-    def test_two_leases_of_one_seed_are_read_in_turn(self, lab: "Lab") -> None:
+    def test_two_leases_of_one_seed_are_read_in_turn(self, lab: Lab) -> None:
         with lab.lease([9000], [9000]) as one, lab.lease([4000], [4000], like=one) as other:
             one.pull([Move(0, 0, 0, 0, 4000)])
             other.pull([Move(0, 3000, 0, 0, 4000)])
             one.pull([Move(0, 4000, 0, 4000, 5000)])
 
-    def test_a_new_lease_is_good_after_another_has_ended(self, lab: "Lab") -> None:
+    def test_a_new_lease_is_good_after_another_has_ended(self, lab: Lab) -> None:
         with lab.lease([9000], [9000]) as one:
             one.pull([Move(0, 0, 0, 0, 9000)])
         with lab.lease([9000], [9000], like=one) as other:
@@ -173,7 +171,7 @@ class TransportSuite:
 
     # What each side says of itself.
 
-    def test_facts_travel_and_say_that_the_two_sides_fit(self, lab: "Lab") -> None:
+    def test_facts_travel_and_say_that_the_two_sides_fit(self, lab: Lab) -> None:
         transport = self.make()
         regions = Memory(lab.setup.fork, [100, 200], 1).regions
         facts = dict(transport.facts(regions))
@@ -183,7 +181,7 @@ class TransportSuite:
         assert transport.why_not(facts, there) is None
         assert transport.why_not(facts, there) is None
 
-    def test_each_region_lies_within_what_covers_it(self, lab: "Lab") -> None:
+    def test_each_region_lies_within_what_covers_it(self, lab: Lab) -> None:
         memory = Memory(lab.setup.fork, [100, 200_000, 3], 1)
         covers, places = self.make().cover(memory.regions)
         by_id = {region.id: region for region in covers}
@@ -197,20 +195,20 @@ class TransportSuite:
 
     # It ends when it is told to.
 
-    def test_nothing_is_pulled_once_cancelled(self, lab: "Lab") -> None:
+    def test_nothing_is_pulled_once_cancelled(self, lab: Lab) -> None:
         cancel = threading.Event()
         cancel.set()
         with lab.lease([self.big], [self.big]) as lease:
             lease.fail(lease.stripes(16), cancel=cancel)
 
-    def test_a_pull_ends_soon_when_it_is_cancelled_from_done(self, lab: "Lab") -> None:
+    def test_a_pull_ends_soon_when_it_is_cancelled_from_done(self, lab: Lab) -> None:
         cancel = threading.Event()
         with lab.lease([self.big], [self.big]) as lease:
             started = time.monotonic()
             lease.fail(lease.stripes(64), cancel=cancel, then=lambda _: cancel.set(), seconds=MARGIN * self.seconds)
             assert time.monotonic() - started < self.seconds
 
-    def test_a_pull_ends_soon_when_it_is_cancelled_while_nothing_comes(self, lab: "Lab") -> None:
+    def test_a_pull_ends_soon_when_it_is_cancelled_while_nothing_comes(self, lab: Lab) -> None:
         if self.one_sided:
             pytest.skip("the seed takes no part in a pull")
         cancel = threading.Event()
@@ -223,11 +221,11 @@ class TransportSuite:
         except (TransportUnavailable, PeerUnreachable):
             pass  # it needs the seed already to open a session
 
-    def test_nothing_is_pulled_past_the_deadline(self, lab: "Lab") -> None:
+    def test_nothing_is_pulled_past_the_deadline(self, lab: Lab) -> None:
         with lab.lease([self.big], [self.big]) as lease:
             lease.fail(lease.stripes(16), seconds=-1.0)
 
-    def test_a_seed_that_does_not_serve_costs_no_more_than_the_deadline(self, lab: "Lab") -> None:
+    def test_a_seed_that_does_not_serve_costs_no_more_than_the_deadline(self, lab: Lab) -> None:
         if self.one_sided:
             pytest.skip("the seed takes no part in a pull")
         started = time.monotonic()
@@ -238,14 +236,14 @@ class TransportSuite:
             pass  # it needs the seed already to open a session
         assert time.monotonic() - started < MARGIN * (2 * self.short + 1)
 
-    def test_what_done_raises_ends_the_pull_and_reaches_the_caller(self, lab: "Lab") -> None:
+    def test_what_done_raises_ends_the_pull_and_reaches_the_caller(self, lab: Lab) -> None:
         def stumble(_: int) -> None:
             raise KeyboardInterrupt
 
         with lab.lease([self.big], [self.big]) as lease, pytest.raises(KeyboardInterrupt):
             lease.attempt(lease.stripes(16), then=stumble)
 
-    def test_closing_twice_and_after_a_failure_is_harmless(self, lab: "Lab") -> None:
+    def test_closing_twice_and_after_a_failure_is_harmless(self, lab: Lab) -> None:
         with lab.lease([1000], [1000]) as lease:
             lease.fail([Move(0, 0, 0, 0, 1000)], seconds=-1.0)
             lease.session.close(time.monotonic() + self.seconds)
@@ -255,21 +253,29 @@ class TransportSuite:
             lease.session.close(time.monotonic() + self.seconds)
             lease.session.close(time.monotonic() + self.seconds)
 
-    def test_a_lease_that_nobody_opens_ends(self, lab: "Lab") -> None:
+    @pytest.mark.parametrize("offer", [b"", b"\0", b"nonsense", bytes(1000), b"\xff" * 64, b"{}", b"\x80", b"\xc0"])
+    def test_an_offer_that_is_none_is_refused(self, lab: Lab, offer: bytes) -> None:
+        transport = self.make()
+        regions, _ = transport.cover(Memory(lab.setup.fork, [5000], 1).regions)
+        nobody = Speaker(lambda _: None)
+        with pytest.raises((TransportUnavailable, PeerUnreachable)):
+            transport.open(offer, SITE.host, [], regions, nobody, time.monotonic() + self.short)
+
+    def test_a_lease_that_nobody_opens_ends(self, lab: Lab) -> None:
         transport = self.make()
         seed = lab.seed([5000])
         facts = transport.facts(Memory(lab.setup.fork, [5000], 1).regions)
         offer, _ = seed.export(dict(facts), self.seconds, True, Speaker(lambda _: None))
         lab.check(seed.end(offer.number, self.seconds))
 
-    def test_a_lease_that_ends_before_it_is_served_ends(self, lab: "Lab") -> None:
+    def test_a_lease_that_ends_before_it_is_served_ends(self, lab: Lab) -> None:
         transport = self.make()
         seed = lab.seed([5000])
         facts = transport.facts(Memory(lab.setup.fork, [5000], 1).regions)
         offer, _ = seed.export(dict(facts), self.seconds, False, Speaker(lambda _: None))
         lab.check(seed.end(offer.number, self.seconds))
 
-    def test_a_pull_fails_by_the_deadline_when_the_lease_has_ended(self, lab: "Lab") -> None:
+    def test_a_pull_fails_by_the_deadline_when_the_lease_has_ended(self, lab: Lab) -> None:
         if self.one_sided:
             pytest.skip("the memory may be reached for as long as the fork has it open")
         with lab.lease([self.big], [self.big]) as lease:
@@ -279,7 +285,7 @@ class TransportSuite:
             lease.fail(lease.stripes(16), seconds=self.short)
             assert time.monotonic() - started < MARGIN * (self.short + 1)
 
-    def test_a_pull_fails_by_the_deadline_when_the_lease_ends_under_way(self, lab: "Lab") -> None:
+    def test_a_pull_fails_by_the_deadline_when_the_lease_ends_under_way(self, lab: Lab) -> None:
         if self.one_sided:
             pytest.skip("the memory may be reached for as long as the fork has it open")
         with lab.lease([self.big], [self.big]) as lease:
@@ -294,7 +300,7 @@ class TransportSuite:
         [(0, 1), (-1, 2), (-1000, 100_000), ((1 << 62), 8), ((1 << 64) - 8, 16)],
         ids=["behind", "across the edge", "far across the edge", "far away", "round the end of all numbers"],
     )
-    def test_what_lies_beyond_a_seeds_region_is_refused(self, lab: "Lab", offset: int, nbytes: int) -> None:
+    def test_what_lies_beyond_a_seeds_region_is_refused(self, lab: Lab, offset: int, nbytes: int) -> None:
         with lab.lease([3000, 200_000], [200_000]) as lease:
             place, beyond = lease.theirs[0], lease.remote_end(0)
             start = beyond + offset if offset < 1 << 61 else offset
@@ -303,7 +309,7 @@ class TransportSuite:
         with lab.lease([3000], [3000], like=lease) as again:
             again.pull([Move(0, 0, 0, 0, 3000)])
 
-    def test_a_region_the_seed_does_not_have_is_refused(self, lab: "Lab") -> None:
+    def test_a_region_the_seed_does_not_have_is_refused(self, lab: Lab) -> None:
         with lab.lease([3000], [3000]) as lease:
             unknown = 1 + max(remote.id for remote in lease.offer.remote)
             lease.fail_raw([Copy(0, unknown, 0, lease.ours[0].region, lease.ours[0].offset, 100)])
@@ -311,18 +317,18 @@ class TransportSuite:
             again.pull([Move(0, 0, 0, 0, 3000)])
 
     @pytest.mark.parametrize("at", [2000, 1999, 1 << 40], ids=["behind", "across the edge", "far away"])
-    def test_what_lies_beyond_our_own_region_is_refused(self, lab: "Lab", at: int) -> None:
+    def test_what_lies_beyond_our_own_region_is_refused(self, lab: Lab, at: int) -> None:
         with lab.lease([3000], [2000, 500]) as lease:
             into = lease.ours[0]
             edge = lease.our_end(0) - 2000 - into.offset  # 0, but for a transport that covers more
             theirs = lease.theirs[0]
             lease.fail_raw([Copy(0, theirs.region, theirs.offset, into.region, into.offset + edge + at, 100)])
 
-    def test_a_region_of_ours_that_was_not_named_is_refused(self, lab: "Lab") -> None:
+    def test_a_region_of_ours_that_was_not_named_is_refused(self, lab: Lab) -> None:
         with lab.lease([3000], [2000]) as lease:
             lease.fail_raw([Copy(0, lease.theirs[0].region, lease.theirs[0].offset, 999_999, 0, 100)])
 
-    def test_good_copies_beside_a_refused_one_are_whole_when_they_are_done(self, lab: "Lab") -> None:
+    def test_good_copies_beside_a_refused_one_are_whole_when_they_are_done(self, lab: Lab) -> None:
         with lab.lease([100_000], [100_000]) as lease:
             good = [lease.copy(move) for move in lease.stripes(10)]
             bad = Copy(0, lease.theirs[0].region, lease.remote_end(0), good[0].into, good[0].at, 1)
@@ -331,7 +337,7 @@ class TransportSuite:
     # The seed's process stops, or dies.
 
     @_spawned_only
-    def test_a_seed_killed_under_way_fails_the_pull_by_the_deadline(self, lab: "Lab") -> None:
+    def test_a_seed_killed_under_way_fails_the_pull_by_the_deadline(self, lab: Lab) -> None:
         with lab.own_process() as helper, lab.lease([self.big], [self.big], gone=True) as lease:
             self._interrupt(lease, helper.kill)
             if not self.one_sided:
@@ -340,7 +346,7 @@ class TransportSuite:
                 assert time.monotonic() - started < MARGIN * (self.short + 1)
 
     @_spawned_only
-    def test_a_seed_stopped_under_way_fails_the_pull_by_the_deadline_and_nothing_comes_late(self, lab: "Lab") -> None:
+    def test_a_seed_stopped_under_way_fails_the_pull_by_the_deadline_and_nothing_comes_late(self, lab: Lab) -> None:
         if not self.can_stop:
             pytest.skip("a stopped seed is not something this transport's library survives")
         with lab.own_process() as helper, lab.lease([self.big], [self.big]) as lease:
@@ -351,7 +357,36 @@ class TransportSuite:
                 again.pull(again.stripes(16))
             assert lease.memory.wrong(but=undrained) is None
 
-    def _interrupt(self, lease: "Lease", happen: Callable[[], None]) -> Sequence[tuple[int, int]]:
+    # The fork's process stops, or dies.
+
+    @_spawned_only
+    def test_a_fork_killed_under_way_costs_its_seed_a_lease_and_nothing_else(self, lab: Lab, helper: Helper) -> None:
+        self._lose_a_fork(lab, helper, Helper.kill)
+
+    @_spawned_only
+    def test_a_fork_stopped_under_way_costs_its_seed_a_lease_and_nothing_else(self, lab: Lab, helper: Helper) -> None:
+        if not self.can_stop:
+            pytest.skip("a stopped fork is not something this transport's library survives")
+        self._lose_a_fork(lab, helper, Helper.stop)
+
+    def _lose_a_fork(self, lab: Lab, other: Helper, lose: Callable[[Helper], None]) -> None:
+        seed = LocalSeed(self.make(), lab.setup.seed, [self.big], 5)
+        fork = Helper(type(self))
+        try:
+            lost = fork.fork(seed, lab.setup.fork, self.big, self.seconds, hold=True)
+            assert fork.hear() == "under way"
+            lose(fork)
+            started = time.monotonic()
+            lab.check(seed.end(lost, self.seconds))
+            assert time.monotonic() - started < self.seconds
+            good = other.fork(seed, lab.setup.fork, self.big, self.seconds, hold=False)
+            assert other.hear() is None
+            lab.check(seed.end(good, self.seconds))
+            assert seed.wrong() is None
+        finally:
+            fork.close()
+
+    def _interrupt(self, lease: Lease, happen: Callable[[], None]) -> Sequence[tuple[int, int]]:
         """Pull, and let something happen when the first copy is done. What may still be written, by address."""
         once = Once(happen)
         undrained: Sequence[tuple[int, int]] = ()
@@ -364,275 +399,3 @@ class TransportSuite:
             assert self.one_sided, "the pull succeeded without its seed"
         assert once.called
         return undrained
-
-
-# What the tests are written with.
-
-
-@frozen
-class _Setup:
-    way: str
-    seed: str
-    fork: str
-
-    def __str__(self) -> str:
-        pair = "" if (self.seed, self.fork) == ("cpu", "cpu") else f" {self.seed} to {self.fork}"
-        return f"{self.way}{pair}"
-
-
-@frozen
-class Move:
-    """A copy, as tests say it: bytes from an offset in the seed's region of some index into ours."""
-
-    source: int
-    offset: int
-    into: int
-    at: int
-    nbytes: int
-
-
-class Once:
-    """Does something when it is first called, and not again."""
-
-    def __init__(self, do: Callable[[], None]) -> None:
-        self._do, self.called = do, False
-
-    def __call__(self, _: int) -> None:
-        """Takes and ignores what `done` gets."""
-        if not self.called:
-            self.called = True
-            self._do()
-
-
-def run_together(*work: Callable[[], None]) -> None:
-    """Each on a thread; raises the first error of any."""
-    errors: list[BaseException] = []
-
-    def run(one: Callable[[], None]) -> None:
-        try:
-            one()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(one,), daemon=True) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in errors:
-        raise error
-
-
-class Lab:
-    """Makes seeds' ends and leases, and ends what it made."""
-
-    def __init__(self, suite: TransportSuite, setup: _Setup, helper: Helper | None) -> None:
-        self.suite, self.setup, self._helper = suite, setup, helper
-        self._stack = ExitStack()
-        self._numbers = iter(range(1, 1_000_000))
-
-    def __enter__(self) -> "Lab":
-        self._stack.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def seed(self, sizes: Sequence[int], number: int | None = None) -> SeedEnd:
-        """A seed's end with regions of these sizes."""
-        number = next(self._numbers) if number is None else number
-        if self._helper is not None:
-            return self._helper.seed(self.setup.seed, sizes, number)
-        return LocalSeed(self.suite.make(), self.setup.seed, sizes, number)
-
-    @contextmanager
-    def own_process(self) -> Iterator[Helper]:
-        """From here, the seed is in a process of this test's own, for it to ill-treat."""
-        shared, self._helper = self._helper, Helper(type(self.suite))
-        try:
-            yield self._helper
-        finally:
-            self._helper.close()
-            self._helper = shared
-
-    @contextmanager
-    def lease(
-        self,
-        theirs: Sequence[int],
-        ours: Sequence[int],
-        *,
-        like: "Lease | None" = None,
-        serve: bool = True,
-        seconds: float | None = None,
-        gone: bool = False,
-    ) -> Iterator["Lease"]:
-        """A lease on regions of the sizes `theirs` (or on those of the lease it is `like`), open for a fork with
-        regions of the sizes `ours`.
-
-        Served unless told otherwise; `gone` says that at its end there will be no seed.
-        """
-        seconds = self.suite.seconds if seconds is None else seconds
-        number = next(self._numbers)
-        seed = self.seed(theirs, number) if like is None else like.seed
-        expected = contents(number, theirs) if like is None else like.expected
-        transport = self.suite.make()
-        memory = Memory(self.setup.fork, ours, next(self._numbers))
-        facts = dict(transport.facts(memory.regions))
-        assert transport.why_not(facts, seed.facts()) is None
-        offer, speaker = seed.export(facts, seconds, serve, Speaker(lambda _: None))
-        lease = Lease(self.suite, seed, offer, memory, expected, transport.piece, next(self._numbers))
-        try:
-            regions, places = transport.cover(memory.regions)
-            lease.ours, lease.covers = places, regions
-            lease.session = transport.open(
-                offer.offer, "127.0.0.1", offer.remote, regions, speaker, time.monotonic() + seconds
-            )
-            try:
-                yield lease
-            finally:
-                lease.session.close(time.monotonic() + seconds)
-        finally:
-            if not gone and not lease.ended:
-                lease.end_at_the_seed()
-        assert memory.wrong(but=lease.undrained) is None
-
-    def check(self, ending: Ending) -> None:
-        """Fail unless a lease ended as it should."""
-        assert ending.error is None, f"serve failed:\n{ending.error}"
-        assert ending.ended, "serve did not return when the lease ended"
-
-
-@define(eq=False)
-class Lease:
-    """An open lease, and what must be where."""
-
-    suite: TransportSuite
-    seed: SeedEnd
-    offer: Offer
-    memory: Memory
-    expected: list[Any]
-    piece: int
-    number: int
-    ended: bool = False
-    ours: Sequence[Place] = ()
-    covers: Sequence[Region] = ()
-    undrained: list[tuple[int, int]] = field(factory=list)
-    session: Session = field(init=False)
-
-    @property
-    def theirs(self) -> Sequence[Place]:
-        """Where each of the seed's regions begins in what it exported."""
-        return self.offer.places
-
-    def remote_end(self, index: int) -> int:
-        """Where what the seed exported with this region in it ends."""
-        return next(remote.nbytes for remote in self.offer.remote if remote.id == self.theirs[index].region)
-
-    def our_end(self, index: int) -> int:
-        """Where what we gave the transport with this region in it ends."""
-        return next(region.nbytes for region in self.covers if region.id == self.ours[index].region)
-
-    def stripes(self, count: int) -> list[Move]:
-        """The seed's first region into our first, in so many copies."""
-        nbytes = min(self.memory.sizes[0], self.expected[0].numel())
-        step = -(-nbytes // count)
-        return [Move(0, at, 0, at, min(step, nbytes - at)) for at in range(0, nbytes, step)]
-
-    def copy(self, move: Move) -> Copy:
-        """As a transport is told it."""
-        source, into = self.theirs[move.source], self.ours[move.into]
-        return Copy(0, source.region, source.offset + move.offset, into.region, into.offset + move.at, move.nbytes)
-
-    def pull(self, moves: Sequence[Move]) -> None:
-        """Pull, and see that everything is as it should be."""
-        moves = [part for move in moves for part in self._pieces(move)]
-        done = self.attempt(moves)
-        assert sorted(done) == list(range(len(moves))), "done was not called exactly once for each copy"
-        assert self.memory.wrong() is None
-        assert self.seed.wrong() is None
-
-    def fail(
-        self,
-        moves: Sequence[Move],
-        *,
-        cancel: threading.Event | None = None,
-        then: Callable[[int], None] = lambda _: None,
-        seconds: float | None = None,
-    ) -> TransferFailed:
-        """Pull, and see that it fails, in time, and writes nothing afterwards."""
-        with pytest.raises(TransferFailed) as caught:
-            self.attempt(moves, cancel=cancel, then=then, seconds=seconds)
-        self.undrained += caught.value.undrained
-        self.poison()
-        return caught.value
-
-    def fail_raw(self, copies: Sequence[Copy], good: Sequence[Move | None] = ()) -> None:
-        """Pull copies as they are; see that the pull fails."""
-        with pytest.raises(TransferFailed) as caught:
-            self.attempt(good or [None] * len(copies), raw=copies)
-        self.undrained += caught.value.undrained
-        if not good:
-            assert self.memory.wrong(but=self.undrained) is None
-        self.poison()
-
-    def attempt(
-        self,
-        moves: Sequence[Move | None],
-        *,
-        cancel: threading.Event | None = None,
-        then: Callable[[int], None] = lambda _: None,
-        seconds: float | None = None,
-        raw: Sequence[Copy] | None = None,
-    ) -> list[int]:
-        """Pull, looking at each copy when it is done."""
-        caller = threading.get_ident()
-        done: list[int] = []
-        seen: set[int] = set()
-        seconds = self.suite.seconds if seconds is None else seconds
-        late = time.monotonic() + MARGIN * (max(seconds, 0) + 1)
-        deadline = time.monotonic() + seconds
-
-        def arrived(i: int) -> None:
-            assert threading.get_ident() == caller, "done was called on another thread"
-            assert i not in seen, f"done was called twice for copy {i}"
-            move = moves[i]
-            assert move is not None, "a copy that cannot be made was reported as done"
-            wanted = self.expected[move.source][move.offset : move.offset + move.nbytes]
-            assert self.memory.read(move.into, move.at, move.nbytes).cpu().equal(wanted), "done before it is there"
-            self.memory.want(move.into, move.at, wanted)
-            seen.add(i)
-            done.append(i)
-            then(i)
-
-        copies = [self.copy(move) for move in moves if move is not None] if raw is None else raw
-        try:
-            self.session.pull(copies, deadline, arrived, threading.Event() if cancel is None else cancel)
-        except BaseException:
-            self.poison()
-            raise
-        finally:
-            assert time.monotonic() < late, "it ended long after its deadline"
-        return done
-
-    def poison(self) -> None:
-        """Change every byte of our memory: whatever is written from now on shows."""
-        self.memory.poison()
-
-    def change_the_seed(self) -> None:
-        """New contents of the seed's regions."""
-        self.number += 1
-        self.seed.fill(self.number)
-        self.expected = contents(self.number, [old.numel() for old in self.expected])
-
-    def end_at_the_seed(self) -> None:
-        """The seed ends the lease."""
-        self.ended = True
-        ending = self.seed.end(self.offer.number, self.suite.seconds)
-        assert ending.error is None, f"serve failed:\n{ending.error}"
-        assert ending.ended, "serve did not return when the lease ended"
-        assert self.seed.wrong() is None
-
-    def _pieces(self, move: Move) -> Iterator[Move]:
-        for start in range(0, move.nbytes, self.piece):
-            nbytes = min(self.piece, move.nbytes - start)
-            yield Move(move.source, move.offset + start, move.into, move.at + start, nbytes)
