@@ -112,6 +112,8 @@ def fork_into(
     """
     terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
     ours = survey(model, terms.selection)
+    if verify:
+        warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
 
     def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
         enter("match")
@@ -142,6 +144,8 @@ def fork(
     The arguments and errors are those of `fork_into`. After a failure there is nothing.
     """
     terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    if verify:
+        warm_up(target.given(device))
 
     def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
         if unused := terms.selection.unused([tensor.name for tensor in theirs.tensors]):
@@ -223,6 +227,7 @@ def _copy(
                 with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
                     watch.enter("match")
                     plan = forking.plan(held, into)
+                    watch.enter("verify")
                     verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
                     try:
                         watch.enter("transfer")

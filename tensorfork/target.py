@@ -168,6 +168,11 @@ def place(storages: Sequence[StorageLayout], device: Device) -> Callable[[Storag
     return where
 
 
+def given(device: Device) -> set[torch.device]:
+    """The device that a caller names, if one is named."""
+    return set() if device is None else {_indexed(torch.device(device))}
+
+
 def _indexed(device: torch.device) -> torch.device:
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())

@@ -21,6 +21,8 @@ from tensorfork.transports.base import Copy, Place
 PARTS = 8
 LEAST = 512 << 20
 """Bytes of a part, at least: what is worth a thread's waking."""
+WARM = 5.0
+"""Seconds to wait for the kernels to be loaded; without them it works as well."""
 
 
 @define
@@ -44,6 +46,8 @@ class Verification:
         copies: Sequence[Copy],
     ) -> None:
         self._tensors = tensors
+        for device in {tensor.device for tensor in tensors.values()} & _warming.keys():
+            _warming[device].join(WARM)
         self._parts = _cut(tensors, pairs, ours, copies)
         self._firsts = [part.first for part in self._parts]
         early = {name for part in self._parts for name in part.names}
@@ -126,21 +130,22 @@ def _cut(
 
 
 def warm_up(devices: Iterable[torch.device]) -> None:
-    """Have the kernels of the sums loaded on these GPUs, on a thread of its own: CUDA loads each when it is first used,
-    a tenth of a second in all, which otherwise the first fork waits for.
+    """Have the kernels of the sums loaded on these GPUs, once a process, on a thread of its own.
+
+    CUDA loads a kernel when it is first launched, after waiting for all that its context is doing: amid copies that
+    would cost more than the digests themselves. `Verification` waits for it, before the first byte moves.
     """
-    cold = {device for device in devices if device.type == "cuda"} - _warm
-    if cold:
-        _warm.update(cold)
-        threading.Thread(target=_warm_up, args=(cold,), name="tensorfork-warm-up", daemon=True).start()
+    for device in devices:
+        if device.type == "cuda" and device not in _warming:
+            _warming[device] = threading.Thread(target=_warm, args=(device,), name="tensorfork-warm-up", daemon=True)
+            _warming[device].start()
 
 
-def _warm_up(devices: Iterable[torch.device]) -> None:
+def _warm(device: torch.device) -> None:
     cuda.relax_capture()
-    with cuda.aside(devices):
-        for device in devices:
-            samples = {str(n): torch.zeros(n, dtype=torch.int64, device=device) for n in (1 << 17, 100_003)}
-            Checksums.of(samples).compute()
+    with cuda.aside([device]):
+        samples = {str(n): torch.zeros(n, dtype=torch.int64, device=device) for n in (1 << 19, 100_003)}
+        Checksums.of(samples).compute()
 
 
-_warm: set[torch.device] = set()
+_warming: dict[torch.device, threading.Thread] = {}
