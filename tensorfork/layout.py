@@ -144,14 +144,14 @@ class ModelLayout:
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
             raise ValueError("a name stands twice in the layout")
         for tensor in self.tensors:
+            if len(tensor.shape) != len(tensor.stride):
+                raise ValueError(f"{tensor.name} has {len(tensor.shape)} sizes and {len(tensor.stride)} strides")
             if tensor.storage >= len(self.storages):
                 raise ValueError(f"{tensor.name} lies in storage {tensor.storage} of {len(self.storages)}")
             if tensor.offset + tensor.extent > self.storages[tensor.storage].nbytes:
                 raise ValueError(f"{tensor.name} reaches beyond its storage")
             if tensor.offset % tensor.torch_dtype.itemsize:
                 raise ValueError(f"{tensor.name} does not begin at a multiple of its element's size")
-            if len(tensor.shape) != len(tensor.stride):
-                raise ValueError(f"{tensor.name} has {len(tensor.shape)} sizes and {len(tensor.stride)} strides")
 
     @property
     def nbytes(self) -> int:
@@ -302,7 +302,7 @@ def _spans(homes: Sequence[_Home]) -> dict[Any, _Span]:
     """
     alias: dict[Any, _Home] = {}
     reach: dict[str, tuple[int, _Home]] = {}
-    whole = {home.key: home for home in homes if home.base}
+    whole = {home.key: home for home in sorted(homes, key=lambda home: home.storage.nbytes()) if home.base}
     for home in sorted(whole.values(), key=lambda home: (home.device, home.base)):
         assert home.base is not None
         end, owner = reach.get(home.device, (0, home))
@@ -333,6 +333,11 @@ def _describe(
 ) -> TensorLayout:
     span = spans[home.key]
     shape = tuple(tensor.shape)
+    if (home.start - span.start) % tensor.element_size():
+        raise UnsupportedTensor(
+            f"{name}: in memory that it shares with other tensors it does not begin at a multiple of its element's "
+            "size, where no fork could have it; publish a copy"
+        )
     return TensorLayout(
         name,
         str(tensor.dtype).removeprefix("torch."),
