@@ -179,5 +179,5 @@ class Transport(ABC):
     ) -> Session:
         """The fork's side: get ready to read the `remote` regions into `regions`. `host` is where the seed is found.
 
-        Raises `TransportUnavailable` when it cannot, and leaves nothing behind.
+        Raises `TransportUnavailable` when it cannot, `ProtocolError` for an offer that is none; leaves nothing behind.
         """

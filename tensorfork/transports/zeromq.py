@@ -26,7 +26,7 @@ import zmq
 from attrs import define, frozen
 from zmq.utils.monitor import recv_monitor_message
 
-from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
 from tensorfork.sockets import Address, Bell, bind, connect, context, make, milliseconds, resolve
 from tensorfork.staging import RegionMemory, Slot
 from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
@@ -83,7 +83,7 @@ class ZeroMQ(Transport):
         try:
             token, port = _OFFER.unpack(offer)
         except struct.error as error:
-            raise TransportUnavailable(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
+            raise ProtocolError(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
         try:
             seed = resolve(Address(host, port), deadline)
         except PeerUnreachable as error:
