@@ -21,7 +21,9 @@ def _text(instance: object, attribute: "Attribute[Any]", value: object) -> None:
         raise TypeError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]!r}")
 
 
-def _texts(instance: object, attribute: "Attribute[Any]", value: Mapping[object, object]) -> None:
+def _texts(instance: object, attribute: "Attribute[Any]", value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{attribute.name} must map texts to texts, not be {str(value)[:80]!r}")
     if len(value) > MAX_ENTRIES:
         raise ValueError(f"{attribute.name} has {len(value)} entries; {MAX_ENTRIES} at most")
     for key, one in value.items():

@@ -78,8 +78,9 @@ class Installation:
             for one in self.tensors:
                 base = one.old._base
                 if base is not None and id(base) in mine:
-                    undo.append(_restoring(one, base))
+                    restore = _restoring(one, base)
                     _swap(one.name, one.old, one.new)
+                    undo.append(restore)
                     _empty(one)
                 else:
                     _swap(one.name, one.old, one.new)

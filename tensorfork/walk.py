@@ -80,6 +80,7 @@ _ATOM, _TENSOR, _MODULE, _MAPPING, _SEQUENCE, _SET, _OPAQUE, _OBJECT = range(8)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _SIMPLE = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+_DESCRIPTORS = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _EXACT = (list, tuple, dict, deque, set, frozenset)
 _INTERNAL = frozenset(torch.nn.Module().__dict__)
 """What `nn.Module` itself keeps on an instance: parameters, buffers and modules, which have their names, and hooks."""
@@ -336,10 +337,10 @@ class _Walk:
             dictionary, slots = None, []
             for base in kind.__mro__:
                 for key, value in vars(base).items():
-                    if isinstance(value, types.MemberDescriptorType):
-                        slots.append((key, value))
-                    elif key == "__dict__" and isinstance(value, types.GetSetDescriptorType):
+                    if key == "__dict__" and isinstance(value, _DESCRIPTORS):
                         dictionary = dictionary or value
+                    elif isinstance(value, types.MemberDescriptorType):
+                        slots.append((key, value))
             known = self._fields[kind] = dictionary, slots
         return known
 
