@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict
 
 import tensorfork
 from tensorfork.demo import page_cache, subjects
@@ -80,7 +79,8 @@ class Worker:
         report = tensorfork.fork_into(
             self._model, address, transport=transport, timeout=timeout, verify=verify, progress=progress
         )
-        return {**asdict(report), "gbps": report.gbps, "total": report.total, "phases": list(report.seconds)}
+        told = ("transport", "fabric", "tensors", "nbytes", "verified", "total")
+        return {name: getattr(report, name) for name in told} | {"seconds": dict(report.seconds)}
 
     def compute(self, into: str) -> dict[str, Any]:
         """Run the model on the inputs of its kind; every number that comes out goes into a file."""
