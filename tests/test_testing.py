@@ -1,0 +1,434 @@
+"""The suite finds what it is there to find: transports that break their contract in one way each fail it."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import tensorfork
+from tensorfork import Copy, Export, Region, RemoteRegion, Session, TransferFailed
+from tensorfork.testing import Fault, FaultyTransport, TransportSuite, faults
+from tensorfork.testing.faults import Job
+from tensorfork.testing.lab import HERE, Lab, Setup
+from tensorfork.testing.memory import Memory
+from tensorfork.transports.zeromq import ZeroMQ
+
+
+class TestWithoutAnyFault(TransportSuite):
+    """A wrapper that changes nothing keeps the contract."""
+
+    ways = (HERE,)
+    big = 24 << 20
+
+    def make(self) -> tensorfork.Transport:
+        return FaultyTransport(ZeroMQ(), Fault())
+
+
+class Broken(TransportSuite):
+    """Not collected: its name is not a test's."""
+
+    ways = (HERE,)
+    big = 24 << 20
+    seconds = 20.0
+    short = 0.3
+    under_way = 1.0
+    transport: ClassVar[Callable[[], tensorfork.Transport]]
+
+    def make(self) -> tensorfork.Transport:
+        return type(self).transport()
+
+
+@contextmanager
+def lab_of(make: Callable[[], tensorfork.Transport], **settings: Any) -> Iterator[tuple[Broken, Lab]]:
+    kind = type("BrokenOne", (Broken,), {"transport": staticmethod(make), **settings})
+    suite = kind()
+    with Lab(suite, Setup(HERE, "cpu", "cpu"), None) as lab:
+        yield suite, lab
+
+
+def finds(make: Callable[[], tensorfork.Transport], test: Callable[..., None], words: str | None, *args: Any) -> None:
+    """This test of the suite fails for this transport, with these words."""
+    with (
+        lab_of(make) as (suite, lab),
+        pytest.raises((AssertionError, pytest.fail.Exception, ExceptionGroup), match=words),
+    ):
+        test(suite, lab, *args)
+
+
+def with_fault(fault: Callable[[], Fault]) -> Callable[[], tensorfork.Transport]:
+    return lambda: FaultyTransport(ZeroMQ(), fault())
+
+
+class Custom(Fault):
+    """What a function does in place of a pull."""
+
+    def __init__(self, pull: Callable[[Job], None]) -> None:
+        self._pull = pull
+
+    def pull(self, job: Job) -> None:
+        self._pull(job)
+
+
+def custom(pull: Callable[[Job], None]) -> Callable[[], tensorfork.Transport]:
+    return with_fault(lambda: Custom(pull))
+
+
+# Bytes.
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faults.Flip(byte=99_999, bit=7),
+        faults.SwapWords(),
+        faults.ZeroPage(page=3),
+        faults.StalePage(page=3),
+        faults.Shift(),
+        faults.Drop(),
+        faults.LateFlip(),
+    ],
+    ids=str,
+)
+def test_every_corruption_fails_the_suite(fault: Fault) -> None:
+    finds(with_fault(lambda: fault), Broken.test_a_region_arrives, "is there|bytes differ")
+
+
+def test_swapped_copies_fail_the_suite() -> None:
+    finds(with_fault(faults.SwapCopies), Broken.test_many_regions_in_random_order_arrive, "before it is there")
+
+
+def test_a_byte_written_before_a_destination_fails_the_suite() -> None:
+    def pull(job: Job) -> None:
+        job.run(range(len(job.copies)), job.done)
+        copy = job.copies[0]
+        job.memory[copy.into][copy.at - 1] ^= 1
+
+    finds(
+        custom(pull),
+        Broken.test_odd_sizes_at_odd_offsets_arrive_and_their_neighbours_stay,
+        "1 bytes differ",
+        64,
+    )
+
+
+def test_a_byte_written_beyond_a_region_fails_the_suite() -> None:
+    import ctypes
+
+    class Beyond(ZeroMQ):
+        def open(self, offer: bytes, host: str, remote: Any, regions: Sequence[Region], *rest: Any) -> Any:
+            for region in regions:
+                ctypes.memset(region.address + region.nbytes, 0, 1)
+            return super().open(offer, host, remote, regions, *rest)
+
+    finds(Beyond, Broken.test_many_regions_in_random_order_arrive, "byte .* of region .* differ")
+
+
+def test_a_write_into_the_seed_fails_the_suite() -> None:
+    import ctypes
+
+    class Scribbler(ZeroMQ):
+        def export(self, regions: Sequence[Region], *rest: Any) -> Any:
+            ctypes.memset(regions[0].address, 0, regions[0].nbytes)
+            return super().export(regions, *rest)
+
+    with pytest.raises(AssertionError), lab_of(Scribbler) as (suite, lab):
+        suite.test_a_region_arrives(lab)
+
+
+# Done.
+
+
+def test_done_called_twice_fails_the_suite() -> None:
+    def pull(job: Job) -> None:
+        job.run(range(len(job.copies)), job.done)
+        job.done(0)
+
+    finds(custom(pull), Broken.test_a_region_arrives, "called twice")
+
+
+def test_done_never_called_fails_the_suite() -> None:
+    finds(
+        custom(lambda job: job.run(range(len(job.copies)), lambda i: None)),
+        Broken.test_a_region_arrives,
+        "exactly once",
+    )
+
+
+def test_done_called_too_early_fails_the_suite() -> None:
+    def pull(job: Job) -> None:
+        for i in range(len(job.copies)):
+            job.done(i)
+        job.run(range(len(job.copies)), lambda i: None)
+
+    finds(custom(pull), Broken.test_a_region_arrives, "before it is there")
+
+
+def test_done_called_on_another_thread_fails_the_suite() -> None:
+    def pull(job: Job) -> None:
+        errors: list[BaseException] = []
+
+        def done(i: int) -> None:
+            try:
+                job.done(i)
+            except BaseException as error:
+                errors.append(error)
+
+        def report(i: int) -> None:
+            thread = threading.Thread(target=done, args=(i,))
+            thread.start()
+            thread.join()
+
+        job.run(range(len(job.copies)), report)
+        for error in errors:
+            raise error
+
+    finds(custom(pull), Broken.test_a_region_arrives, "another thread")
+
+
+def test_an_error_of_done_that_is_swallowed_fails_the_suite() -> None:
+    def pull(job: Job) -> None:
+        def done(i: int) -> None:
+            try:
+                job.done(i)
+            except KeyboardInterrupt:
+                pass
+
+        job.run(range(len(job.copies)), done)
+
+    finds(custom(pull), Broken.test_what_done_raises_ends_the_pull_and_reaches_the_caller, "DID NOT RAISE")
+
+
+# Ending.
+
+
+def without_cancel(job: Job) -> None:
+    job.inner.pull(job.copies, job.deadline, job.done, threading.Event())
+
+
+def without_deadline(job: Job) -> None:
+    job.inner.pull(job.copies, time.monotonic() + 10, job.done, job.cancel)
+
+
+def test_a_transport_deaf_to_cancelling_fails_the_suite() -> None:
+    finds(custom(without_cancel), Broken.test_nothing_is_pulled_once_cancelled, "DID NOT RAISE")
+    finds(custom(without_cancel), Broken.test_a_pull_ends_soon_when_it_is_cancelled_from_done, "DID NOT RAISE")
+
+
+def test_a_transport_without_deadlines_fails_the_suite() -> None:
+    finds(custom(without_deadline), Broken.test_nothing_is_pulled_past_the_deadline, "DID NOT RAISE")
+    finds(
+        custom(without_deadline),
+        Broken.test_a_seed_that_does_not_serve_costs_no_more_than_the_deadline,
+        "long after its deadline",
+    )
+
+
+def test_bytes_written_after_a_failure_fail_the_suite() -> None:
+    """A thread that goes on writing once pull has raised, as a library does that cannot cancel."""
+    late: list[threading.Thread] = []
+
+    def pull(job: Job) -> None:
+        try:
+            job.run(range(len(job.copies)), job.done)
+        except TransferFailed:
+            go_on = threading.Event()
+            view = job.bytes_of(len(job.copies) - 1)
+
+            def write() -> None:
+                go_on.wait(0.3)
+                view.bitwise_not_()
+
+            late.append(threading.Thread(target=write))
+            late[-1].start()
+            raise
+
+    def wait_and_end(suite: Broken, lab: Lab) -> None:
+        with lab.lease([1000], [1000]) as lease:
+            lease.fail([lease.stripes(1)[0]], seconds=-1.0)
+            late[-1].join()
+
+    finds(custom(pull), wait_and_end, "bytes differ")
+
+
+class _Export(Export):
+    """Another export, with one thing about it changed."""
+
+    def __init__(self, inner: Export) -> None:
+        self.inner, self.offer = inner, inner.offer
+
+    def serve(self, channel: Any) -> None:
+        self.inner.serve(channel)
+
+    def close(self, deadline: float) -> bool:
+        return self.inner.close(deadline)
+
+
+def exporting(change: type[_Export]) -> Callable[[], tensorfork.Transport]:
+    class Changed(ZeroMQ):
+        def export(self, *args: Any) -> Any:
+            return change(super().export(*args))
+
+    return Changed
+
+
+def test_a_serve_that_raises_fails_the_suite() -> None:
+    class Raises(_Export):
+        def serve(self, channel: Any) -> None:
+            super().serve(channel)
+            raise RuntimeError("something broke")
+
+    finds(exporting(Raises), Broken.test_a_region_arrives, "something broke")
+
+
+def test_a_serve_that_does_not_end_fails_the_suite() -> None:
+    over = threading.Event()
+
+    class Lasts(_Export):
+        def serve(self, channel: Any) -> None:
+            super().serve(channel)
+            over.wait()
+
+    with lab_of(exporting(Lasts), seconds=0.5) as (suite, lab):
+        try:
+            with pytest.raises(AssertionError, match="serve did not return"):
+                suite.test_a_region_arrives(lab)
+        finally:
+            over.set()
+
+
+def test_a_session_that_cannot_be_closed_twice_fails_the_suite() -> None:
+    class Once(Session):
+        fabric = "tcp"
+
+        def __init__(self, inner: Session) -> None:
+            self.pull = inner.pull  # type: ignore[method-assign]
+            self._inner: Session | None = inner
+
+        def pull(self, *args: Any) -> None: ...
+
+        def close(self, deadline: float) -> None:
+            assert self._inner is not None, "closed before"
+            self._inner.close(deadline)
+            self._inner = None
+
+    class Changed(ZeroMQ):
+        def open(self, *args: Any) -> Any:
+            return Once(super().open(*args))
+
+    finds(Changed, Broken.test_closing_twice_and_after_a_failure_is_harmless, "closed before")
+
+
+# What is refused.
+
+
+def test_a_transport_that_reads_beyond_regions_fails_the_suite() -> None:
+    """One that asks for what there is, and takes the rest from where it will."""
+
+    def pull(job: Job) -> None:
+        for i, copy in enumerate(job.copies):
+            offset = min(copy.offset, 1000)
+            whole = Copy(0, copy.region, offset, copy.into, copy.at, min(copy.nbytes, 1000))
+            job.inner.pull([whole], job.deadline, lambda _, i=i: job.done(i), job.cancel)  # type: ignore[misc]
+
+    finds(custom(pull), Broken.test_what_lies_beyond_a_seeds_region_is_refused, "was reported as done", -1, 2)
+
+
+def test_a_transport_that_takes_any_region_fails_the_suite() -> None:
+    def pull(job: Job) -> None:
+        known = 7 + 3  # the id of the only region there is
+        copies = [Copy(0, known, c.offset, c.into, c.at, c.nbytes) for c in job.copies]
+        job.inner.pull(copies, job.deadline, job.done, job.cancel)
+
+    finds(custom(pull), Broken.test_a_region_the_seed_does_not_have_is_refused, "was reported as done")
+
+
+def test_a_transport_with_a_memory_of_its_own_fails_the_suite() -> None:
+    """One that keeps what it once read, as a cache does."""
+    kept: dict[Copy, torch.Tensor] = {}
+
+    def pull(job: Job) -> None:
+        job.run(range(len(job.copies)), lambda i: None)
+        for i, copy in enumerate(job.copies):
+            job.bytes_of(i).copy_(kept.setdefault(copy, job.bytes_of(i).clone()))
+            job.done(i)
+
+    test = Broken.test_a_session_pulls_again_and_brings_what_the_seed_holds_by_then
+    finds(custom(pull), test, "before it is there")
+
+
+def test_facts_that_do_not_travel_fail_the_suite() -> None:
+    class Talks(ZeroMQ):
+        def facts(self, regions: Any) -> Any:
+            return {"regions": {1, 2}}
+
+    with lab_of(Talks) as (suite, lab), pytest.raises(TypeError, match="serialize"):
+        suite.test_facts_travel_and_say_that_the_two_sides_fit(lab)
+
+
+def test_facts_that_change_fail_the_suite() -> None:
+    class Moody(ZeroMQ):
+        def facts(self, regions: Any) -> Any:
+            return {"now": os.urandom(8)}
+
+    finds(Moody, Broken.test_facts_travel_and_say_that_the_two_sides_fit, None)
+
+
+def test_a_cover_beside_its_regions_fails_the_suite() -> None:
+    class Shifted(ZeroMQ):
+        def cover(self, regions: Sequence[Region]) -> Any:
+            _, places = super().cover(regions)
+            return [Region(r.id, r.address + 1, r.nbytes, r.device) for r in regions], places
+
+    finds(Shifted, Broken.test_each_region_lies_within_what_covers_it, None)
+
+
+# Faults.
+
+
+def test_faults_of_memory_on_other_devices_need_a_way_there() -> None:
+    with pytest.raises(ValueError, match="give FaultyTransport a memory="):
+        faults.host_memory(Region(0, 1, 1, "cuda:0"))
+
+
+def test_a_faulty_transport_goes_by_the_name_of_the_one_it_wraps() -> None:
+    faulty = FaultyTransport(ZeroMQ(), Fault(), piece=17)
+    assert (faulty.name, faulty.piece) == ("zeromq", 17)
+    assert FaultyTransport(ZeroMQ(), Fault()).piece == ZeroMQ.piece
+
+
+def test_faults_find_their_copy_in_whichever_pull_it_comes() -> None:
+    with lab_of(with_fault(lambda: faults.Flip(copy=2))) as (_, lab), lab.lease([30], [30]) as lease:
+        first, second, third, fourth = lease.stripes(4)
+        lease.pull([first, second])
+        with pytest.raises(AssertionError, match="before it is there"):
+            lease.attempt([third, fourth])
+
+
+def test_a_stop_ends_when_it_is_cancelled() -> None:
+    cancel = threading.Event()
+    with lab_of(with_fault(lambda: faults.StopAfter(10))) as (_, lab), lab.lease([30], [30]) as lease:
+        started = time.monotonic()
+        error = lease.fail(lease.stripes(3), cancel=cancel, then=lambda _: cancel.set())
+        assert "cancelled" in str(error)
+        assert time.monotonic() - started < 5
+
+
+def test_memory_tells_which_byte_is_wrong() -> None:
+    memory = Memory("cpu", [100, 50], 1)
+    assert memory.wrong() is None
+    region = memory.regions[1]
+    memory.read(1, 49, 1).bitwise_not_()
+    assert "byte 49 of region 1" in str(memory.wrong())
+    assert memory.wrong(but=[(region.address + 49, 1)]) is None
+    assert memory.wrong(but=[(region.address + 48, 1)]) is not None
+    memory.poison()
+    assert memory.wrong() is None
+
+
+def test_remote_regions_say_nothing_of_addresses() -> None:
+    assert {field.name for field in RemoteRegion.__attrs_attrs__} == {"id", "nbytes", "device"}  # type: ignore[attr-defined]
