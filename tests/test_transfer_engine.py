@@ -14,7 +14,7 @@ import torch
 from attrs import define, field
 
 import tensorfork
-from tensorfork import ProtocolError, Region, TransferFailed, TransportUnavailable
+from tensorfork import Region, TransferFailed, TransportUnavailable
 from tensorfork.transports import registry
 from tensorfork.transports.transfer_engine import TransferEngine, agree, library, regions
 from tensorfork.transports.transfer_engine.engine import Outcome, explain
@@ -389,13 +389,13 @@ def test_an_offer_comes_back_as_it_was_packed() -> None:
 @pytest.mark.parametrize("cut", range(0, 60, 7))
 def test_an_offer_that_was_cut_short_is_refused(cut: int) -> None:
     packed = Offer("tcp", b"n" * 8, b"s" * 8, 15000, {7: OfferedRegion(1 << 40, (1, 2))}).pack()
-    with pytest.raises(ProtocolError):
+    with pytest.raises(TransportUnavailable):
         Offer.unpack(packed[: min(cut, len(packed) - 1)])
 
 
 def test_a_fabric_nobody_knows_is_refused() -> None:
-    with pytest.raises(ProtocolError):
-        Offer.unpack(b"\xff" + Offer("tcp", b"n" * 8, b"s" * 8, 1, {}).pack()[1:])
+    with pytest.raises(TransportUnavailable):
+        Offer.unpack(b"tfTE1\xff" + Offer("tcp", b"n" * 8, b"s" * 8, 1, {}).pack()[6:])
 
 
 def test_a_rate_is_kept_on_average_and_idle_time_is_not_made_up_for() -> None:

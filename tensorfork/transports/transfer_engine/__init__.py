@@ -13,7 +13,7 @@ from typing import ClassVar
 from attrs import define
 
 from tensorfork import cuda
-from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
+from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.sockets import Address, resolve
 from tensorfork.transports.base import (
     Channel,
@@ -29,7 +29,7 @@ from tensorfork.transports.transfer_engine.engine import FABRICS, Engine, Peer
 from tensorfork.transports.transfer_engine.export import EngineExport, Offer
 from tensorfork.transports.transfer_engine.quarantine import quarantine
 from tensorfork.transports.transfer_engine.regions import cover
-from tensorfork.transports.transfer_engine.session import EngineSession
+from tensorfork.transports.transfer_engine.session import EngineSession, Pace
 from tensorfork.transports.transfer_engine.spans import Holding
 
 __all__ = ["TransferEngine"]
@@ -74,7 +74,7 @@ class TransferEngine(Transport):
             raise TypeError(f"nics must be a sequence of names; write [{nics!r}]")
         self._fabrics, self._nics = fabrics, tuple(nics)
         self._rate, self._keep = rate_limit, keep_registered
-        self.piece = piece or ((64 << 20) if fabrics == ("tcp",) else (256 << 20))
+        self.piece = Pace(rate_limit).piece(piece or ((32 << 20) if fabrics == ("tcp",) else (256 << 20)))
         self._published: dict[int, int] = {}
         self._kept: list[_Kept] = []
         weakref.finalize(self, _release, self._kept).atexit = False
@@ -132,7 +132,7 @@ class TransferEngine(Transport):
         """See `Transport.open`."""
         offered = Offer.unpack(offer)
         if missing := {region.id for region in remote} - offered.regions.keys():
-            raise ProtocolError(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
+            raise TransportUnavailable(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
         try:
             found = resolve(Address(host, offered.port), deadline)
         except PeerUnreachable as error:

@@ -52,6 +52,9 @@ _ENVIRONMENT: dict[str, dict[str, str | None]] = {
     "rdma": {**_NEVER, "MC_FORCE_HCA": "1"},  # without it, an engine that finds no NIC quietly takes TCP
     "tcp": {**_NEVER, "MC_FORCE_TCP": "1"},
 }
+_LANES = "MC_TCP_LANES_PER_PEER", "16"
+"""After a failure, each of a peer's connections is idle for a second, and then takes on the next read in its queue: so
+with as many connections as reads in the window, about, what has failed is over soon."""
 _CODES = {
     -1: "refused, without a reason",
     -2: "too many requests",
@@ -134,7 +137,8 @@ class Engine:
         self.nonce, self.broken = secrets.token_bytes(8), False
         self._forks, self._turn = _forks, threading.Lock()
         self._seen: dict[tuple[str, int], dict[bytes, int]] = {}
-        with _gate, library.environment(_ENVIRONMENT[fabric]):
+        lanes = {_LANES[0]: os.environ.get(*_LANES)}
+        with _gate, library.environment(_ENVIRONMENT[fabric] | lanes):
             self._mooncake: Any = module.TransferEngine()
             code = self._mooncake.initialize(host, "P2PHANDSHAKE", fabric, ",".join(nics))
             if code:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from attrs import frozen
 
-from tensorfork.errors import PeerUnreachable, ProtocolError
+from tensorfork.errors import PeerUnreachable, TransportUnavailable
 from tensorfork.transports.base import Channel, Export, Region
 from tensorfork.transports.transfer_engine.engine import FABRICS, Engine
 from tensorfork.transports.transfer_engine.spans import Holding
@@ -16,7 +16,8 @@ QUIET = b"quiet"
 """What a fork says when nothing of it reads from the seed any more."""
 LISTEN = 0.25
 """Seconds between two looks whether the lease has ended without a word."""
-_HEAD = struct.Struct("<B8s8sHI")
+_MAGIC = b"tfTE1"
+_HEAD = struct.Struct("<5sB8s8sHI")
 _REGION = struct.Struct("<QQI")
 _CUT = struct.Struct("<Q")
 
@@ -41,7 +42,7 @@ class Offer:
 
     def pack(self) -> bytes:
         """As bytes."""
-        parts = [_HEAD.pack(FABRICS.index(self.fabric), self.nonce, self.serial, self.port, len(self.regions))]
+        parts = [_HEAD.pack(_MAGIC, FABRICS.index(self.fabric), self.nonce, self.serial, self.port, len(self.regions))]
         for id, region in self.regions.items():
             parts.append(_REGION.pack(id, region.address, len(region.cuts)))
             parts += map(_CUT.pack, region.cuts)
@@ -49,9 +50,11 @@ class Offer:
 
     @classmethod
     def unpack(cls, packed: bytes) -> "Offer":
-        """From bytes. Raises `ProtocolError` for what `pack` does not make."""
+        """From bytes. Raises `TransportUnavailable` for what `pack` does not make."""
         try:
-            fabric, nonce, serial, port, count = _HEAD.unpack_from(packed)
+            magic, fabric, nonce, serial, port, count = _HEAD.unpack_from(packed)
+            if magic != _MAGIC:
+                raise TransportUnavailable("the seed's offer for transfer_engine is something else")
             at, regions = _HEAD.size, {}
             for _ in range(count):
                 id, address, cuts = _REGION.unpack_from(packed, at)
@@ -59,11 +62,13 @@ class Offer:
                 end = at + cuts * _CUT.size
                 regions[id] = OfferedRegion(address, tuple(cut for (cut,) in _CUT.iter_unpack(packed[at:end])))
                 if end > len(packed):
-                    raise ProtocolError("the seed's offer ends in the middle")
+                    raise TransportUnavailable("the seed's offer for transfer_engine ends in the middle")
                 at = end
             return cls(FABRICS[fabric], nonce, serial, port, regions)
         except (struct.error, IndexError) as error:
-            raise ProtocolError(f"the seed's offer for transfer_engine cannot be read: {error}") from error
+            raise TransportUnavailable(
+                f"the seed's offer for transfer_engine cannot be read ({error}); use the same version of tensorfork"
+            ) from error
 
 
 class EngineExport(Export):

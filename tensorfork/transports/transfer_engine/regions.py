@@ -14,7 +14,7 @@ from attrs import evolve
 from tensorfork import cuda
 from tensorfork.transports.base import Place, Region
 
-FEW = 4096
+FEW = 1024
 """Regions on CPUs from which on neighbours are covered together."""
 GAP = 64 << 10
 """Bytes between two neighbours, at most, that are covered with them."""

@@ -44,7 +44,7 @@ class Window:
 WINDOWS = {
     "nvlink": Window(512, 8 << 30, 100e-6, True),
     "rdma": Window(256, 1 << 30, 200e-6, False),
-    "tcp": Window(256, 256 << 20, 500e-6, False),
+    "tcp": Window(32, 256 << 20, 500e-6, False),
 }
 
 
@@ -64,7 +64,7 @@ class Pace:
             self._next = max(self._next, now) + nbytes / self._rate
 
     def piece(self, nbytes: int) -> int:
-        """The longest read, where `nbytes` would be the longest without a rate: a tenth of a second's."""
+        """The longest read, where `nbytes` would be the longest without a rate: a tenth of a second's bytes."""
         return nbytes if not self._rate else max(SMALLEST, min(nbytes, int(self._rate / 10)))
 
 
@@ -164,7 +164,7 @@ class EngineSession(Session):
     ) -> None:
         pace = Pace(self._rate)
         left = [0] * len(copies)
-        jobs = deque(self._jobs(copies, left, pace.piece(self._piece)))
+        jobs = deque(self._jobs(copies, left, self._piece))
         for i, parts in enumerate(left):
             if not parts:
                 done(i)
