@@ -1,13 +1,13 @@
 """Checksums of tensors: 64 bits each, the same on CPU and GPU, against accident rather than attackers.
 
-In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), in segments of 8
-MiB, as little-endian 64-bit words, the last one filled up with zeros. All arithmetic is on integers modulo 2^64, so
-the order of additions does not matter, and every device gets the same result. For each segment x[0..n) three families
-of sums are taken:
+In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), as little-endian
+64-bit words, the last one filled up with zeros, in segments of 1024 * 1021 of them. All arithmetic is on integers
+modulo 2^64, so the order of additions does not matter, and every device gets the same result. For each segment
+x[0..n) three families of sums are taken:
 
-    c[j] = sum of x[1024 i + j] over i             (columns)
+    c[j] = sum of x[1021 i + j] over i             (columns)
     d[j] = sum of x[1031 i + j] over i             (columns of another width)
-    r[i] = sum of x[1024 i + j] over j < 1024      (rows)
+    r[i] = sum of x[1021 i + j] over j < 1021      (rows)
 
 Each of these sums v[k], in this order, is cut into its low and its high 32 bits, taken as signed integers, and the
 segment's digest is the sum of all these halves, each times a 64-bit odd pseudo-random weight of its own: the
@@ -19,7 +19,8 @@ Why three, and why these widths. Rows and columns see every changed, moved and e
 opposite changes at the corners of a rectangle: two words of one row, and two of another in the same columns. The
 third family does, always: 1031 is prime, more than a row is long and more than the 1024 rows of a segment, so that no
 two words of a row, and no two of a column, share one of its sums. What remains unseen within a segment needs six or
-more changes that cancel out in all three families; across segments, nothing cancels out.
+more changes that cancel out in all three families; across segments, nothing cancels out. That both widths are odd
+keeps torch from splitting the sums of columns over blocks, which takes 16 MiB of scratch and more.
 
 Plain torch, nothing compiled: a kernel that must be built first costs more than the copy it checks.
 """
@@ -32,12 +33,12 @@ from functools import cache
 import torch
 from attrs import frozen
 
-SEGMENT = 8 << 20
+WIDTH, OTHER_WIDTH = 1021, 1031
+SEGMENT = 1024 * WIDTH * 8
 """Bytes of a tensor that are summed together."""
 NAME = "sums3/1"
 """Names this definition on the wire: two sides compare digests only when they compute the same thing."""
 
-WIDTH, OTHER_WIDTH = 1024, 1031
 _WORDS = SEGMENT // 8
 COLUMNS = WIDTH + OTHER_WIDTH
 _SLOTS = COLUMNS + _WORDS // WIDTH

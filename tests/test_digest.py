@@ -24,7 +24,7 @@ PACES = ["cpu", "cuda"]
 """The ways of cutting the work. Both run on the CPU here: what they add up must not depend on the way."""
 DTYPES = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)
 DTYPES = [dtype for dtype in DTYPES if not str(dtype).startswith(("torch.qint", "torch.quint"))]
-EDGES = [0, 1, 2, 7, 8, 1023, 1024, 1025, 1030, 1031, 1032, 2048, 2055, 2061, 2062, 3093, 8192, 31743, 31744, 31745]
+EDGES = [0, 1, 2, 7, 8, 1020, 1021, 1022, 1024, 1030, 1031, 1032, 2042, 2061, 2062, 3093, 8192, 31650, 31651, 31652]
 
 
 @contextmanager
@@ -184,15 +184,15 @@ def test_a_tensor_of_several_segments_has_the_digest_of_the_definition(pace: str
 
 
 KNOWN: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
-    "one word": (lambda: torch.tensor([1]), 0xE368DA19BC0AE2ED),
-    "less than a row": (lambda: torch.arange(700, dtype=torch.int32), 0xABA5BE77D9683E86),
-    "rows and columns": (lambda: torch.arange(1, 30_000), 0x55D5A8FFED3EB19C),
-    "an odd number of bytes": (lambda: torch.arange(5001).to(torch.uint8), 0x8E6CA6BEF72EE951),
+    "one word": (lambda: torch.tensor([1]), 0x35613F85F8806D2F),
+    "less than a row": (lambda: torch.arange(700, dtype=torch.int32), 0x802E75D9D3139C65),
+    "rows and columns": (lambda: torch.arange(1, 30_000), 0x67FE561DD151FFC7),
+    "an odd number of bytes": (lambda: torch.arange(5001).to(torch.uint8), 0x3C9F92D8237F14B4),
     "with gaps, transposed": (
         lambda: torch.arange(60_000, dtype=torch.int16).view(200, 300)[:, ::2].t(),
-        0x3DFC3F28557457E9,
+        0xAF9A60E28C7FA9CD,
     ),
-    "two segments": (lambda: torch.arange((1 << 24) + 5000), 0xA75BA1CF32CA1E64),
+    "two segments": (lambda: torch.arange((1 << 24) + 5000), 0xDAD52FAA579DF472),
 }
 
 
@@ -403,13 +403,13 @@ def test_a_zeroed_page_is_seen(original: torch.Tensor, start: int, nbytes: int) 
 
 
 @settings(max_examples=40)
-@given(by=st.one_of(st.integers(1, 64), st.sampled_from([1031 * 8, 1024 * 8, 4096])))
+@given(by=st.one_of(st.integers(1, 64), st.sampled_from([1031 * 8, 1021 * 8, 1024 * 8, 4096])))
 def test_a_copy_shifted_by_some_bytes_is_seen(original: torch.Tensor, by: int) -> None:
     shifted = torch.roll(original.view(torch.uint8), by).view(torch.int64)
     assert digest.digest(shifted) != digest.digest(original)
 
 
-@pytest.mark.parametrize("length", [1031, 1024, 4096])
+@pytest.mark.parametrize("length", [1031, 1021, 1024, 4096])
 def test_blocks_of_words_in_another_order_are_seen(original: torch.Tensor, length: int) -> None:
     def swap(words: torch.Tensor) -> None:
         one, other = slice(0, length), slice(7 * length, 8 * length)

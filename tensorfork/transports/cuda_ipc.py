@@ -167,20 +167,31 @@ class _Source:
     handle: bytes | None
 
 
+def _read(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int, _Source]]:
+    """Whether the seed is in this process, and where each of its regions is. Raises `TransportUnavailable`."""
+    if len(offer) < _OFFER.size or (len(offer) - _OFFER.size) % _EXPORTED.size:
+        raise TransportUnavailable("what the seed offers is not an offer of cuda_ipc; use one version on both sides")
+    process, count = _OFFER.unpack_from(offer)
+    sizes = {region.id: region.nbytes for region in remote if region.device != "cpu"}
+    found = list(_EXPORTED.iter_unpack(offer[_OFFER.size :]))
+    if len(found) != count or {id for id, _, _ in found} != sizes.keys():
+        raise TransportUnavailable(
+            "the seed's offer over cuda_ipc does not fit its regions; use one version on both sides"
+        )
+    within = process == _me()
+    return within, {id: _Source(address, sizes[id], None if within else handle) for id, address, handle in found}
+
+
 class _Session(Session):
     def __init__(
         self, offer: bytes, remote: Sequence[RemoteRegion], regions: Sequence[Region], channel: Channel
     ) -> None:
-        process, count = _OFFER.unpack_from(offer)
-        within = process == _me()
+        within, offered = _read(offer, remote)
         self.fabric = "same process" if within else "cuda ipc"
         self._channel, self._closed = channel, False
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
-        self._sources: dict[int, _Source] = {}
-        for i in range(count):
-            id, address, handle = _EXPORTED.unpack_from(offer, _OFFER.size + i * _EXPORTED.size)
-            self._sources[id] = _Source(address, self._remote[id].nbytes, None if within else handle)
+        self._sources = offered
         self._opened: dict[tuple[int, int], int] = {}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
         self._streams = {device: torch.cuda.Stream(device) for device in devices}
@@ -207,6 +218,7 @@ class _Session(Session):
                 pending = [one for one in pending if self._launch(*one, copies, flying)]
                 while flying and flying[0][0].query():
                     for i in flying.popleft()[1]:
+                        _check(deadline, cancel)
                         done(i)
                 if len(flying) >= WINDOW * len(self._streams) or not pending:
                     time.sleep(POLL)
