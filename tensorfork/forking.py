@@ -195,8 +195,9 @@ def pull(
             if progress is not None:
                 progress(moved, total)
     except TransferFailed as error:
+        strided = {pair.name for pair in plan.strided}
         whole = complete(
-            [pair for pair in target.pairs if pair not in plan.strided],
+            [pair for pair in target.pairs if pair.name not in strided],
             held.ours,
             [plan.copies[i] for i in set(arrived)],
         )

@@ -9,7 +9,6 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 
 from attrs import frozen
 
@@ -38,7 +37,9 @@ class Pair:
 
 @frozen
 class Plan:
-    """What to fetch: `copies`, straight into place; then `strided`, in too many stretches for that."""
+    """What to fetch: `copies`, straight into place, in the order of our memory; then `strided`, in too many stretches
+    for that.
+    """
 
     copies: tuple[Copy, ...]
     strided: tuple[Pair, ...]
@@ -87,7 +88,8 @@ def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, P
             (direct if len(_few_runs(pair, MAX_RUNS)) <= MAX_RUNS else strided).append(pair)
     runs = _merge([run for pair in direct for run in _few_runs(pair, MAX_RUNS)])
     covered = _Cover(runs)
-    left = tuple(pair for pair in strided if not covered.holds(_extent(pair)))
+    places = {_place(pair): pair for pair in reversed(strided) if not covered.holds(_extent(pair))}  # ties have one
+    left = tuple(reversed(places.values()))
     copies = (_copy(run, theirs[run.source], ours[run.storage]) for run in runs)
     return Plan(tuple(part for copy in _join(copies) for part in _pieces(copy, piece)), left)
 
@@ -116,6 +118,11 @@ def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
             continue
         if step <= length and not steps:
             length += (size - 1) * step
+            continue
+        for i, (inner, count) in enumerate(steps):
+            if step % inner == 0 and step // inner <= count:  # both together reach every multiple of the inner step
+                steps[i] = inner, count + step // inner * (size - 1)
+                break
         else:
             steps.append((step, size))
     return length, steps[::-1]
@@ -123,13 +130,18 @@ def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
 
 def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
     """The stretches of memory that a tensor's elements fill, as (offset from its first byte, bytes), merged where they
-    touch; at most `limit` + 1 of them, which then are not all.
+    touch. Where there are more than `limit` before they are merged, `limit` + 1 of them as they are.
     """
     if tensor.numel == 0:
         return []
     length, steps = grid_of(tensor)
+    offsets: set[int] = set()
+    for offset in _offsets(steps):
+        offsets.add(offset)
+        if len(offsets) > limit:
+            return [(offset, length) for offset in sorted(offsets)]
     found: list[tuple[int, int]] = []
-    for offset in sorted(islice(_offsets(steps), limit + 1)):
+    for offset in sorted(offsets):
         if found and found[-1][0] + found[-1][1] >= offset:
             start = found[-1][0]
             found[-1] = (start, max(found[-1][1], offset + length - start))
@@ -167,6 +179,11 @@ def _extent(pair: Pair) -> _Run:
     shift = pair.theirs.offset - pair.ours.offset
     start = pair.ours.offset
     return _Run(pair.ours.storage, start, start + pair.ours.extent, pair.theirs.storage, shift, pair.name)
+
+
+def _place(pair: Pair) -> tuple[object, ...]:
+    ours, theirs = pair.ours, pair.theirs
+    return ours.storage, ours.offset, ours.dtype, ours.shape, ours.stride, theirs.storage, theirs.offset
 
 
 def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
@@ -224,11 +241,15 @@ class _Cover:
             self._by_storage[run.storage].append(run)
 
     def holds(self, run: _Run) -> bool:
-        at = run.start
-        for one in self._by_storage[run.storage]:
-            if one.start <= at < one.end and (one.source, one.shift) == (run.source, run.shift):
-                at = one.end
-        return at >= run.end
+        at, runs = run.start, self._by_storage[run.storage]
+        for i in range(max(0, bisect_right(runs, at, key=lambda one: one.start) - 1), len(runs)):
+            one = runs[i]
+            if not one.start <= at < one.end or (one.source, one.shift) != (run.source, run.shift):
+                return False
+            at = one.end
+            if at >= run.end:
+                return True
+        return False
 
 
 def _copy(run: _Run, theirs: Place, ours: Place) -> Copy:
