@@ -321,7 +321,7 @@ class _Service:
         answer(wire.Leased(lease.id, generation, export.offer, len(pages)), pages)
         lease.ended.wait()
         if not export.close(time.monotonic() + CLOSING):
-            log.warning("a lease over %s has ended; its reader can still reach the memory", transport.name)
+            log.info("a lease over %s has ended; its reader can still reach the memory", transport.name)
         serving.join(CLOSING)
         self._end(lease)
 

@@ -131,6 +131,8 @@ class TransferEngine(Transport):
     ) -> EngineSession:
         """See `Transport.open`."""
         offered = Offer.unpack(offer)
+        if offered.fabric not in self._fabrics:
+            raise TransportUnavailable(f"the seed offers {offered.fabric}, which was not asked for")
         if missing := {region.id for region in remote} - offered.regions.keys():
             raise TransportUnavailable(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
         try:

@@ -21,7 +21,7 @@ OPENING = 30.0
 """Seconds for the first byte, where the deadline is later: nobody waits minutes for a port that is closed."""
 GRACE = 0.5
 """Seconds, beyond the deadline, that a failed pull waits for its reads to be over."""
-PATIENCE = 5.0
+PATIENCE = 2.0
 """The same within the deadline."""
 SMALLEST = 64 << 10
 """Bytes of a read, at least, where a rate is to be kept."""
@@ -32,7 +32,7 @@ class Window:
     """How much is under way at once, and how long to wait before looking again.
 
     Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink all
-    reads of a device go to one stream, and each is over when the stream is empty: so much at a time that this is rare.
+    reads of a thread go to one stream, and all are over when it is empty: so much at a time that this is rare.
     """
 
     count: int
@@ -171,7 +171,9 @@ class EngineSession(Session):
         under_way = 0
         while jobs or flying:
             _check(deadline, cancel)
-            while jobs and len(flying) < self._window.count and under_way < self._window.nbytes:
+            arrived, failed = self._over(flying)
+            under_way -= sum(flight.nbytes for flight in arrived)
+            while jobs and not failed and len(flying) < self._window.count and under_way < self._window.nbytes:
                 now = time.monotonic()
                 if pace.wait(now) or now >= deadline:
                     break
@@ -179,11 +181,9 @@ class EngineSession(Session):
                 under_way += job.nbytes
                 pace.spend(job.nbytes, now)
                 self._begin(job, flying, deadline)
-            arrived, failed = self._over(flying)
             if arrived and self.fabric == "tcp":  # its copies to GPUs may still be on their way when it calls them done
                 self._engine.settle(self._gpus)
             for flight in arrived:
-                under_way -= flight.nbytes
                 left[flight.copy] -= 1
                 if not left[flight.copy]:
                     _check(deadline, cancel)
@@ -193,8 +193,10 @@ class EngineSession(Session):
                     f"reading from {self._address} failed over {self.fabric}: its process died or is stopped, its "
                     "memory is not registered any more, or the engine's ports are closed (MC_LOG_LEVEL=INFO tells more)"
                 )
-            if not arrived:
-                cancel.wait(max(self._window.pause, 0.0 if flying else min(0.1, pace.wait(time.monotonic()))))
+            if flying and not arrived:
+                cancel.wait(self._window.pause)
+            elif not flying and jobs:
+                cancel.wait(min(0.1, max(self._window.pause, pace.wait(time.monotonic()))))
 
     def _jobs(self, copies: Sequence[Copy], left: list[int], piece: int) -> Iterator[_Job]:
         """The copies in pieces that cross no registration; `left` counts those of each."""
@@ -264,7 +266,12 @@ class EngineSession(Session):
         return Outcome.DONE
 
     def _try(self, source: int, device: str, deadline: float) -> None:
-        """Read one byte into memory of our own. Runs on a thread that lasts until that is over."""
+        """Read one byte into memory of our own. Runs on a thread that lasts until that is over.
+
+        At the end of a thread, Mooncake returns to what was the thread's device, and makes a context there.
+        """
+        if device != "cpu":
+            torch.cuda.set_device(device)
         scratch = torch.empty(64, dtype=torch.uint8, device=device)
         region = Region(0, scratch.data_ptr(), scratch.nbytes, device, scratch)
         holding = self._engine.spans.hold(cover([region])[0], deadline) if self.fabric == "rdma" else None
