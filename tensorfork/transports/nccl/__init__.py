@@ -18,7 +18,7 @@ from tensorfork.errors import PeerUnreachable, TransportUnavailable
 from tensorfork.sockets import Address, resolve
 from tensorfork.transports.base import Channel, Facts, Place, Region, RemoteRegion, Site, Transport
 from tensorfork.transports.nccl.export import GroupExport
-from tensorfork.transports.nccl.lanes import Ctas, Settings
+from tensorfork.transports.nccl.lane import Ctas, Settings
 from tensorfork.transports.nccl.memory import join
 from tensorfork.transports.nccl.session import GroupSession
 
@@ -49,6 +49,7 @@ class _Group(Transport):
             bucket = min(settings.bucket, parcel)
             settings = Settings(settings.nccl, parcel, bucket, min(settings.small, bucket), settings.ctas)
         self._settings = settings
+        self.piece = settings.parcel
         self._ports, self._rate_limit, self._joining, self._stall = ports, rate_limit, joining, stall
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
@@ -134,7 +135,6 @@ class NCCL(_Group):
     """
 
     name: ClassVar[str] = "nccl"
-    piece = 256 << 20
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -14,11 +14,15 @@ from tensorfork import cuda
 from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, TransportUnavailable
 from tensorfork.sockets import WILDCARDS
 from tensorfork.transports.base import Channel, Export, Region, Site
-from tensorfork.transports.nccl.lanes import SEED, WINDOW, Ctas, Lane, Settings, make
+from tensorfork.transports.nccl.lane import SEED, WINDOW, Ctas, Lane, Settings
+from tensorfork.transports.nccl.lanes import make
 from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.parcels import Stretch, read_page
 from tensorfork.transports.nccl.rendezvous import Watch, local_address, numeric, serve_store, together
 from tensorfork.transports.nccl.talk import MAX_PAIRS, Talk
+
+CATCH_UP = 0.01
+"""Seconds lost by waking late that a rate limit makes up for."""
 
 
 class GroupExport(Export):
@@ -54,7 +58,7 @@ class GroupExport(Export):
         self._lanes: list[Lane] = []
         self._pairs: list[tuple[str, str]] = []
         self._ended, self._serving = threading.Event(), threading.Lock()
-        self._store, port = serve_store(site.bind, ports, deadline)
+        self._server, self._store, port = serve_store(site.bind, ports, deadline)
         ctas = [settings.ctas.fewest, settings.ctas.most, settings.ctas.cluster]
         self.offer = msgpack.packb(
             [self._token, port, settings.parcel, settings.bucket, settings.small, ctas, cuda.host()]
@@ -81,7 +85,7 @@ class GroupExport(Export):
         self._abort()
         served = self._serving.acquire(timeout=max(0.1, deadline - time.monotonic()))
         if served:
-            self._store = None
+            self._server = self._store = None
             self._serving.release()
         return served
 
@@ -128,37 +132,44 @@ class GroupExport(Export):
         raise ProtocolError(f"the seed has no memory on {str(pair)[:60]}")
 
     def _send(self, last: bool, page: bytes, talk: Talk) -> None:
+        """Serve one pull, from its first page of parcels to the word that all have left."""
         window: deque[tuple[Lane, Any]] = deque()
         count = 0
         with Watch(self._deadline, "the lease has ended", None, self._abort) as watch:
 
-            def finish() -> None:
-                lane, begun = window.popleft()
+            def go_on() -> None:
+                self._look()
                 watch.until = min(self._deadline, time.monotonic() + self._stall)
-                lane.finish(begun, self._deadline, self._look)
-                watch.until = self._deadline
 
-            while True:
-                for number, packed, stretches in read_page(page):
-                    lane = self._checked(number, packed, stretches)
-                    self._pace.wait(sum(nbytes for _, _, nbytes in stretches), self._ended)
-                    if len(window) == WINDOW:
-                        finish()
-                    self._look()
-                    window.append((lane, lane.begin(stretches, packed)))
-                    count += 1
-                if last:
-                    break
-                last, page = self._next_page(talk)
+            def finish() -> None:
+                go_on()
+                lane, begun = window.popleft()
+                lane.finish(begun, self._look)
+
+            for lane, packed, stretches in self._asked(last, page, talk):
+                while (early := self._pace.early(sum(nbytes for _, _, nbytes in stretches))) > 0:
+                    self._ended.wait(min(early, 0.5))
+                    go_on()
+                if len(window) == WINDOW:
+                    finish()
+                window.append((lane, lane.begin(stretches, packed, self._deadline)))
+                go_on()
+                count += 1
             while window:
                 finish()
         talk.say("sent", count, until=self._deadline)
 
-    def _next_page(self, talk: Talk) -> tuple[bool, bytes]:
-        match words := talk.hear(self._deadline, self._look):
-            case ["parcels", bool(last), bytes(page)]:
-                return last, page
-        raise ProtocolError(f"a message {words[0][:20]!r} came where parcels are expected")
+    def _asked(self, last: bool, page: bytes, talk: Talk) -> Iterator[tuple[Lane, bool, Sequence[Stretch]]]:
+        """The parcels of this page and those that follow, each looked at before anything is done for it."""
+        while True:
+            for number, packed, stretches in read_page(page):
+                yield self._checked(number, packed, stretches), packed, stretches
+            if last:
+                return
+            match words := talk.hear(self._deadline, self._look):
+                case ["parcels", bool(last), bytes(page)]:
+                    continue
+            raise ProtocolError(f"a message {words[0][:20]!r} came where parcels are expected")
 
     def _checked(self, number: int, packed: bool, stretches: Sequence[Stretch]) -> Lane:
         """The lane, if everything asked for lies in the regions and fits into a bucket. Raises `ProtocolError`."""
@@ -195,15 +206,15 @@ class Pace:
     def __init__(self, rate: float | None) -> None:
         self._rate, self._next = rate, 0.0
 
-    def wait(self, nbytes: int, ended: threading.Event) -> None:
-        """Until so many bytes may leave, or it is over."""
+    def early(self, nbytes: int) -> float:
+        """By how many seconds it is too early for these to leave; if it is not, they count as having left."""
         if self._rate is None:
-            return
+            return 0.0
         now = time.monotonic()
-        self._next = max(self._next, now)
-        if self._next > now:
-            ended.wait(self._next - now)
-        self._next += nbytes / self._rate
+        if self._next <= now:
+            self._next = max(self._next, now - CATCH_UP) + nbytes / self._rate
+            return 0.0
+        return self._next - now
 
 
 def _few(value: Any) -> int | None:

@@ -44,8 +44,11 @@ def span(until: float) -> datetime.timedelta:
     return datetime.timedelta(milliseconds=max(1, int((until - time.monotonic()) * 1000)))
 
 
-def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, int]:
-    """A store that listens where the seed does, and its port. Raises `TransportUnavailable`."""
+def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, Any, int]:
+    """A store that listens where the seed does, a client of it, for groups that may outlive it, and its port.
+
+    Raises `TransportUnavailable`.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     listening = _listen(bind, ports)
@@ -58,7 +61,7 @@ def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, int]
         )
     except RuntimeError as error:
         raise TransportUnavailable(f"torch cannot serve a store at {Address(own, port)}: {error}") from error
-    return store, port
+    return store, reach_store(own, port, until), port
 
 
 def reach_store(host: str, port: int, until: float) -> Any:

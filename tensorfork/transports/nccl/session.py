@@ -11,9 +11,10 @@ import msgpack
 from attrs import evolve
 
 from tensorfork import cuda
-from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
+from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, TransferFailed, TransportUnavailable
 from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
-from tensorfork.transports.nccl.lanes import FORK, WINDOW, Ctas, Lane, Settings, make
+from tensorfork.transports.nccl.lane import FORK, WINDOW, Ctas, Lane, Settings
+from tensorfork.transports.nccl.lanes import make
 from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.parcels import Parcel, pages, schedule
 from tensorfork.transports.nccl.rendezvous import Task, Watch, local_address, reach_store, together
@@ -21,6 +22,7 @@ from tensorfork.transports.nccl.talk import Talk
 
 LISTEN = 0.05
 """Seconds between two looks at the channel while something is under way."""
+LATE = "not everything had arrived by the deadline"
 DRAINING = 2.0
 """Seconds for a GPU to stop writing after an abort."""
 _undrained: list[tuple[Lane, Any]] = []
@@ -59,12 +61,15 @@ class GroupSession(Session):
         self._pairs: list[tuple[str, str]] = []
         self._broken = False
         until = min(deadline, time.monotonic() + joining)
-        self._store = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join").result(
-            _patience(until)
-        )
+        reach = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join")
+        self._store = reach.result(_patience(until))
         theirs, ours = {region.device for region in remote}, set(self._devices.values())
-        if len(theirs) == len(ours) == 1:  # else it is the copies that say which pairs are needed
-            self._join([(theirs.pop(), ours.pop())], deadline, lambda: None)
+        try:
+            if len(theirs) == len(ours) == 1:  # else it is the copies that say which pairs are needed
+                self._join([(theirs.pop(), ours.pop())], deadline, lambda: None)
+        except BaseException:
+            self.close(deadline)
+            raise
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
@@ -75,8 +80,7 @@ class GroupSession(Session):
         pairs = [self._pair(copy) for copy in copies]
         self._broken = True  # until it is over
         window: deque[tuple[Parcel, Any]] = deque()
-        late = "not everything had arrived by the deadline"
-        with Watch(deadline, late, cancel, self._abort) as watch:
+        with Watch(deadline, LATE, cancel, self._abort) as watch:
             pull = _Pull(self._talk, watch, cancel, deadline, done)
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
@@ -86,11 +90,10 @@ class GroupSession(Session):
                 pull.run(copies, schedule(copies, numbers, limits), self._lanes, window)
             except BaseException as error:
                 undrained = self._drain(window)
-                if not isinstance(error, RuntimeError | TransferFailed | TransportUnavailable | PeerUnreachable):
-                    raise
-                reason = pull.reason(error)
-                raise TransferFailed(f"{self._seed}: {reason}", undrained=undrained) from error
-        self._broken = False
+                if not isinstance(error, RuntimeError | TensorForkError):
+                    raise  # of the caller's, from `done`
+                raise TransferFailed(f"{self._seed}: {pull.reason(error)}", undrained=undrained) from error
+        self._broken = bool(watch.reason)  # it may have ended just when it was to be aborted
 
     def close(self, deadline: float) -> None:
         """See `Session.close`."""
@@ -129,7 +132,7 @@ class GroupSession(Session):
     def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
         words = self._talk.hear(until, look)
         if words[0] == "failed":
-            raise TransferFailed(str(words[1:2])[:4096])
+            raise TransferFailed(f"the seed says: {str(words[-1])[:4096]}")
         if words[0] != word:
             raise ProtocolError(f"the seed said {words[0][:20]!r} where {word!r} is expected")
 
@@ -199,16 +202,18 @@ class _Pull:
                 self._talk.say("parcels", turned == len(book), page, until=self._deadline)
             if len(window) == WINDOW:
                 self._finish(window, lanes, left)
-            window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed)))
+            window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed, self._deadline)))
         while window:
             self._finish(window, lanes, left)
         while parcels and self._sent != len(parcels):  # the seed says so too: an aborted transfer is no success
             self._note(self._talk.hear(self._deadline, self.look))
 
     def look(self) -> None:
-        """Raise if it is over: late, cancelled, or the seed says that it failed."""
-        if self._watch.reason or self._cancel.is_set() or time.monotonic() >= self._deadline:
-            raise TransferFailed(self._watch.reason or "the transfer was cancelled, or is late")
+        """Raise if it is over: cancelled, late, or the seed says that it failed."""
+        if self._cancel.is_set():
+            raise TransferFailed("the transfer was cancelled")
+        if self._watch.reason or time.monotonic() >= self._deadline:
+            raise TransferFailed(self._watch.reason or LATE)
         if time.monotonic() >= self._listen:
             self._listen = time.monotonic() + LISTEN
             if words := self._talk.overhear(time.monotonic() + 0.001):
@@ -227,7 +232,7 @@ class _Pull:
 
     def _finish(self, window: deque[tuple[Parcel, Any]], lanes: Sequence[Lane], left: list[int]) -> None:
         parcel, begun = window[0]
-        lanes[parcel.lane].finish(begun, self._deadline, self.look)
+        lanes[parcel.lane].finish(begun, self.look)
         window.popleft()
         for i in parcel.copies:
             left[i] -= 1
