@@ -25,13 +25,14 @@ keeps torch from splitting the sums of columns over blocks, which takes 16 MiB o
 Plain torch, nothing compiled: a kernel that must be built first costs more than the copy it checks.
 """
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
 from attrs import frozen
+
+from tensorfork.elements import as_bytes, as_integers, by_stride, fill, gather_on_device, gather_on_host
 
 WIDTH, OTHER_WIDTH = 1021, 1031
 SEGMENT = 1024 * WIDTH * 8
@@ -78,19 +79,6 @@ def digest(tensor: torch.Tensor) -> int:
     return digests({"": tensor})[""]
 
 
-def _gather_on_host(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes from byte `start` of each dense tensor to a row of words. Any alignment, and no torch."""
-    into, step = rows.data_ptr(), rows.stride(0) * 8
-    for i, tensor in enumerate(tensors):
-        ctypes.memmove(into + i * step, tensor.data_ptr() + start, nbytes)
-
-
-def _gather_on_device(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
-    """The same in one operation, for memory that only torch can copy."""
-    parts = [_bytes(tensor, start, (nbytes,), (1,)) for tensor in tensors]
-    torch.stack(parts, out=rows.view(torch.uint8)[:, :nbytes])
-
-
 @frozen
 class _Pace:
     """How a kind of device likes its work cut, in words."""
@@ -108,8 +96,8 @@ class _Pace:
 
 
 _PACES = {
-    "cpu": _Pace(31 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, _gather_on_host),
-    "cuda": _Pace(_WORDS, 1 << 20, 1 << 14, 320 << 10, _gather_on_device),
+    "cpu": _Pace(31 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, gather_on_host),
+    "cuda": _Pace(_WORDS, 1 << 20, 1 << 14, 320 << 10, gather_on_device),
 }
 
 
@@ -138,7 +126,7 @@ class _Summing:
             nbytes = tensor.nbytes
             if not nbytes:
                 self._empty.append(key)
-            elif tensor.is_contiguous() or _by_stride(tensor).is_contiguous():
+            elif tensor.is_contiguous() or by_stride(tensor).is_contiguous():
                 dense[nbytes].append((key, tensor))
             else:
                 gapped.append((key, tensor))
@@ -146,7 +134,7 @@ class _Summing:
             for group, step in self._together(dense[nbytes], nbytes):
                 keys, members = zip(*group, strict=True)
                 if step:
-                    self._sum_in_place(keys, _bytes(members[0], 0, (len(group), nbytes), (step, 1)))
+                    self._sum_in_place(keys, as_bytes(members[0], 0, (len(group), nbytes), (step, 1)))
                 elif nbytes <= WIDTH * 8:
                     self._sum_short(keys, members, nbytes)
                 else:
@@ -216,7 +204,7 @@ class _Summing:
     def _sum_gapped(self, key: _Key, tensor: torch.Tensor) -> None:
         """The tensor's elements come through the scratch, each part but the last whole rows of it."""
         stage, at = self._scratch(), _WORDS
-        for filled in _fill(stage.view(torch.uint8), _integers(_by_stride(tensor)), self._pace.block):
+        for filled in fill(stage.view(torch.uint8), as_integers(by_stride(tensor)), WIDTH * 8, self._pace.block):
             words = -(-filled // 8)
             stage.view(torch.uint8)[filled : words * 8] = 0
             x = stage[:words].view(1, words)
@@ -347,59 +335,6 @@ def _cut(matrix: torch.Tensor, start: int, *shape: int) -> torch.Tensor:
     """Of each row [k, n] the words from `start` on, in a shape: [k, *shape]. One view, where indexing makes several."""
     inner = (shape[1], 1) if len(shape) == 2 else (1,)
     return matrix.as_strided((matrix.shape[0], *shape), (matrix.stride(0), *inner), matrix.storage_offset() + start)
-
-
-def _bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    """The bytes from byte `start` of a tensor on, as a view."""
-    at = tensor.storage_offset() * tensor.element_size() + start
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at, shape, stride)
-
-
-def _fill(stage: torch.Tensor, tensor: torch.Tensor, most: int) -> Iterator[int]:
-    """Copy the tensor's elements into the stage, in order, no operation on more than `most` of them; yields when it
-    is full, with the bytes to be taken: whole rows of words, but for the last time.
-    """
-    itemsize, row = tensor.element_size(), WIDTH * 8
-    view = stage.view(tensor.dtype)
-    used, room = 0, view.numel()
-    for part in _slabs(tensor, min(room // 2, most)):
-        n = part.numel()
-        if used + n > room:
-            whole, left = divmod(used * itemsize, row)
-            yield whole * row
-            stage[:left] = stage[whole * row :][:left]
-            used = left // itemsize
-        view[used : used + n].view(part.shape).copy_(part)
-        used += n
-    if used:
-        yield used * itemsize
-
-
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as integers: copied as they are, and known to every operation."""
-    if tensor.element_size() == 16:
-        tensor = torch.view_as_real(tensor)
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def _by_stride(tensor: torch.Tensor) -> torch.Tensor:
-    stride, shape = tensor.stride(), tensor.shape
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-stride[i], -shape[i])))
-
-
-def _slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
-    """Cut along the leading dimensions into parts of at most `most` elements, in order."""
-    if tensor.numel() <= most:
-        yield tensor
-        return
-    inner = tensor.numel() // len(tensor)
-    count = max(1, most // inner)
-    for start in range(0, len(tensor), count):
-        part = tensor.narrow(0, start, min(count, len(tensor) - start))
-        if inner > most:
-            yield from _slabs(part[0], most)
-        else:
-            yield part
 
 
 _ODD = 0xBF58476D1CE4E5B9

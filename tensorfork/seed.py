@@ -1,7 +1,7 @@
 """The seed's side: what it publishes, its leases, its generation, and the thread that answers.
 
 Nothing here ever waits for the engine, or makes it wait: requests are answered from the listener's thread out of cached
-bytes, each lease has threads of its own, digests are computed on another.
+bytes, each lease has threads of its own, digests are computed on another (`generation`).
 """
 
 import logging
@@ -9,8 +9,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,8 +18,8 @@ from attrs import define, field, frozen
 
 from tensorfork import cuda, digest, wire
 from tensorfork.bootstrap import Answer, Listener, SeedChannel
-from tensorfork.checksum import Checksums
 from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
+from tensorfork.generation import Clock, DigestsOnce
 from tensorfork.layout import Memory, ModelLayout
 from tensorfork.sockets import Address
 from tensorfork.transports.base import Export, Region, RemoteRegion, Site, Transport
@@ -114,41 +113,6 @@ class Seed:
         return f"<Seed {self.address} {len(self.layout.tensors):,} tensors, {state}>"
 
 
-class _Clock:
-    """The generation: a seqlock whose writers say when they change the tensors. Readers never wait, and never block."""
-
-    def __init__(self, devices: frozenset[torch.device]) -> None:
-        self.generation = 0
-        self.changing = threading.Event()
-        self._devices = devices
-        self._lock = threading.Lock()
-        self._writers = 0
-        self._failed = False
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        with self._lock:
-            if not self._writers:
-                self._failed = False
-            self._writers += 1
-            if self.generation % 2 == 0:
-                self.generation += 1
-            self.changing.set()
-        finished = False
-        try:
-            yield
-            for device in self._devices:
-                torch.cuda.current_stream(device).synchronize()
-            finished = True
-        finally:
-            with self._lock:
-                self._writers -= 1
-                self._failed = self._failed or not finished
-                if not self._writers and not self._failed:
-                    self.changing.clear()
-                    self.generation += 1
-
-
 @define(eq=False)
 class _Lease:
     """One fork's lease. `ended` is what its threads wait for."""
@@ -177,8 +141,8 @@ class _Service:
     ) -> None:
         self._layout, self._tensors, self._memory, self._transports = layout, tensors, memory, transports
         self._regions = memory.regions(layout)
-        self.clock = _Clock(frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda")))
-        self._digests = _Digests(tensors, self.clock)
+        self.clock = Clock(frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda")))
+        self._digests = DigestsOnce(tensors, self.clock)
         self._covered: dict[str, tuple[Sequence[Region], list[bytes]]] = {}
         self._leases: dict[bytes, _Lease] = {}
         self._threads: set[threading.Thread] = set()
@@ -359,72 +323,6 @@ class _Service:
                 self._expired += 1
                 lease.end()
         return min((lease.expires for lease in leases if lease.expires > now), default=None)
-
-
-class _Digests:
-    """The digests of all tensors, computed once a generation, on a thread of its own, when first asked for."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], clock: _Clock) -> None:
-        self._tensors, self._clock = tensors, clock
-        self._lock = threading.Lock()
-        self._waiting: list[Answer] = []
-        self._known: tuple[int, list[bytes]] | None = None
-        self._checksums: Checksums | None = None
-        self._running = False
-        self._cancel = threading.Event()
-        self.computed = 0
-
-    def begin(self) -> None:
-        """Start computing, if that is still to be done."""
-        with self._lock:
-            if not self._running and (self._known is None or self._known[0] != self._clock.generation):
-                self._running = True
-                threading.Thread(target=self._compute, name="tensorfork-digest", daemon=True).start()
-
-    def ask(self, answer: Answer) -> None:
-        """Answer with them, now or when they are there."""
-        with self._lock:
-            if self._known is None or self._known[0] != self._clock.generation:
-                self._waiting.append(answer)
-                known = None
-            else:
-                known = self._known
-        if known is None:
-            self.begin()
-        else:
-            answer(wire.Digests(known[0], len(known[1])), known[1])
-
-    def close(self) -> None:
-        """Stop computing soon."""
-        self._cancel.set()
-
-    def _compute(self) -> None:
-        cuda.relax_capture()
-        generation = self._clock.generation
-        reply: tuple[wire.Reply, list[bytes]]
-        try:
-            if self._checksums is None:
-                self._checksums = Checksums.of(self._tensors)
-            with cuda.aside({tensor.device for tensor in self._tensors.values()}):
-                found = {} if generation % 2 else self._checksums.compute(self._stop(generation))
-            if len(found) != len(self._tensors) or self._clock.generation != generation:
-                reply = wire.Refused(wire.CHANGED, "the seed's weights changed while their digests were computed"), []
-            else:
-                frames = wire.pack_digests([found[name] for name in self._tensors])
-                self._known = generation, frames
-                self.computed += 1
-                reply = wire.Digests(generation, len(frames)), frames
-        except Exception as error:
-            log.exception("computing the digests failed")
-            reply = wire.Refused(wire.BUSY, f"the seed could not compute its digests: {error}"), []
-        with self._lock:
-            self._running = False
-            waiting, self._waiting = self._waiting, []
-        for answer in waiting:
-            answer(*reply)
-
-    def _stop(self, generation: int) -> Callable[[], bool]:
-        return lambda: self._cancel.is_set() or self._clock.generation != generation
 
 
 def _advertised(text: str) -> tuple[str, int | None]:
