@@ -1,7 +1,9 @@
 """The lane between GPUs, over NCCL."""
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,45 @@ _QUIET = {
     "TORCH_NCCL_USE_TENSOR_REGISTER_ALLOCATOR_HOOK": "0",  # would register the engine's memory with our communicator
 }
 """What torch reads when it constructs a ProcessGroupNCCL; see docs/nccl.md."""
+
+
+class _Nursery:
+    """Communicators are made several at once, but none while another's group is taken down: seen with torch 2.11, a
+    process that did both at a time ended with a segmentation fault.
+    """
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._made = self._ended = 0
+
+    @contextmanager
+    def making(self, until: float) -> Iterator[None]:
+        """Round the making of one. Waits for a group that is being taken down, which takes half a second."""
+        with self._change:
+            if not self._change.wait_for(lambda: not self._ended, max(0.0, until - time.monotonic())):
+                raise TransferFailed("an earlier group has not ended by the deadline")
+            self._made += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._made -= 1
+                self._change.notify_all()
+
+    def end(self, held: list[Any]) -> None:
+        """Let go of a group, when nobody makes one."""
+        with self._change:
+            self._change.wait_for(lambda: not self._made and not self._ended)
+            self._ended += 1
+        try:
+            held.clear()
+        finally:
+            with self._change:
+                self._ended -= 1
+                self._change.notify_all()
+
+
+_nursery = _Nursery()
 
 
 class NcclLane(Lane):
@@ -115,7 +156,7 @@ class NcclLane(Lane):
 
     def greet(self, until: float) -> None:
         """See `Lane.greet`. Here NCCL makes its communicator, which takes most of a second."""
-        with torch.cuda.stream(self._before):
+        with torch.cuda.stream(self._before), _nursery.making(until):
             come = greeting(self.rank).to(self._device)
             work = self._move([come])
         done = torch.cuda.Event()
@@ -137,7 +178,7 @@ class NcclLane(Lane):
         self.abort()
         held, self._group, self._slots = [self._group], None, []
         if held[0] is not None:
-            Task(held.clear, lambda _: None, "tensorfork-close")
+            Task(lambda: _nursery.end(held), lambda _: None, "tensorfork-close")
 
     def _move(self, tensors: Sequence[torch.Tensor]) -> Any:
         """One operation of NCCL's for all. What was begun must be ended, whatever happens: the thread may be the
