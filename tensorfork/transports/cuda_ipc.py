@@ -55,12 +55,21 @@ _this_process = secrets.token_bytes(8)
 
 
 class CudaIpc(Transport):
-    """CUDA IPC between two processes of one host, or within one process."""
+    """CUDA IPC between two processes of one host, or within one process.
+
+    Args:
+        rate_limit: bytes a second that a fork reads at most; as fast as the link allows, by default.
+    """
 
     name: ClassVar[str] = "cuda_ipc"
     piece = 1 << 30
 
-    def __init__(self) -> None:
+    def __init__(self, *, rate_limit: float | None = None) -> None:
+        if rate_limit is not None and not rate_limit > 0:
+            raise ValueError(f"rate_limit must be bytes a second, more than none, not {rate_limit}")
+        self._rate_limit = rate_limit
+        if rate_limit is not None:
+            self.piece = SMALL_BATCH
         self._published: dict[int, int] = {}
 
     def facts(self, regions: Sequence[Region]) -> Facts:
@@ -109,7 +118,7 @@ class CudaIpc(Transport):
         deadline: float,
     ) -> "_Session":
         """See `Transport.open`."""
-        return _Session(offer, remote, regions, channel)
+        return _Session(offer, remote, regions, channel, self._rate_limit)
 
 
 class _Export(Export):
@@ -184,11 +193,17 @@ def _read(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int,
 
 class _Session(Session):
     def __init__(
-        self, offer: bytes, remote: Sequence[RemoteRegion], regions: Sequence[Region], channel: Channel
+        self,
+        offer: bytes,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        rate_limit: float | None,
     ) -> None:
         within, offered = _read(offer, remote)
         self.fabric = "same process" if within else "cuda ipc"
         self._channel, self._closed = channel, False
+        self._rate_limit, self._began, self._launched = rate_limit, 0.0, 0
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         self._sources = offered
@@ -210,7 +225,8 @@ class _Session(Session):
         for device, stream in self._streams.items():
             mine = [i for i, copy in enumerate(copies) if self._runs_on(copy) == device]
             stream.wait_stream(torch.cuda.current_stream(device))
-            pending.append((device, _batches(copies, mine)))
+            pending.append((device, _batches(copies, mine, self._rate_limit)))
+        self._began, self._launched = time.monotonic(), 0
         flying: deque[tuple[torch.cuda.Event, list[int]]] = deque()
         try:
             while pending or flying:
@@ -220,7 +236,7 @@ class _Session(Session):
                     for i in flying.popleft()[1]:
                         _check(deadline, cancel)
                         done(i)
-                if len(flying) >= WINDOW * len(self._streams) or not pending:
+                if len(flying) >= WINDOW * len(self._streams) or not pending or not self._may_launch():
                     time.sleep(POLL)
             for i, copy in enumerate(copies):
                 if self._runs_on(copy) is None:
@@ -255,18 +271,25 @@ class _Session(Session):
         """Enqueue what the window allows; False when there is nothing left."""
         stream = self._streams[device]
         with cuda.copying(stream) as enqueue:
-            while len(flying) < WINDOW * len(self._streams):
+            while len(flying) < WINDOW * len(self._streams) and self._may_launch():
                 batch = next(batches, None)
                 if batch is None:
                     return False
                 for i in batch:
                     copy = copies[i]
                     to = self._regions[copy.into]
+                    self._launched += copy.nbytes
                     enqueue(to.address + copy.at, self._address(copy.region, device) + copy.offset, copy.nbytes)
                 event = torch.cuda.Event()
                 event.record(stream)
                 flying.append((event, batch))
         return True
+
+    def _may_launch(self) -> bool:
+        """Whether what has been launched is within the limit."""
+        if self._rate_limit is None:
+            return True
+        return self._launched <= (time.monotonic() - self._began) * self._rate_limit
 
     def _address(self, id: int, device: int) -> int:
         """Where a remote region is for one of our GPUs."""
@@ -308,10 +331,12 @@ class _Session(Session):
             ctypes.memmove(self._regions[copy.into].address + copy.at + start, said, nbytes)
 
 
-def _batches(copies: Sequence[Copy], indices: Sequence[int]) -> Iterator[list[int]]:
+def _batches(copies: Sequence[Copy], indices: Sequence[int], rate_limit: float | None) -> Iterator[list[int]]:
     batch: list[int] = []
     nbytes = 0
     size = min(BATCH, max(SMALL_BATCH, sum(copies[i].nbytes for i in indices) // 16))
+    if rate_limit is not None:
+        size = min(size, SMALL_BATCH)
     for i in indices:
         batch.append(i)
         nbytes += copies[i].nbytes
