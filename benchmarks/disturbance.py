@@ -8,7 +8,7 @@ from benchmarks.measure import Outcome, distribution
 from benchmarks.process import Worker
 
 GOAL = 1.15
-"""Of p99 during forks, to p99 idle."""
+"""Of p99 during forks, to p99 idle; on GPUs. On a CPU, steps and forks share the cores."""
 GENTLE_GOALS = {"nccl": 1.5}
 """The same with a rate limit or another gentle setting; 1.10 where not named."""
 MARKS = ("p50", "p99", "p99.9")
@@ -42,7 +42,7 @@ def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transp
     outcome.detail |= {"transport": transport, "load": load, "taken": taken, "forks": forked}
     outcome.detail["steps"] = {"idle": _all(idle), "forks": _all(during)}
     outcome.detail["turns"] = {"idle": [_marks(one) for one in idle], "forks": [_marks(one) for one in during]}
-    _rows(outcome, transport)
+    _rows(outcome, transport, judged=bench.on_gpu)
 
 
 def _steps(bench: Bench, seed: Worker, seconds: float) -> list[float]:
@@ -59,12 +59,12 @@ def _marks(spent: list[float]) -> dict[str, float]:
     return {mark: found[mark] for mark in MARKS}
 
 
-def _rows(outcome: Outcome, transport: str) -> None:
+def _rows(outcome: Outcome, transport: str, *, judged: bool) -> None:
     name, _, options = transport.partition(",")
     goal = GENTLE_GOALS.get(name, 1.10) if options else GOAL
     steps, turns, forked = (outcome.detail[what] for what in ("steps", "turns", "forks"))
     for mark in MARKS:
-        wanted = goal if mark == "p99" else None
+        wanted = goal if mark == "p99" and judged else None
         during, idle = [steps["forks"][mark]], [steps["idle"][mark]]
         outcome.add(f"{mark} during forks", during, "ms", limit="idle", against=idle, goal=wanted, less=True)
         drift = [turn[mark] for turn in turns["idle"]]
