@@ -200,7 +200,15 @@ def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[
     try:
         return envelope[2], _converter.structure(envelope[4], kind)
     except Exception as error:  # cattrs has no common base for what it raises on bad values
-        raise ProtocolError(f"a malformed {envelope[3]} came: {error}") from error
+        raise ProtocolError(f"a malformed {envelope[3]} came: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What it says, if it can: an error of cattrs about names that are not texts fails once more when it is printed."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__
 
 
 class OtherVersion(ProtocolError):
@@ -243,8 +251,8 @@ def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> Mo
     """The layout from its pages. Raises `ProtocolError` unless every value has its type and place."""
 
     def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any, part: Any) -> TensorLayout:
-        placement = None if part is None else Placement(tuple(part[0]), part[1])
-        return TensorLayout(name, dtype, tuple(shape), tuple(stride), storage, offset, placement)
+        placement = None if part is None else Placement(_tuple(part[0]), part[1])
+        return TensorLayout(name, dtype, _tuple(shape), _tuple(stride), storage, offset, placement)
 
     def storage(nbytes: Any, device: Any) -> StorageLayout:
         if not isinstance(device, str) or not _DEVICE.fullmatch(device):
@@ -349,6 +357,12 @@ def _unpack(frame: bytes | memoryview) -> Any:
         return msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=True)
     except Exception as error:  # msgpack has no common base for what it raises on bad bytes
         raise ProtocolError(f"what came is not msgpack: {type(error).__name__} {error}") from error
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if type(value) is not list:
+        raise ValueError(f"{str(value)[:40]!r} is not a list")
+    return tuple(value)
 
 
 def _natural(value: Any) -> int:
