@@ -116,7 +116,7 @@ def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
         step *= tensor.torch_dtype.itemsize
         if size == 1 or step == 0:
             continue
-        if step <= length and not steps:
+        if step <= length:
             length += (size - 1) * step
             continue
         for i, (inner, count) in enumerate(steps):

@@ -223,6 +223,13 @@ def test_a_view_of_ours_that_is_another_view_in_the_seed_is_a_mismatch() -> None
         match(theirs, ours)
 
 
+def test_a_view_behind_a_shorter_one_is_a_conflict_with_the_whole() -> None:
+    theirs = layout(tensor("whole", [100]), tensor("part", [10], at=(0, 10)), tensor("other", [10], at=(1, 0)))
+    ours = layout(tensor("whole", [100]), tensor("part", [10], at=(0, 10)), tensor("other", [10], at=(0, 50)))
+    with pytest.raises(LayoutMismatch, match="other: shares memory with whole here"):
+        match(theirs, ours)
+
+
 def test_views_that_interleave_without_sharing_a_byte_are_no_conflict() -> None:
     """The even and the odd columns of one matrix, which are two matrices of their own in the seed."""
     theirs = layout(tensor("even", [4, 4], [8, 2]), tensor("odd", [4, 4], [8, 2], at=(1, 0)))
@@ -341,12 +348,12 @@ def test_a_tensor_in_thousands_of_stretches_that_another_covers_is_not_fetched_a
     assert len(plan.copies) == 1
 
 
-def test_a_tensor_in_thousands_of_stretches_that_others_cover_but_for_a_byte_is_fetched() -> None:
-    size = (MAX_RUNS + 1) * 5 - 3
-    halves = layout(
-        tensor("left", [1000]), tensor("right", [size - 1001], at=(0, 1001)), tensor("comb", [MAX_RUNS + 1, 2], [5, 1])
-    )
-    pairs = match(halves, halves)
+@pytest.mark.parametrize("lacking", [0, 1000, MAX_RUNS * 5 + 1], ids=["first", "middle", "last"])
+def test_a_tensor_in_thousands_of_stretches_that_others_cover_but_for_a_byte_is_fetched(lacking: int) -> None:
+    comb = tensor("comb", [MAX_RUNS + 1, 2], [5, 1])
+    left, right = tensor("left", [lacking]), tensor("right", [comb.extent - lacking - 1], at=(0, lacking + 1))
+    model = layout(comb, left, right)
+    pairs = match(model, model)
     assert [pair.name for pair in cut(pairs, *identity(pairs), 1 << 20).strided] == ["comb"]
 
 
