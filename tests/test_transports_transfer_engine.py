@@ -46,6 +46,7 @@ class TestOverTcp(TransportSuite):
 @pytest.mark.gpu(2)
 class TestOverNvlink(TransportSuite):
     devices = (("cuda:0", "cuda:1"), ("cuda:1", "cuda:1"))
+    ways = ("from a spawned process",)
     one_sided = True
 
     def make(self) -> tensorfork.Transport:

@@ -80,7 +80,7 @@ def _not_nvlink(fork: Facts, seed: Facts) -> str | None:
     if fork.get("host") is None or fork.get("host") != seed.get("host"):
         return "the two are not on one host, with one network"
     if fork.get("process") == seed.get("process"):
-        return None
+        return "both are one process, which cannot open its own memory; cuda_ipc takes that"
     closed = seed.get("closed")
     return None if closed is None else str(closed)
 

@@ -140,7 +140,8 @@ class Engine:
         lanes = {_LANES[0]: os.environ.get(*_LANES)}
         with _gate, library.environment(_ENVIRONMENT[fabric] | lanes):
             self._mooncake: Any = module.TransferEngine()
-            code = self._mooncake.initialize(host, "P2PHANDSHAKE", fabric, ",".join(nics))
+            protocol = "rdma" if fabric == "rdma" else "tcp"  # what nvlink is reached by: the environment decides
+            code = self._mooncake.initialize(host, "P2PHANDSHAKE", protocol, ",".join(nics))
             if code:
                 raise TransportUnavailable(
                     f"Mooncake cannot start on {fabric} at {host} ({explain(code)}); MC_LOG_LEVEL=INFO in the "
