@@ -1,15 +1,17 @@
 """The lane between GPUs, over NCCL."""
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 
 from tensorfork.errors import TransferFailed
-from tensorfork.transports.nccl.lane import FORK, SEED, Ctas, Lane, check_greeting, greeting, new_stream
+from tensorfork.transports.nccl.lane import FORK, GREETING, SEED, Ctas, Lane, check_greeting, greeting, new_stream
 from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.parcels import Stretch
 from tensorfork.transports.nccl.rendezvous import Task, environment, span
@@ -41,7 +43,7 @@ class _Nursery:
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._made = self._ended = 0
+        self._made = self._ended = self._waiting = 0
 
     @contextmanager
     def making(self, until: float) -> Iterator[None]:
@@ -58,7 +60,17 @@ class _Nursery:
                 self._change.notify_all()
 
     def end(self, held: list[Any]) -> None:
-        """Let go of a group, when nobody makes one."""
+        """Let go of a group, held by nothing else, on a thread of its own when nobody makes one."""
+        with self._change:
+            self._waiting += 1
+        Task(lambda: self._end(held), lambda _: None, "tensorfork-close")
+
+    def settle(self) -> None:
+        """Wait for that, a moment: a thread that comes back from torch when Python has ended aborts the process."""
+        with self._change:
+            self._change.wait_for(lambda: not self._waiting, ABORTING)
+
+    def _end(self, held: list[Any]) -> None:
         with self._change:
             self._change.wait_for(lambda: not self._made and not self._ended)
             self._ended += 1
@@ -67,10 +79,12 @@ class _Nursery:
         finally:
             with self._change:
                 self._ended -= 1
+                self._waiting -= 1
                 self._change.notify_all()
 
 
 _nursery = _Nursery()
+atexit.register(_nursery.settle)
 
 
 class NcclLane(Lane):
@@ -95,7 +109,7 @@ class NcclLane(Lane):
             options.config.cga_cluster_size = ctas.cluster
         self._device = torch.device(device)
         self._before, self._after = new_stream(self._device), new_stream(self._device)
-        with environment(_QUIET):
+        with torch.cuda.device(self._device), environment(_QUIET):
             self._group = ProcessGroupNCCL(store, rank, 2, options)
 
     def begin(self, stretches: Sequence[Stretch], packed: bool, until: float) -> Any:
@@ -157,7 +171,7 @@ class NcclLane(Lane):
     def greet(self, until: float) -> None:
         """See `Lane.greet`. Here NCCL makes its communicator, which takes most of a second."""
         with torch.cuda.stream(self._before), _nursery.making(until):
-            come = greeting(self.rank).to(self._device)
+            come = self._make(len(GREETING)).copy_(greeting(self.rank))
             work = self._move([come])
         done = torch.cuda.Event()
         with torch.cuda.stream(self._after):
@@ -178,7 +192,7 @@ class NcclLane(Lane):
         self.abort()
         held, self._group, self._slots = [self._group], None, []
         if held[0] is not None:
-            Task(lambda: _nursery.end(held), lambda _: None, "tensorfork-close")
+            _nursery.end(held)
 
     def _move(self, tensors: Sequence[torch.Tensor]) -> Any:
         """One operation of NCCL's for all. What was begun must be ended, whatever happens: the thread may be the
@@ -194,4 +208,13 @@ class NcclLane(Lane):
         return work
 
     def _make(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with torch.cuda.stream(_shelf(self._device)):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+
+@cache
+def _shelf(device: torch.device) -> torch.cuda.Stream:
+    """A stream that buckets are allocated for, and nothing runs on. torch keeps what is freed for the stream it was
+    allocated for; so one lane's buckets become the next one's, instead of adding up.
+    """
+    return new_stream(device)
