@@ -3,6 +3,7 @@
 Each is a function of a random seed; built on the meta device where the caller says so. `run` computes with it.
 """
 
+import ctypes
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -190,8 +191,8 @@ def run(name: str, model: nn.Module) -> torch.Tensor:
 
 def hash_of(tensor: torch.Tensor) -> str:
     """Of the elements' bytes, by a function that has nothing to do with tensorfork's digests."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(bytes(flat.tolist()), digest_size=16).hexdigest()
+    dense = tensor.detach().contiguous()
+    return hashlib.blake2b(ctypes.string_at(dense.data_ptr(), dense.nbytes), digest_size=16).hexdigest()
 
 
 def hashes(model: Any) -> dict[str, str]:

@@ -1,0 +1,340 @@
+"""A transport's success is no evidence: whatever happens to the bytes on the way, over any transport, the digests find
+it and the error names just the tensors that are wrong, as an independent hash sees them.
+
+Places are drawn at random, the same in every run.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+from real_models import hash_of
+
+import tensorfork
+from tensorfork import digest
+from tensorfork.testing import FaultyTransport, faults
+from tensorfork.testing.faults import Job
+from tensorfork.transports import registry
+
+SECONDS = 30.0
+TRANSPORTS = ("zeromq", "gloo", "transfer_engine:tcp")
+TRIALS = 5
+WIDTHS = sorted({digest.WIDTH, digest.OTHER_WIDTH, 1021, 1024, 8192})
+"""Of rectangles, in words: the digest's own, the rows of likely matrices, and neighbours of both."""
+WORDS = 400 * 1031
+
+Model = dict[str, torch.Tensor]
+Accident = Callable[[Model, random.Random], object]
+
+
+def rectangles() -> list[tuple[int, int, int, int]]:
+    """Four places each, in words: the corners of rectangles in a matrix of one of the widths, none used twice."""
+    draw, taken, found = random.Random("rectangles"), set[int](), []
+    while len(found) < 8 * len(WIDTHS):
+        width = WIDTHS[len(found) % len(WIDTHS)]
+        rows, columns = draw.sample(range(WORDS // width), 2), draw.sample(range(width), 2)
+        if len(found) % 3 == 0 and WORDS // width > 300:
+            rows = [rows[0] % 100, rows[0] % 100 + 256]  # heights that are round numbers, too
+        corners = tuple(row * width + column for row in rows for column in columns)
+        if not taken & set(corners):
+            taken |= set(corners)
+            found.append(corners)
+    return found
+
+
+RECTANGLES = rectangles()
+
+
+def original() -> Model:
+    """A long tensor with equal values at the opposite corners of rectangles, experts of one size, neighbours in one
+    storage, odd sizes, a number.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randint(-(1 << 62), 1 << 62, shape, generator=draw)
+
+    long = noise(WORDS)
+    for one, other, another, last in RECTANGLES:
+        long[last], long[another] = long[one].clone(), long[other].clone()
+    packed = noise(3000).view(torch.uint8)
+    return {
+        "long": long,
+        **{f"experts.{i}": noise(96, 64).view(torch.bfloat16) for i in range(6)},
+        **{f"packed.{i}": packed[start : start + 4799] for i, start in enumerate(range(0, 24000 - 4799, 4799))},
+        "bytes": noise(5000).view(torch.uint8)[:39_997],
+        "step": torch.tensor(7),
+    }
+
+
+def other_bytes(like: Model, seed: int) -> Model:
+    """Tensors of the same layout with random bytes in them."""
+    made = target(like)
+    draw = torch.Generator().manual_seed(seed)
+    for tensor in made.values():
+        flat(tensor).random_(0, 256, generator=draw)
+    return made
+
+
+def target(like: Model) -> Model:
+    copies: dict[int, torch.Tensor] = {}
+    made: Model = {}
+    for name, tensor in like.items():
+        storage = tensor.untyped_storage()
+        copy = copies.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.uint8))
+        made[name] = torch.empty(0, dtype=tensor.dtype).set_(
+            copy.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+    return made
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def words(tensor: torch.Tensor) -> torch.Tensor:
+    return flat(tensor)[: tensor.nbytes // 8 * 8].view(torch.int64)
+
+
+# What may happen to bytes. Each changes some, somewhere.
+
+
+def flipped_bit(model: Model, draw: random.Random) -> None:
+    tensor = flat(model[draw.choice(list(model))])
+    tensor[draw.randrange(tensor.numel())] ^= 1 << draw.randrange(8)
+
+
+def two_words_exchanged(model: Model, draw: random.Random) -> None:
+    tensor = words(model[draw.choice(["long", "experts.3", "bytes"])])
+    i, j = draw.sample(range(tensor.numel()), 2)
+    tensor[[i, j]] = tensor[[j, i]]
+
+
+def four_corners_exchanged(model: Model, draw: random.Random) -> None:
+    one, other, another, last = draw.choice(RECTANGLES)
+    long = model["long"]
+    long[[one, other, another, last]] = long[[other, one, last, another]]
+
+
+def four_corners_changed_by_as_much(model: Model, draw: random.Random) -> None:
+    one, other, another, last = draw.choice(RECTANGLES)
+    by = 1 << draw.randrange(64)
+    by -= (by >> 63) << 64
+    long = model["long"]
+    long[one] += by
+    long[last] += by
+    long[other] -= by
+    long[another] -= by
+
+
+def tensors_swapped(model: Model, draw: random.Random) -> None:
+    kind = draw.choice(["experts", "packed"])
+    i, j = draw.sample([name for name in model if name.startswith(kind)], 2)
+    kept = model[i].clone()
+    model[i].copy_(model[j])
+    model[j].copy_(kept)
+
+
+def rows_swapped(model: Model, draw: random.Random) -> None:
+    rows = words(model["long"])[: WORDS // 1024 * 1024].view(-1, 1024)
+    i, j = draw.sample(range(len(rows)), 2)
+    rows[[i, j]] = rows[[j, i]]
+
+
+def page_zeroed(model: Model, draw: random.Random) -> None:
+    tensor = flat(model[draw.choice(["long", "bytes"])])
+    start = draw.randrange(tensor.numel() // 4096) * 4096
+    tensor[start : start + 4096] = 0
+
+
+def everything_zeroed(model: Model, draw: random.Random) -> None:
+    """The failure that the field knows best: destinations of zeros, and a success."""
+    for tensor in model.values():
+        tensor.zero_()
+
+
+def shifted_copy(model: Model, draw: random.Random) -> None:
+    tensor = flat(model[draw.choice(["long", "experts.0", "bytes"])])
+    start = draw.randrange(tensor.numel() // 2)
+    stretch = tensor[start : start + draw.randrange(2, tensor.numel() // 2)]
+    stretch.copy_(stretch.roll(draw.choice([1, 2, 7, 8, -8, 64, 4096, -4096])))
+
+
+def bytes_beyond_the_end(model: Model, draw: random.Random) -> None:
+    """The end of one tensor's copy overruns what lies behind it in the same storage."""
+    i = draw.randrange(4)
+    model[f"packed.{i + 1}"][: draw.randrange(1, 100)] ^= 255
+
+
+def last_bytes_missing(model: Model, draw: random.Random) -> None:
+    tensor = flat(model[draw.choice(list(model))])
+    tensor[-draw.randrange(1, 8) :] ^= 255
+
+
+ACCIDENTS: tuple[Accident, ...] = (
+    flipped_bit,
+    two_words_exchanged,
+    four_corners_exchanged,
+    four_corners_changed_by_as_much,
+    tensors_swapped,
+    rows_swapped,
+    page_zeroed,
+    everything_zeroed,
+    shifted_copy,
+    bytes_beyond_the_end,
+    last_bytes_missing,
+)
+
+
+class Happens(faults.Spoiled):
+    """The accident happens to what has arrived, before anybody is told that it has."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        self._change = change
+
+    def spoil(self, job: Job) -> None:
+        self._change()
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def way(request: pytest.FixtureRequest) -> tensorfork.Transport:
+    made = registry.load(request.param)
+    try:
+        made.facts([])
+    except tensorfork.TransportUnavailable as error:
+        pytest.skip(str(error))
+    return made
+
+
+@pytest.fixture(scope="module")
+def want() -> Model:
+    return original()
+
+
+@pytest.fixture(scope="module")
+def seed(want: Model) -> Iterator[tensorfork.Seed]:
+    with tensorfork.publish(want, transports=TRANSPORTS) as seed:
+        yield seed
+
+
+def wrong(have: Mapping[str, torch.Tensor], want: Model) -> set[str]:
+    return {name for name, tensor in have.items() if hash_of(tensor) != hash_of(want[name])}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS, ids=lambda accident: accident.__name__)
+def test_every_accident_is_found_and_just_the_tensors_it_hit_are_named(
+    way: tensorfork.Transport, seed: tensorfork.Seed, want: Model, accident: Accident
+) -> None:
+    ours = other_bytes(want, 1)
+    for trial in range(TRIALS):
+        draw = random.Random(f"{way.name} {accident.__name__} {trial}")
+        transport = FaultyTransport(way, Happens(lambda draw=draw: accident(ours, draw)))
+        with pytest.raises(tensorfork.VerificationFailed) as caught:
+            tensorfork.fork_into(ours, seed.address, transport=transport, timeout=SECONDS)
+        hit = wrong(ours, want)
+        assert hit
+        assert set(caught.value.tensors) == hit
+        assert all(name in str(caught.value) for name in hit)
+
+
+PIECE = 1 << 16
+COPY_FAULTS: dict[str, Callable[[random.Random, int, int], faults.Fault]] = {
+    "one is not made": lambda draw, one, other: faults.Drop(one),
+    "a page of one is what was there before": lambda draw, one, other: faults.StalePage(one, draw.randrange(16)),
+    "a page of one is zeros": lambda draw, one, other: faults.ZeroPage(one, draw.randrange(16)),
+    "one lies elsewhere": lambda draw, one, other: faults.Shift(one, draw.randrange(1, PIECE)),
+    "two are exchanged": lambda draw, one, other: faults.SwapCopies(one, other),
+}
+
+
+class AtRandom(faults.Fault):
+    """A fault of two copies of full length, whichever those are over this transport."""
+
+    def __init__(self, what: str, draw: random.Random) -> None:
+        self._what, self._draw = what, draw
+
+    def pull(self, job: Job) -> None:
+        whole = [job.number + i for i, copy in enumerate(job.copies) if copy.nbytes == PIECE]
+        COPY_FAULTS[self._what](self._draw, *self._draw.sample(whole, 2)).pull(job)
+
+
+@pytest.mark.parametrize("what", COPY_FAULTS)
+def test_a_copy_that_goes_wrong_anywhere_is_found(
+    way: tensorfork.Transport, seed: tensorfork.Seed, want: Model, what: str
+) -> None:
+    for trial in range(TRIALS):
+        ours = other_bytes(want, 2)
+        transport = FaultyTransport(way, AtRandom(what, random.Random(f"{way.name} {what} {trial}")))
+        transport.piece = PIECE
+        with pytest.raises(tensorfork.VerificationFailed) as caught:
+            tensorfork.fork_into(ours, seed.address, transport=transport, timeout=SECONDS)
+        assert set(caught.value.tensors) == wrong(ours, want) != set()
+
+
+def test_what_was_random_bytes_is_the_seed_s_in_every_byte_and_nothing_beside_it_changed(
+    way: tensorfork.Transport,
+) -> None:
+    """Corrupt, then restore: tensors of every kind, in memory that is otherwise known."""
+    draw = torch.Generator().manual_seed(3)
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]] = {
+        "contiguous": (torch.float32, (300, 70), (70, 1)),
+        "transposed": (torch.bfloat16, (64, 96), (1, 64)),
+        "with gaps": (torch.float16, (50, 30), (77, 2)),
+        "in thousands of stretches": (torch.uint8, (3000, 5), (11, 1)),
+        "overlapping": (torch.int32, (40, 8), (5, 1)),
+        "expanded": (torch.float64, (6, 40), (0, 1)),
+        "bool": (torch.bool, (999,), (1,)),
+        "complex": (torch.complex64, (33, 3), (3, 1)),
+        "fp8": (torch.float8_e4m3fn, (65, 33), (33, 1)),
+        "scale": (torch.float8_e8m0fnu, (17,), (1,)),
+        "number": (torch.int64, (), ()),
+        "nothing": (torch.float32, (0, 4), (4, 1)),
+    }
+
+    def memory() -> dict[str, torch.Tensor]:
+        return {name: torch.randint(0, 256, (70_000 * 2,), dtype=torch.uint8, generator=draw) for name in shapes}
+
+    def views(memory: Mapping[str, torch.Tensor]) -> Model:
+        made = {
+            name: torch.empty(0, dtype=dtype).set_(memory[name].untyped_storage(), 16, shape, stride)
+            for name, (dtype, shape, stride) in shapes.items()
+        }
+        made["bool"].view(torch.uint8).bitwise_and_(1)
+        return made | {"tied": made["contiguous"]}
+
+    theirs, ours = views(memory()), memory()
+    filled = views(ours)
+    kept = {name: raw.clone() for name, raw in ours.items()}
+    with tensorfork.publish(theirs, transports=TRANSPORTS) as seed:
+        report = tensorfork.fork_into(filled, seed.address, transport=way, timeout=SECONDS)
+    assert report.verified
+    assert report.not_compared == ("identity", "rank")
+    for name, tensor in filled.items():
+        assert hash_of(tensor) == hash_of(theirs[name]), name
+    for name, tensor in views(kept).items():  # what was there before, but for the elements, is there still
+        tensor.view(tensor.dtype).copy_(filled[name]) if name != "expanded" else tensor[0].copy_(filled[name][0])
+    assert all(torch.equal(ours[name], kept[name]) for name in shapes)
+
+
+def test_after_an_accident_the_next_fork_puts_everything_right(
+    way: tensorfork.Transport, seed: tensorfork.Seed, want: Model
+) -> None:
+    ours = other_bytes(want, 4)
+    transport = FaultyTransport(way, Happens(lambda: everything_zeroed(ours, random.Random(0))))
+    with pytest.raises(tensorfork.VerificationFailed):
+        tensorfork.fork_into(ours, seed.address, transport=transport, timeout=SECONDS)
+    tensorfork.fork_into(ours, seed.address, transport=way, timeout=SECONDS)
+    assert not wrong(ours, want)
+
+
+def test_without_verification_the_accident_goes_unseen_and_the_report_says_what_was_not_compared(
+    way: tensorfork.Transport, seed: tensorfork.Seed, want: Model
+) -> None:
+    """That is: it is the digests that find it, and nothing else would."""
+    ours = other_bytes(want, 5)
+    transport = FaultyTransport(way, Happens(lambda: flipped_bit(ours, random.Random(0))))
+    report = tensorfork.fork_into(ours, seed.address, transport=transport, timeout=SECONDS, verify=False)
+    assert not report.verified
+    assert "digests" in report.not_compared
+    assert len(wrong(ours, want)) == 1
