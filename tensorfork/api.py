@@ -194,7 +194,7 @@ def _fork(
             except SeedChanged:
                 if attempt == terms.restarts:
                     raise
-                pause = min(0.01 * 2**attempt, 0.5)  # a change takes its time, and restarts are counted
+                pause = 0.01 * 2 ** min(attempt, 5)  # a change takes its time, and restarts are counted
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     into.install()
     into.touch()

@@ -51,13 +51,15 @@ _WATCHED = (
 
 class Listener:
     """The seed's end. `handle(peer, message, said, answer)` runs on its thread, and must not wait; `said` is the frame
-    behind the message, empty for most.
+    behind the message, empty for most. So does `gone(peer)`, for a fork that was to be sent something and is not there.
 
     Survives whatever is sent to its port; what cannot be read is answered with `Refused` where it can be, and dropped.
     """
 
-    def __init__(self, address: Address, handle: Callable[[bytes, Any, bytes, Answer], None]) -> None:
-        self._handle = handle
+    def __init__(
+        self, address: Address, handle: Callable[[bytes, Any, bytes, Answer], None], gone: Callable[[bytes], None]
+    ) -> None:
+        self._handle, self._gone = handle, gone
         self._context = context()
         self._socket = make(self._context, zmq.ROUTER, max_message=wire.MAX_MESSAGE, queue=UNREAD)
         self._socket.copy_threshold = COPY_BELOW
@@ -123,7 +125,6 @@ class Listener:
                 self._dispatch(*frames)
 
     def _dispatch(self, peer: bytes, frame: bytes, said: bytes = b"") -> None:
-        number = 0
         try:
             if len(frame) > wire.MAX_REQUEST:
                 raise ProtocolError(f"a request of {len(frame):,} bytes came; it may have {wire.MAX_REQUEST:,}")
@@ -133,6 +134,7 @@ class Listener:
             self.say(peer, wire.Refused(wire.VERSION_CODE, reason), error.number)
             return
         except ProtocolError as error:
+            number = error.number if isinstance(error, wire.Malformed) else 0
             self.say(peer, wire.Refused(wire.MALFORMED, str(error)[:1000]), number)
             return
 
@@ -153,6 +155,8 @@ class Listener:
             except zmq.ZMQError as error:  # EHOSTUNREACH: it is gone; EAGAIN: it does not read
                 if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                     raise
+                if error.errno == zmq.EHOSTUNREACH:
+                    self._gone(frames[0])
 
     def _shut(self) -> None:
         self._context.destroy(linger=0)

@@ -60,7 +60,7 @@ class DigestsOnce:
     def __init__(self, tensors: Mapping[str, torch.Tensor], clock: Clock) -> None:
         self._tensors, self._clock = tensors, clock
         self._lock = threading.Lock()
-        self._waiting: list[Answer] = []
+        self._waiting: list[tuple[int, Answer]] = []
         self._known: tuple[int, list[bytes]] | None = None
         self._checksums: Checksums | None = None
         self._running = False
@@ -74,18 +74,19 @@ class DigestsOnce:
                 self._running = True
                 threading.Thread(target=self._compute, name="tensorfork-digest", daemon=True).start()
 
-    def ask(self, answer: Answer) -> None:
-        """Answer with them, now or when they are there."""
+    def ask(self, generation: int, answer: Answer) -> None:
+        """Answer with those of a lease's generation, now or when they are there; or that it is over."""
         with self._lock:
-            if self._known is None or self._known[0] != self._clock.generation:
-                self._waiting.append(answer)
+            known = self._known
+            if known is None or known[0] != generation:
                 known = None
-            else:
-                known = self._known
-        if known is None:
-            self.begin()
-        else:
+                self._waiting.append((generation, answer))
+        if known is not None:
             answer(wire.Digests(known[0], len(known[1])), known[1])
+        elif generation != self._clock.generation:
+            self._answer()
+        else:
+            self.begin()
 
     def close(self) -> None:
         """Stop computing soon."""
@@ -93,28 +94,46 @@ class DigestsOnce:
 
     def _compute(self) -> None:
         cuda.relax_capture()
+        more = True
+        while more and not self._cancel.is_set():
+            failed = None
+            try:
+                self._compute_once()
+            except Exception as error:
+                log.exception("computing the digests failed")
+                failed = f"the seed could not compute its digests: {error}"
+            more = self._answer(done=True, failed=failed)
+
+    def _compute_once(self) -> None:
         generation = self._clock.generation
-        reply: tuple[wire.Reply, list[bytes]]
-        try:
-            if self._checksums is None:
-                self._checksums = Checksums.of(self._tensors)
-            with cuda.aside({tensor.device for tensor in self._tensors.values()}):
-                found = {} if generation % 2 else self._checksums.compute(self._stop(generation))
-            if len(found) != len(self._tensors) or self._clock.generation != generation:
-                reply = wire.Refused(wire.CHANGED, "the seed's weights changed while their digests were computed"), []
-            else:
-                frames = wire.pack_digests([found[name] for name in self._tensors])
-                self._known = generation, frames
-                self.computed += 1
-                reply = wire.Digests(generation, len(frames)), frames
-        except Exception as error:
-            log.exception("computing the digests failed")
-            reply = wire.Refused(wire.BUSY, f"the seed could not compute its digests: {error}"), []
+        if self._checksums is None:
+            self._checksums = Checksums.of(self._tensors)
+        with cuda.aside({tensor.device for tensor in self._tensors.values()}):
+            found = {} if generation % 2 else self._checksums.compute(self._stop(generation))
+        if len(found) == len(self._tensors) and self._clock.generation == generation:
+            self._known = generation, wire.pack_digests([found[name] for name in self._tensors])
+            self.computed += 1
+
+    def _answer(self, *, done: bool = False, failed: str | None = None) -> bool:
+        """Answer whoever can be; `done` says that a computation has ended, `failed` why in vain. True if another is to
+        begin: somebody waits for digests of the generation as it is now.
+        """
         with self._lock:
-            self._running = False
-            waiting, self._waiting = self._waiting, []
-        for answer in waiting:
-            answer(*reply)
+            known, now = self._known, self._clock.generation
+            fresh = failed is not None or (known is not None and known[0] == now)
+            left = [] if fresh else [one for one in self._waiting if one[0] == now]
+            ready = [one for one in self._waiting if one not in left]
+            self._waiting = left
+            if done:
+                self._running = bool(left)
+        for generation, answer in ready:
+            if known is not None and known[0] == generation:
+                answer(wire.Digests(generation, len(known[1])), known[1])
+            elif generation != now or failed is None:
+                answer(wire.Refused(wire.CHANGED, "the seed's weights changed while their digests were computed"))
+            else:
+                answer(wire.Refused(wire.BUSY, failed))
+        return bool(left)
 
     def _stop(self, generation: int) -> Callable[[], bool]:
         return lambda: self._cancel.is_set() or self._clock.generation != generation

@@ -28,6 +28,8 @@ from tensorfork.version import __version__
 log = logging.getLogger("tensorfork")
 
 MAX_LEASES = 64
+BEAT = 2.0
+"""Seconds between two looks at whether the forks that hold leases are still there."""
 CLOSING = 5.0
 """Seconds that `close` waits for its threads."""
 
@@ -118,6 +120,8 @@ class _Lease:
     """One fork's lease. `ended` is what its threads wait for."""
 
     id: bytes
+    peer: bytes
+    generation: int
     expires: float
     channel: SeedChannel
     ended: threading.Event = field(factory=threading.Event)
@@ -154,7 +158,8 @@ class _Service:
         found = None if advertise is None else _advertised(advertise)
         if at.is_wildcard and found is None:
             raise ValueError(f"bind={bind!r} is every interface; say with advertise= by which address forks reach it")
-        self._listener = Listener(at, self._handle)
+        self._next_beat = 0.0
+        self._listener = Listener(at, self._handle, self._gone)
         port = self._listener.address.port
         host = self._listener.address.host if found is None else found[0]
         self.address = Address(host, port if found is None or found[1] is None else found[1])
@@ -211,8 +216,9 @@ class _Service:
                     log.warning("a fork says more than its transport reads; its lease is ended")
                     lease.end()
             case wire.GetDigests():
-                if self._find(message.lease, answer):
-                    self._digests.ask(answer)
+                lease = self._find(message.lease, answer)
+                if lease is not None:
+                    self._digests.ask(lease.generation, answer)
             case wire.CheckLease():
                 lease = self._find(message.lease, answer)
                 if lease is not None:
@@ -245,12 +251,12 @@ class _Service:
             answer(refused)
             return
         id = secrets.token_bytes(16)
-        lease = _Lease(id, time.monotonic() + request.seconds, SeedChannel(self._listener, peer, id))
+        lease = _Lease(id, peer, generation, time.monotonic() + request.seconds, SeedChannel(self._listener, peer, id))
         if request.digests:
             self._digests.begin()
         with self._lock:
             self._leases[id] = lease
-        self._start(self._hold, lease, generation, request, answer)
+        self._start(self._hold, lease, request, answer)
 
     def _start(self, work: Callable[..., None], *args: Any) -> threading.Thread:
         def run() -> None:
@@ -267,7 +273,7 @@ class _Service:
         thread.start()
         return thread
 
-    def _hold(self, lease: _Lease, generation: int, request: wire.TakeLease, answer: Answer) -> None:
+    def _hold(self, lease: _Lease, request: wire.TakeLease, answer: Answer) -> None:
         """A lease's whole life, on a thread of its own."""
         transport = self._transports[request.transport]
         try:
@@ -282,7 +288,7 @@ class _Service:
             return
         self._granted += 1
         serving = self._start(self._serve, export, lease)
-        answer(wire.Leased(lease.id, generation, export.offer, len(pages)), pages)
+        answer(wire.Leased(lease.id, lease.generation, export.offer, len(pages)), pages)
         lease.ended.wait()
         if not export.close(time.monotonic() + CLOSING):
             log.info("a lease over %s has ended; its reader can still reach the memory", transport.name)
@@ -314,15 +320,26 @@ class _Service:
             self._leases.pop(lease.id, None)
 
     def _tick(self) -> float | None:
-        """End the leases whose time is over; when the next one's will be."""
+        """End the leases whose time is over, and see whether the others' forks are there; when to look again."""
         with self._lock:
             leases = [lease for lease in self._leases.values() if not lease.ended.is_set()]
         now = time.monotonic()
+        if leases and now >= self._next_beat:
+            self._next_beat = now + BEAT
+            for lease in leases:
+                self._listener.say(lease.peer, wire.Checked(self.clock.generation))  # an answer to nothing
         for lease in leases:
             if lease.expires <= now:
                 self._expired += 1
                 lease.end()
-        return min((lease.expires for lease in leases if lease.expires > now), default=None)
+        return min((self._next_beat, *(lease.expires for lease in leases if lease.expires > now))) if leases else None
+
+    def _gone(self, peer: bytes) -> None:
+        with self._lock:
+            leases = [lease for lease in self._leases.values() if lease.peer == peer]
+        for lease in leases:
+            log.info("a fork has gone away; its lease is ended")
+            lease.end()
 
 
 def _advertised(text: str) -> tuple[str, int | None]:

@@ -184,7 +184,7 @@ def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[
     """The number and the message of a frame.
 
     Raises:
-        OtherVersion: it is tensorfork's, of another version; its number is kept.
+        OtherVersion: it is tensorfork's, of another version; its number is kept, as that of a `Malformed` one is.
         ProtocolError: it is anything else than one of the expected messages.
     """
     envelope = _unpack(frame)
@@ -196,11 +196,19 @@ def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[
         raise ProtocolError("what came is not a tensorfork message")
     kind = _KINDS.get(envelope[3])
     if kind not in expected:
-        raise ProtocolError(f"a {envelope[3][:40]!r} came where none is expected")
+        raise Malformed(f"a {envelope[3][:40]!r} came where none is expected", envelope[2])
     try:
         return envelope[2], _converter.structure(envelope[4], kind)
     except Exception as error:  # cattrs has no common base for what it raises on bad values
-        raise ProtocolError(f"a malformed {envelope[3]} came: {_words(error)}") from error
+        raise Malformed(f"a malformed {envelope[3]} came: {_words(error)}", envelope[2]) from error
+
+
+class Malformed(ProtocolError):
+    """A message whose number can be read, and the rest cannot."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 def _words(error: Exception) -> str:
