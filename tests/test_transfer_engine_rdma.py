@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import tensorfork
-from tensorfork import Copy, RemoteRegion, Site, TransferFailed, TransportUnavailable
+from tensorfork import Copy, Region, RemoteRegion, Site, TransferFailed, TransportUnavailable
 from tensorfork.testing import TransportSuite
 from tensorfork.testing.ends import Memory, Speaker
 from tensorfork.transports.transfer_engine import TransferEngine, agree, engine, library
@@ -221,6 +221,26 @@ def test_two_seeds_that_share_memory_do_not_drop_it_for_each_other(fake: type[Fa
     one.close()
     other.pull()
     other.close()
+
+
+def test_a_region_in_several_registrations_is_read_in_parts_that_cross_none(fake: type[FakeMooncake]) -> None:
+    theirs, ours = torch.arange(10_000, dtype=torch.int64).to(torch.uint8), torch.zeros(10_000, dtype=torch.uint8)
+    seed, until = rdma(keep_registered=False), time.monotonic() + SOON
+    middle = Region(0, theirs.data_ptr() + 2000, 2000, "cpu")
+    whole, into = Region(0, theirs.data_ptr(), 10_000, "cpu"), Region(0, ours.data_ptr(), 10_000, "cpu")
+    exports = [seed.export([one], Site("127.0.0.1", "127.0.0.1"), seed.facts([into]), until) for one in (middle, whole)]
+    [one] = fake.made.values()
+    assert len(one.registered) == 3
+    session = rdma().open(
+        exports[1].offer, "127.0.0.1", [RemoteRegion(0, 10_000, "cpu")], [into], Speaker(lambda _: None), until
+    )
+    done: list[int] = []
+    session.pull([Copy(0, 0, 1, 0, 1, 9998)], until, done.append, Event())
+    assert done == [0]
+    assert torch.equal(ours[1:-1], theirs[1:-1])
+    session.close(until)
+    for export in exports:
+        export.close(until)
 
 
 def test_memory_registered_anew_is_read_under_another_name(

@@ -401,13 +401,18 @@ def test_nothing_reaches_the_terminal_even_when_a_read_is_refused() -> None:
 def test_python_ends_while_one_thread_reads_and_another_meets_a_silent_seed(silent: bytes) -> None:
     ended = run(
         f"""
-        seed, reading = tensorfork.publish(tensors(1, BIG), transports=OFFERED), threading.Event()
+        memory, reading = torch.zeros(2, dtype=torch.uint8), threading.Event()
+        region = tensorfork.Region(0, memory.data_ptr(), 1, "cpu", memory)
+        used = engine.engine("tcp", "127.0.0.1")
+        held = used.spans.hold([region], time.monotonic() + SOON)
 
         def read():
             while True:
-                tensorfork.fork_into(empty(1, BIG), seed.address, transport=small_pieces(), verify=False,
-                                     progress=lambda moved, total: moved and reading.set())
+                number = used.read(f"127.0.0.1:{{used.port}}", region.address + 1, region.address, 1, "cpu", 1e9)
+                while used.outcome(number) is engine.Outcome.RUNNING:
+                    reading.set()
 
+        threading.excepthook = lambda args: None  # it is told that the process is ending
         threading.Thread(target=read, daemon=True).start()
         assert reading.wait(60)
         other = engine.Engine("tcp", "127.0.0.1", ())
