@@ -181,6 +181,9 @@ def test_a_tensor_s_own_attributes_are_found() -> None:
     model = nn.Linear(2, 2, bias=False)
     model.weight.quant_state = Slotted(one(), inner=Slotted(one()))
     assert names(model) == ["weight", "weight.quant_state.scale", "weight.quant_state.inner.scale"]
+    absorbed = one()
+    absorbed.scale = one()
+    assert names(module(w_kc=absorbed)) == ["w_kc", "w_kc.scale"]
 
 
 def test_what_a_registered_module_holds_has_the_names_of_all_its_places() -> None:
