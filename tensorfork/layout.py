@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
-from attrs.validators import and_, instance_of, max_len, optional
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from tensorfork.errors import UnsupportedTensor
@@ -37,6 +36,16 @@ def _natural(instance: Any, attribute: Any, value: Any) -> None:
         raise ValueError(f"{attribute.name} must be a natural number, not {str(value)[:80]}")
 
 
+def _text(instance: Any, attribute: Any, value: Any) -> None:
+    if type(value) is not str or len(value) > 4096:
+        raise ValueError(f"{attribute.name} must be a text of at most 4096 characters, not {str(value)[:80]}")
+
+
+def _placed(instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and type(value) is not Placement:
+        raise ValueError(f"{attribute.name} must be a Placement, not {str(value)[:80]}")
+
+
 @frozen
 class TensorLayout:
     """One tensor. Equal to another when a fork could fill the one from the other: its place does not count.
@@ -52,13 +61,13 @@ class TensorLayout:
         placement: of a `DTensor`'s local shard, which part of the whole it is.
     """
 
-    name: str = field(validator=and_(instance_of(str), max_len(4096)))
-    dtype: str = field(validator=instance_of(str))
+    name: str = field(validator=_text)
+    dtype: str = field(validator=_text)
     shape: tuple[int, ...] = field(validator=sizes)
     stride: tuple[int, ...] = field(validator=sizes)
     storage: int = field(validator=_natural, eq=False)
     offset: int = field(validator=_natural, eq=False)
-    placement: Placement | None = field(default=None, validator=optional(instance_of(Placement)))
+    placement: Placement | None = field(default=None, validator=_placed)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -119,7 +128,7 @@ class StorageLayout:
     """One storage: its bytes, and the device it is on in the process that describes it."""
 
     nbytes: int = field(validator=_natural)
-    device: str = field(validator=and_(instance_of(str), max_len(64)))
+    device: str = field(validator=_text)
 
 
 @frozen(repr=False)
@@ -259,7 +268,9 @@ def _home(name: str, tensor: torch.Tensor) -> _Home:
     itemsize = tensor.element_size()
     start = int(tensor.storage_offset()) * itemsize
     end = start
-    if tensor.numel():
+    if tensor.is_contiguous():
+        end += tensor.numel() * itemsize
+    elif tensor.numel():
         end += (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * itemsize
     device = str(tensor.device)
     if tensor.is_meta:

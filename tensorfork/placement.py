@@ -5,10 +5,12 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import and_, instance_of, max_len
 
+_INT = {int}
+
 
 def sizes(instance: Any, attribute: Any, value: Any) -> None:
     """Validate a tuple of natural numbers."""
-    if type(value) is not tuple or len(value) > 64 or not all(type(size) is int and size >= 0 for size in value):
+    if type(value) is not tuple or len(value) > 64 or not {*map(type, value)} <= _INT or min(value, default=0) < 0:
         raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
 
 

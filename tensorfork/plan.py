@@ -45,7 +45,7 @@ class Plan:
     strided: tuple[Pair, ...]
 
 
-@frozen(order=True)
+@frozen
 class _Run:
     """A stretch of one of our storages, and where in theirs its bytes are."""
 
@@ -206,7 +206,7 @@ def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
 def _clashes(runs: Sequence[_Run]) -> Iterator[tuple[_Run, _Run]]:
     """Pairs of runs that meet in one of our storages and want different bytes there."""
     reaching: list[_Run] = []
-    for run in sorted(runs):
+    for run in sorted(runs, key=_order):
         reaching = [one for one in reaching if one.storage == run.storage and one.end > run.start]
         for one in reaching:
             if (one.source, one.shift) != (run.source, run.shift):
@@ -220,13 +220,11 @@ def _clashes(runs: Sequence[_Run]) -> Iterator[tuple[_Run, _Run]]:
 def _merge(runs: Sequence[_Run]) -> list[_Run]:
     """The union of runs that do not conflict: sorted, and none overlapping another."""
     merged: list[_Run] = []
-    for run in sorted(runs):
+    for run in sorted(runs, key=_order):
         last = merged[-1] if merged else None
         if last and last.storage == run.storage and last.end > run.start:
-            if run.end > last.end and (last.source, last.shift) == (run.source, run.shift):
+            if run.end > last.end:
                 merged[-1] = _Run(last.storage, last.start, run.end, last.source, last.shift, last.name)
-            elif run.end > last.end:
-                merged.append(_Run(run.storage, last.end, run.end, run.source, run.shift, run.name))
         else:
             merged.append(run)
     return merged
@@ -250,6 +248,10 @@ class _Cover:
             if at >= run.end:
                 return True
         return False
+
+
+def _order(run: _Run) -> tuple[int, ...]:
+    return run.storage, run.start, run.end, run.source, run.shift
 
 
 def _copy(run: _Run, theirs: Place, ours: Place) -> Copy:
