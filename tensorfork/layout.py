@@ -8,7 +8,7 @@ that holds ten rows of a large buffer publishes ten rows. Its start is rounded d
 well aligned in a fork's copy of the storage as in the seed's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -29,6 +29,7 @@ ALIGNMENT = 512
 
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def _natural(instance: Any, attribute: Any, value: Any) -> None:
@@ -100,16 +101,21 @@ class TensorLayout:
     @property
     def is_dense(self) -> bool:
         """Whether its elements fill its extent, each in a place of its own: contiguous, transposed or permuted."""
-        expected = 1
-        for step, size in sorted(zip(self.stride, self.shape, strict=True)):
-            if size != 1:
-                if step != expected:
-                    return self.numel == 0
-                expected *= size
-        return True
+        return (
+            _fills(zip(reversed(self.stride), reversed(self.shape), strict=True))  # the usual order
+            or _fills(sorted(zip(self.stride, self.shape, strict=True)))
+            or self.numel == 0
+        )
 
     def difference(self, other: "TensorLayout") -> str | None:
         """In words, what makes it (the seed's) unlike the other (ours); None where a fork could fill it."""
+        if (self.dtype, self.shape, self.stride, self.placement) == (
+            other.dtype,
+            other.shape,
+            other.stride,
+            other.placement,
+        ):
+            return None
         found = [
             f"{what} {theirs} in the seed, {ours} here"
             for what, theirs, ours in (
@@ -313,7 +319,11 @@ def _spans(homes: Sequence[_Home]) -> dict[Any, _Span]:
     """
     alias: dict[Any, _Home] = {}
     reach: dict[str, tuple[int, _Home]] = {}
-    whole = {home.key: home for home in sorted(homes, key=lambda home: home.storage.nbytes()) if home.base}
+    whole: dict[Any, _Home] = {}
+    for home in homes:
+        known = whole.get(home.key)
+        if home.base and (known is None or home.storage.nbytes() > known.storage.nbytes()):
+            whole[home.key] = home
     for home in sorted(whole.values(), key=lambda home: (home.device, home.base)):
         assert home.base is not None
         end, owner = reach.get(home.device, (0, home))
@@ -351,13 +361,24 @@ def _describe(
         )
     return TensorLayout(
         name,
-        str(tensor.dtype).removeprefix("torch."),
+        _NAMES[tensor.dtype],
         shape,
         plain_stride(shape, tensor.stride()),
         span.index,
         home.start - span.start,
         placement,
     )
+
+
+def _fills(steps: Iterable[tuple[int, int]]) -> bool:
+    """Whether dimensions of these (strides, sizes), the innermost first, leave no gap and reach nothing twice."""
+    expected = 1
+    for step, size in steps:
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
 
 
 def plain_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from attrs import frozen
 
@@ -45,9 +46,8 @@ class Plan:
     strided: tuple[Pair, ...]
 
 
-@frozen
-class _Run:
-    """A stretch of one of our storages, and where in theirs its bytes are."""
+class _Run(NamedTuple):
+    """A stretch of one of our storages, and where in theirs its bytes are. A tuple: there are many, to be sorted."""
 
     storage: int
     start: int
@@ -81,12 +81,15 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
 
 def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, Place], piece: int) -> Plan:
     """The copies that fill all pairs. `theirs` and `ours` say where each storage lies in the transport's regions."""
-    direct: list[Pair] = []
+    direct: list[_Run] = []
     strided: list[Pair] = []
     for pair in pairs:
-        if pair.ours.numel:
-            (direct if len(_few_runs(pair, MAX_RUNS)) <= MAX_RUNS else strided).append(pair)
-    runs = _merge([run for pair in direct for run in _few_runs(pair, MAX_RUNS)])
+        found = _few_runs(pair, MAX_RUNS)
+        if len(found) <= MAX_RUNS:
+            direct += found
+        else:
+            strided.append(pair)
+    runs = _merge(direct)
     covered = _Cover(runs)
     places = {_place(pair): pair for pair in reversed(strided) if not covered.holds(_extent(pair))}  # ties have one
     left = tuple(reversed(places.values()))
@@ -132,8 +135,8 @@ def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
     """The stretches of memory that a tensor's elements fill, as (offset from its first byte, bytes), merged where they
     touch. Where there are more than `limit` before they are merged, `limit` + 1 of them as they are.
     """
-    if tensor.numel == 0:
-        return []
+    if tensor.is_dense:
+        return [(0, tensor.nbytes)] if tensor.numel else []
     length, steps = grid_of(tensor)
     offsets: set[int] = set()
     for offset in _offsets(steps):
@@ -161,18 +164,15 @@ def _offsets(steps: Sequence[tuple[int, int]]) -> Iterator[int]:
 
 
 def _few_runs(pair: Pair, limit: int) -> list[_Run]:
-    shift = pair.theirs.offset - pair.ours.offset
-    return [
-        _Run(
-            pair.ours.storage,
-            pair.ours.offset + at,
-            pair.ours.offset + at + nbytes,
-            pair.theirs.storage,
-            shift,
-            pair.name,
-        )
-        for at, nbytes in runs_of(pair.ours, limit)
-    ]
+    ours, theirs = pair.ours, pair.theirs
+    storage, start, source, shift, name = (
+        ours.storage,
+        ours.offset,
+        theirs.storage,
+        theirs.offset - ours.offset,
+        ours.name,
+    )
+    return [_Run(storage, start + at, start + at + n, source, shift, name) for at, n in runs_of(ours, limit)]
 
 
 def _extent(pair: Pair) -> _Run:
@@ -206,7 +206,7 @@ def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
 def _clashes(runs: Sequence[_Run]) -> Iterator[tuple[_Run, _Run]]:
     """Pairs of runs that meet in one of our storages and want different bytes there."""
     reaching: list[_Run] = []
-    for run in sorted(runs, key=_order):
+    for run in sorted(runs):
         reaching = [one for one in reaching if one.storage == run.storage and one.end > run.start]
         for one in reaching:
             if (one.source, one.shift) != (run.source, run.shift):
@@ -220,7 +220,7 @@ def _clashes(runs: Sequence[_Run]) -> Iterator[tuple[_Run, _Run]]:
 def _merge(runs: Sequence[_Run]) -> list[_Run]:
     """The union of runs that do not conflict: sorted, and none overlapping another."""
     merged: list[_Run] = []
-    for run in sorted(runs, key=_order):
+    for run in sorted(runs):
         last = merged[-1] if merged else None
         if last and last.storage == run.storage and last.end > run.start:
             if run.end > last.end:
@@ -250,10 +250,6 @@ class _Cover:
         return False
 
 
-def _order(run: _Run) -> tuple[int, ...]:
-    return run.storage, run.start, run.end, run.source, run.shift
-
-
 def _copy(run: _Run, theirs: Place, ours: Place) -> Copy:
     return Copy(
         0,
@@ -281,6 +277,9 @@ def _join(copies: Iterator[Copy]) -> Iterator[Copy]:
 
 
 def _pieces(copy: Copy, piece: int) -> Iterator[Copy]:
+    if copy.nbytes <= piece:
+        yield copy
+        return
     for start in range(0, copy.nbytes, piece):
         nbytes = min(piece, copy.nbytes - start)
         yield Copy(0, copy.region, copy.offset + start, copy.into, copy.at + start, nbytes)
