@@ -1,107 +1,37 @@
 """Real forks over Mooncake's TCP, most of which something happens to."""
 
-import ctypes
-import mmap
 import os
 import signal
-import socket
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
+from engine_seeds import (
+    BIG,
+    OFFERED,
+    SOON,
+    When,
+    empty,
+    needs_mooncake,
+    right,
+    seeds,
+    silent,
+    small_pieces,
+    tensors,
+    until,
+)
 from processes import Child
 
 import tensorfork
 from tensorfork import Copy, PeerUnreachable, Region, RemoteRegion, Site, TransferFailed, TransportUnavailable
 from tensorfork.testing.ends import Speaker
 from tensorfork.transports.transfer_engine import TransferEngine, engine, library
-from tensorfork.transports.transfer_engine.export import Offer, OfferedRegion
 from tensorfork.transports.transfer_engine.quarantine import quarantine
 
-SOON, LATE = 60.0, 20.0
-
-
-def _why_no_mooncake() -> str | None:
-    try:
-        library.wheel()
-        library.load()
-    except TransportUnavailable as error:
-        return str(error)
-    return None
-
-
-_without = _why_no_mooncake()
-pytestmark = pytest.mark.skipif(_without is not None, reason=f"needs Mooncake: {_without}")
-
-OFFERED = ["transfer_engine:tcp"]
-BIG = 80 << 20
-"""More reads of 1 MiB than two windows have room for: when the first has arrived, some are still to be begun."""
-
-
-def tensors(count: int, nbytes: int, value: int | None = None) -> dict[str, torch.Tensor]:
-    """Tensors in storages of their own, each full of one value; by default each of another."""
-    return {
-        f"t{i}": torch.full((nbytes,), i % 251 if value is None else value, dtype=torch.uint8) for i in range(count)
-    }
-
-
-def empty(count: int, nbytes: int) -> dict[str, torch.Tensor]:
-    return tensors(count, nbytes, 255)
-
-
-def small_pieces() -> TransferEngine:
-    return TransferEngine(fabric="tcp", piece=1 << 20)
-
-
-def seeds(pipe: Connection) -> None:
-    """Do what is asked, and answer, until told to end.
-
-    ("publish", count, nbytes) -> the address of a seed; ("map", nbytes) -> the address of one whose memory ("free",
-    close_first) takes away; ("registered",) -> how many registrations there are.
-    """
-    kept: list[Any] = []
-    mapped: list[tuple[tensorfork.Seed, int, int]] = []
-    while True:
-        try:
-            what, *args = pipe.recv()
-        except EOFError:
-            break
-        if what == "publish":
-            model = tensors(*args)
-            kept.append(tensorfork.publish(model, transports=OFFERED))
-            pipe.send(kept[-1].address)
-        elif what == "map":
-            memory = mmap.mmap(-1, args[0])
-            kept.append(memory)
-            tensor = torch.frombuffer(memory, dtype=torch.uint8)
-            mapped.append((tensorfork.publish({"t0": tensor}, transports=OFFERED), tensor.data_ptr(), args[0]))
-            pipe.send(mapped[-1][0].address)
-        elif what == "free":
-            seed, start, nbytes = mapped.pop()
-            kept.append(seed)
-            if args[0]:
-                seed.close()
-            assert _libc().munmap(start, nbytes) == 0
-            pipe.send("freed")
-        elif what == "registered":
-            pipe.send(len(engine.engine("tcp", "127.0.0.1").spans))
-    for one in kept:
-        if isinstance(one, tensorfork.Seed):
-            one.close()
-    os._exit(0)  # what was unmapped must not be unmapped again by those who made it
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None)
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    return libc
+pytestmark = needs_mooncake
+LATE = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -117,29 +47,6 @@ def seed(shared: Child) -> Iterator[Child]:
     yield shared
     shared.go_on()
     until(lambda: not quarantine.stretches())
-
-
-class When:
-    """A progress callback that does something when the first bytes have arrived."""
-
-    def __init__(self, do: Callable[[], Any]) -> None:
-        self._do: Callable[[], Any] | None = do
-
-    def __call__(self, moved: int, total: int) -> None:
-        if moved and self._do is not None:
-            do, self._do = self._do, None
-            do()
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SOON
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def right(model: dict[str, torch.Tensor]) -> bool:
-    return all(bool((tensor == i % 251).all()) for i, tensor in enumerate(model.values()))
 
 
 # Sizes and numbers.
@@ -292,18 +199,10 @@ def test_memory_freed_under_way_fails_the_fork_and_the_seeds_process_lives(seed:
     assert right(model)
 
 
-@pytest.fixture
-def silent() -> Iterator[bytes]:
-    """The offer of a seed that takes connections and never answers, as one that is stopped does."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        yield Offer("tcp", b"silent..", bytes(8), port, {0: OfferedRegion(1 << 20, ())}).pack()
-
-
-def test_a_seed_that_is_silent_when_it_is_met_costs_the_deadline_and_the_engine_is_replaced(silent: bytes) -> None:
+def test_a_seed_that_is_silent_when_it_is_met_costs_the_deadline_and_the_engine_is_replaced() -> None:
     used = engine.engine("tcp", "127.0.0.1")
-    with pytest.raises(TransportUnavailable, match="did not answer by the deadline"):
-        _open(silent, seconds=0.5)
+    with silent() as offer, pytest.raises(TransportUnavailable, match="did not answer by the deadline"):
+        open_offer(offer, seconds=0.5)
     assert used.broken
     assert engine.engine("tcp", "127.0.0.1") is not used
     with tensorfork.publish(tensors(1, 1000), transports=OFFERED) as other:
@@ -312,7 +211,7 @@ def test_a_seed_that_is_silent_when_it_is_met_costs_the_deadline_and_the_engine_
         assert right(model)
 
 
-def _open(offer: bytes, seconds: float = SOON) -> tuple[tensorfork.Session, torch.Tensor]:
+def open_offer(offer: bytes, seconds: float = SOON) -> tuple[tensorfork.Session, torch.Tensor]:
     into = torch.zeros(1000, dtype=torch.uint8)
     ours = Region(0, into.data_ptr(), 1000, "cpu", into)
     remote, channel = [RemoteRegion(0, 1000, "cpu")], Speaker(lambda _: None)
@@ -328,7 +227,7 @@ def test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_reads_
         transport.export([region], Site("127.0.0.1", "127.0.0.1"), transport.facts([region]), time.monotonic() + SOON)
         for _ in range(2)
     ]
-    session, into = _open(exports[0].offer)
+    session, into = open_offer(exports[0].offer)
     copies = [Copy(0, 0, 0, 0, 0, 1000)]
     session.pull(copies, time.monotonic() + SOON, lambda _: None, threading.Event())
     assert (into == 7).all()
@@ -367,84 +266,6 @@ def test_closing_a_lease_says_whether_its_reader_has_said_that_it_is_done() -> N
         assert export.close(time.monotonic() + SOON) is speaks
         serving.join(SOON)
         assert not serving.is_alive()
-
-
-# The process ends, forks, or is interrupted.
-
-
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that can use the names of this module."""
-    head = f"import os, sys, threading, torch, tensorfork\nsys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-    head += "from test_transfer_engine_tcp import *\n"
-    body = textwrap.indent(textwrap.dedent(program), "    ")
-    return subprocess.run(
-        [sys.executable, "-c", f"{head}if __name__ == '__main__':\n{body}"],
-        capture_output=True,
-        text=True,
-        timeout=SOON,
-        check=False,
-    )
-
-
-def test_nothing_reaches_the_terminal_even_when_a_read_is_refused() -> None:
-    ended = run(
-        """
-        with tensorfork.publish(tensors(2, 1000), transports=OFFERED) as seed:
-            tensorfork.fork_into(empty(2, 1000), seed.address, transport="transfer_engine:tcp")
-        test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_reads_on()
-        print("fine")
-        """
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fine\n", "")
-
-
-def test_python_ends_while_one_thread_reads_and_another_meets_a_silent_seed(silent: bytes) -> None:
-    ended = run(
-        f"""
-        memory, reading = torch.zeros(2, dtype=torch.uint8), threading.Event()
-        region = tensorfork.Region(0, memory.data_ptr(), 1, "cpu", memory)
-        used = engine.engine("tcp", "127.0.0.1")
-        held = used.spans.hold([region], time.monotonic() + SOON)
-
-        def read():
-            while True:
-                number = used.read(f"127.0.0.1:{{used.port}}", region.address + 1, region.address, 1, "cpu", 1e9)
-                while used.outcome(number) is engine.Outcome.RUNNING:
-                    reading.set()
-
-        threading.excepthook = lambda args: None  # it is told that the process is ending
-        threading.Thread(target=read, daemon=True).start()
-        assert reading.wait(60)
-        other = engine.Engine("tcp", "127.0.0.1", ())
-        try:
-            other.meet(lambda: other.read("127.0.0.1:{Offer.unpack(silent).port}", 0, 0, 1, "cpu", 1e9), 0)
-        except TransferFailed:
-            os.write(1, b"ending\\n")
-        """
-    )
-    assert (ended.returncode, ended.stdout) == (0, "ending\n"), ended.stderr
-
-
-def test_an_engine_is_not_used_in_a_forked_process() -> None:
-    ended = run(
-        """
-        seed = tensorfork.publish(tensors(1, 1000), transports=OFFERED)
-        tensorfork.fork_into(empty(1, 1000), seed.address, transport="transfer_engine:tcp")
-        before = engine.engine("tcp", "127.0.0.1")
-        child = os.fork()
-        if not child:
-            fresh = engine.engine("tcp", "127.0.0.1")
-            try:
-                before.read("127.0.0.1:1", 0, 0, 1, "cpu", time.monotonic() + 1)
-            except tensorfork.TransferFailed as error:
-                print(fresh is not before, "os.fork" in str(error), flush=True)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        tensorfork.fork_into(empty(1, 1000), seed.address, transport="transfer_engine:tcp")
-        seed.close()
-        """
-    )
-    assert (ended.returncode, ended.stdout) == (0, "True True\n"), ended.stderr
 
 
 def test_control_c_ends_a_fork_and_leaves_nothing_under_way(seed: Child) -> None:

@@ -10,26 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine_seeds import SOON, needs_mooncake
 from processes import Child
 
 import tensorfork
 from tensorfork.testing import TransportSuite
-from tensorfork.transports.transfer_engine import TransferEngine, library
-
-SOON = 60.0
-
-
-def _why_no_mooncake() -> str | None:
-    try:
-        library.wheel()
-        library.load()
-    except tensorfork.TransportUnavailable as error:
-        return str(error)
-    return None
-
-
-_without = _why_no_mooncake()
-needs_mooncake = pytest.mark.skipif(_without is not None, reason=f"needs Mooncake: {_without}")
+from tensorfork.transports.transfer_engine import TransferEngine
 
 
 @needs_mooncake

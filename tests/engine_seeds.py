@@ -1,0 +1,128 @@
+"""Seeds over TransferEngine's TCP in a process of their own, and what tests do with them."""
+
+import ctypes
+import mmap
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+import tensorfork
+from tensorfork import TransportUnavailable
+from tensorfork.transports.transfer_engine import TransferEngine, engine, library
+from tensorfork.transports.transfer_engine.export import Offer, OfferedRegion
+
+SOON = 60.0
+
+
+def _why_no_mooncake() -> str | None:
+    try:
+        library.wheel()
+        library.load()
+    except TransportUnavailable as error:
+        return str(error)
+    return None
+
+
+_without = _why_no_mooncake()
+needs_mooncake = pytest.mark.skipif(_without is not None, reason=f"needs Mooncake: {_without}")
+
+OFFERED = ["transfer_engine:tcp"]
+BIG = 80 << 20
+"""More reads of 1 MiB than two windows have room for: when the first has arrived, some are still to be begun."""
+
+
+def tensors(count: int, nbytes: int, value: int | None = None) -> dict[str, torch.Tensor]:
+    """Tensors in storages of their own, each full of one value; by default each of another."""
+    return {
+        f"t{i}": torch.full((nbytes,), i % 251 if value is None else value, dtype=torch.uint8) for i in range(count)
+    }
+
+
+def empty(count: int, nbytes: int) -> dict[str, torch.Tensor]:
+    return tensors(count, nbytes, 255)
+
+
+def small_pieces() -> TransferEngine:
+    return TransferEngine(fabric="tcp", piece=1 << 20)
+
+
+def seeds(pipe: Connection) -> None:
+    """Do what is asked, and answer, until told to end.
+
+    ("publish", count, nbytes) -> the address of a seed; ("map", nbytes) -> the address of one whose memory ("free",
+    close_first) takes away; ("registered",) -> how many registrations there are.
+    """
+    kept: list[Any] = []
+    mapped: list[tuple[tensorfork.Seed, int, int]] = []
+    while True:
+        try:
+            what, *args = pipe.recv()
+        except EOFError:
+            break
+        if what == "publish":
+            model = tensors(*args)
+            kept.append(tensorfork.publish(model, transports=OFFERED))
+            pipe.send(kept[-1].address)
+        elif what == "map":
+            memory = mmap.mmap(-1, args[0])
+            kept.append(memory)
+            tensor = torch.frombuffer(memory, dtype=torch.uint8)
+            mapped.append((tensorfork.publish({"t0": tensor}, transports=OFFERED), tensor.data_ptr(), args[0]))
+            pipe.send(mapped[-1][0].address)
+        elif what == "free":
+            seed, start, nbytes = mapped.pop()
+            kept.append(seed)
+            if args[0]:
+                seed.close()
+            assert _libc().munmap(start, nbytes) == 0
+            pipe.send("freed")
+        elif what == "registered":
+            pipe.send(len(engine.engine("tcp", "127.0.0.1").spans))
+    for one in kept:
+        if isinstance(one, tensorfork.Seed):
+            one.close()
+    os._exit(0)  # what was unmapped must not be unmapped again by those who made it
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+class When:
+    """A progress callback that does something when the first bytes have arrived."""
+
+    def __init__(self, do: Callable[[], Any]) -> None:
+        self._do: Callable[[], Any] | None = do
+
+    def __call__(self, moved: int, total: int) -> None:
+        if moved and self._do is not None:
+            do, self._do = self._do, None
+            do()
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SOON
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def right(model: dict[str, torch.Tensor]) -> bool:
+    return all(bool((tensor == i % 251).all()) for i, tensor in enumerate(model.values()))
+
+
+@contextmanager
+def silent() -> Iterator[bytes]:
+    """The offer of a seed that takes connections and never answers, as one that is stopped does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        yield Offer("tcp", b"silent..", bytes(8), port, {0: OfferedRegion(1 << 20, ())}).pack()
