@@ -29,9 +29,10 @@ from tensorfork.testing.ends import Speaker
 from tensorfork.testing.memory import Memory
 from tensorfork.transports.nccl import NCCL, Gloo
 from tensorfork.transports.nccl.lanes import GlooLane
+from tensorfork.transports.nccl.memory import Memory as RegionsOfOneSide
 from tensorfork.transports.nccl.memory import join
 from tensorfork.transports.nccl.parcels import STRETCHES, Limits, pages, read_page, schedule
-from tensorfork.transports.nccl.rendezvous import environment
+from tensorfork.transports.nccl.rendezvous import environment, reach_store, serve_store, together
 
 LOOPBACK = Site("127.0.0.1", "127.0.0.1")
 SECONDS = 60.0
@@ -532,7 +533,9 @@ def test_a_bucket_holds_no_more_than_the_seed_said() -> None:
             True,
             b"\x00\x00\x01\x00\x01\x00\x00\x00" + b"".join(n.to_bytes(8, "little") for n in (id, 0, 1001)),
         )
-        assert hear(speaker)[0] == "failed"
+        words = hear(speaker)
+        assert words[0] == "failed"
+        assert "bucket" in words[1]
 
 
 def test_a_pull_is_no_success_before_the_seed_has_said_so() -> None:
@@ -542,6 +545,62 @@ def test_a_pull_is_no_success_before_the_seed_has_said_so() -> None:
         copy = Copy(0, memory.regions[0].id, 0, into.regions[0].id, 0, 1000)
         with pytest.raises(TransferFailed, match="deadline"):
             session.pull([copy], time.monotonic() + 0.5, lambda _: None, threading.Event())
+
+
+def test_a_pull_that_is_cancelled_when_its_last_copy_is_done_has_failed() -> None:
+    memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
+    made, cancel = export(memory), threading.Event()
+    with served(made) as (speaker, _), opened(memory, into, speaker, made.offer) as session:
+        copy = Copy(0, memory.regions[0].id, 0, into.regions[0].id, 0, 1000)
+        with pytest.raises(TransferFailed, match="cancelled"):
+            session.pull([copy], time.monotonic() + SECONDS, lambda _: cancel.set(), cancel)
+
+
+def test_a_connection_that_breaks_amid_a_message_is_noticed_at_once() -> None:
+    nbytes = 64 << 20
+    theirs, ours = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    with pair_of_lanes(theirs, ours) as (seed, fork):
+        until = time.monotonic() + 10 * SECONDS
+        sending = seed.begin([(0, 0, nbytes)], False, until)
+        fork.begin([(0, 0, nbytes)], False, until)
+        while not ours[0]:
+            assert time.monotonic() < until
+        fork.abort()
+        started = time.monotonic()
+        with pytest.raises((RuntimeError, TransferFailed)):
+            seed.finish(sending, lambda: None)
+        assert time.monotonic() - started < SECONDS / 2
+        arrived = ours.clone()
+        with pytest.raises((RuntimeError, TransferFailed)):
+            seed.finish(seed.begin([(0, 0, 1)], False, until), lambda: None)
+        assert torch.equal(arrived, ours), "bytes came after an abort"
+
+
+@contextmanager
+def pair_of_lanes(theirs: torch.Tensor, ours: torch.Tensor) -> Iterator[tuple[GlooLane, GlooLane]]:
+    """Two lanes over gloo that are connected, each with a region 0."""
+    from torch.distributed import PrefixStore
+
+    until = time.monotonic() + SECONDS
+    _, store, port = serve_store("127.0.0.1", None, until)
+    stores = [PrefixStore("x", one) for one in (store, reach_store("127.0.0.1", port, until))]
+
+    def lane(rank: int, tensor: torch.Tensor) -> Callable[[], GlooLane]:
+        memory = RegionsOfOneSide([tensorfork.Region(0, tensor.data_ptr(), tensor.nbytes, "cpu")])
+
+        def make() -> GlooLane:
+            made = GlooLane(stores[rank], rank, memory, "cpu", 1 << 20, "127.0.0.1", until)
+            made.greet(until)
+            return made
+
+        return make
+
+    lanes = together([lane(0, theirs), lane(1, ours)], GlooLane.close, "test-lane", lambda: None)
+    try:
+        yield lanes[0], lanes[1]
+    finally:
+        for one in lanes:
+            one.close()
 
 
 def test_a_transfer_that_was_aborted_and_returns_is_no_success() -> None:
