@@ -75,13 +75,17 @@ def _fail_on_leftovers(processes: set[psutil.Process], threads: set[threading.Th
 
 
 def _children() -> list[psutil.Process]:
-    """Every living descendant, and every dead one nobody waited for, but for Python's own helper."""
-    return [child for child in psutil.Process().children(recursive=True) if not _is_resource_tracker(child)]
+    """Every living descendant, and every dead one nobody waited for, but for Python's own helpers."""
+    return [child for child in psutil.Process().children(recursive=True) if not _is_helper(child)]
 
 
-def _is_resource_tracker(process: psutil.Process) -> bool:
+def _is_helper(process: psutil.Process) -> bool:
+    """Whether it is the process that cleans up for multiprocessing, or the one (not its children) that forks for it."""
     try:
-        return any("multiprocessing.resource_tracker" in word for word in process.cmdline())
+        words = " ".join(process.cmdline())
+        return "multiprocessing.resource_tracker" in words or (
+            "multiprocessing.forkserver" in words and process.ppid() == os.getpid()
+        )
     except psutil.Error:
         return False
 
