@@ -22,6 +22,7 @@ from processes import Child, serve
 import tensorfork
 from tensorfork import wire
 from tensorfork.bootstrap import Conversation
+from tensorfork.transports.zeromq import ZeroMQ
 
 SECONDS = 20.0
 """A deadline for what should work."""
@@ -333,6 +334,16 @@ def test_a_request_that_cannot_be_read_is_refused_under_its_number(seed: Seed) -
             assert (number, answer.code) == (19, wire.MALFORMED)
 
 
+def test_a_request_that_is_too_long_is_refused_before_it_is_looked_at(seed: Seed) -> None:
+    """Unpacking a message that was made for it holds the interpreter for a second."""
+    longest = msgpack.packb([0] * (wire.MAX_REQUEST - 3))
+    for message, reason in ((longest, "not a tensorfork message"), (longest + b"x", "it may have")):
+        with dealer(seed) as made:
+            made.send(message)
+            (refused,) = answers(made)
+            assert reason in refused.reason
+
+
 # Peers that do nothing, or go away.
 
 
@@ -467,9 +478,15 @@ def test_a_fork_that_says_more_than_is_read_loses_its_lease_and_nothing_else(see
 
 
 class Liar:
-    """Passes on what forks ask, and what the seed answers, changed by `lie`."""
+    """Passes on what forks ask, and what the seed answers, changed by `lie`, and so many times."""
 
-    def __init__(self, address: str, lie: Callable[[list[bytes]], list[bytes] | None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        lie: Callable[[list[bytes]], list[bytes] | None],
+        times: Callable[[list[bytes]], int] = lambda frames: 1,
+    ) -> None:
+        self._times = times
         self._context: zmq.Context[Any] = zmq.Context()
         self._front, self._back = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
         self._lie, self._ended = lie, threading.Event()
@@ -498,7 +515,8 @@ class Liar:
             if self._back in ready:
                 frames = self._lie(self._back.recv_multipart())
                 if frames is not None:
-                    self._front.send_multipart([peer, *frames])
+                    for _ in range(self._times(frames)):
+                        self._front.send_multipart([peer, *frames])
 
 
 def told(frames: list[bytes]) -> str:
@@ -640,14 +658,26 @@ def test_a_seed_that_falls_silent_costs_no_more_than_the_deadline(seed: Seed, ki
 
 
 @pytest.mark.parametrize("kind", ["Welcome", "Pages", "Leased", "Digests", "Checked"])
-def test_a_seed_that_says_everything_twice_is_understood(seed: Seed, kind: str) -> None:
-    """The second is the answer to a request that is over."""
-    seen: list[bytes] = []
+def test_an_answer_to_a_request_that_is_over_is_passed_over(seed: Seed, kind: str) -> None:
+    """Here the second of two."""
+    with Liar(seed.address, lambda frames: frames, lambda frames: 2 if told(frames) == kind else 1) as address:
+        found = tensorfork.fork(address, timeout=SECONDS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in model().items())
 
-    def lie(frames: list[bytes]) -> list[bytes]:
-        if told(frames) != kind and seen:
-            return frames
-        seen.append(frames[0])
-        return frames
 
-    assert fork_through(seed, lie, SECONDS)
+@pytest.mark.parametrize("offset", [1 << 40, HUGE])
+def test_no_transport_is_told_to_read_beyond_what_was_leased(seed: Seed, offset: int) -> None:
+    asked: list[Any] = []
+
+    class Watched(ZeroMQ):
+        def open(self, *args: Any) -> Any:
+            asked.append(args)
+            return super().open(*args)
+
+    lie = replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, offset)(frames))
+    with (
+        Liar(seed.address, lie) as address,
+        pytest.raises(tensorfork.ProtocolError, match="does not lie within what was leased"),
+    ):
+        tensorfork.fork(address, transport=Watched(), timeout=SECONDS)
+    assert asked == []
