@@ -1,11 +1,11 @@
 """The last step of a fork: meta tensors take their memory, all or none, and stay the same objects.
 
-A tensor's contents are exchanged with those of one that has memory (`torch.utils.swap_tensors`). A tensor that is made
+What is in a tensor is exchanged with what is in one that has memory (`torch.utils.swap_tensors`). A tensor that is made
 of others is exchanged, after them, with one that was made anew of what they become: its own idea of where it is cannot
 be changed otherwise.
 
-torch exchanges a tensor only if nobody else holds on to what is in it: no weak reference, and no view. Views that are
-in the model too come first, and what was in them is let go of; for all else `prepare` refuses, before a byte moves.
+torch exchanges what is in a tensor only if nothing in torch holds on to it, such as a view. Views that are in the model
+too come first, and what was in them is let go of; for all else `prepare` refuses, before a byte moves.
 """
 
 import copyreg
@@ -84,11 +84,11 @@ class Installation:
                     _empty(one)
                 else:
                     _swap(one.name, one.old, one.new)
-                    undo.append(lambda one=one: torch.utils.swap_tensors(one.old, one.new))  # type: ignore[misc]
+                    undo.append(lambda one=one: _exchange(one.old, one.new))  # type: ignore[misc]
             for one in self.wrappers:
                 _dress(one.new, one.old)
                 _swap(one.name, one.old, one.new)
-                undo.append(lambda one=one: torch.utils.swap_tensors(one.old, one.new))  # type: ignore[misc]
+                undo.append(lambda one=one: _exchange(one.old, one.new))  # type: ignore[misc]
         except BaseException:
             for back in reversed(undo):
                 back()
@@ -97,10 +97,6 @@ class Installation:
 
 def _check(name: str, tensor: torch.Tensor, views: int) -> None:
     """Refuse what `swap_tensors` will."""
-    if weakref.getweakrefcount(tensor):
-        raise UnsupportedTensor(
-            f"{name} is on the meta device and has a weak reference, so it cannot take memory in place; drop that first"
-        )
     graph = views + 1 if tensor.requires_grad else 0  # views hold on to its place in the graph as well
     if tensor._use_count() > 1 + views + graph:  # type: ignore[attr-defined]
         raise UnsupportedTensor(
@@ -147,9 +143,18 @@ def _slots(tensor: torch.Tensor) -> Sequence[str]:
 
 def _swap(name: str, old: torch.Tensor, new: torch.Tensor) -> None:
     try:
-        torch.utils.swap_tensors(old, new)
+        _exchange(old, new)
     except RuntimeError as error:
         raise UnsupportedTensor(f"{name} cannot take its memory in place: {error}. All are as they were.") from error
+
+
+def _exchange(one: torch.Tensor, other: torch.Tensor) -> None:
+    """What is in two tensors of one class with the same attributes."""
+    if weakref.getweakrefcount(one):
+        # swap_tensors refuses these. But they are to the object, which stays: an LSTM has them to its own weights.
+        torch._C._swap_tensor_impl(one, other)
+    else:
+        torch.utils.swap_tensors(one, other)
 
 
 def _empty(one: Taking) -> None:
@@ -166,7 +171,7 @@ def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         made = new.requires_grad_(old.requires_grad)
     else:
         made = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
-    made.__dict__.update(old.__dict__)
+    _dress(made, old)
     return made
 
 
@@ -176,7 +181,7 @@ def _restoring(one: Taking, base: torch.Tensor) -> Callable[[], None]:
 
     def restore() -> None:
         view = torch.empty(0, dtype=dtype, device="meta").set_(base.untyped_storage(), offset, size, stride)
-        torch.utils.swap_tensors(one.old, like(one.old, view))
+        _exchange(one.old, like(one.old, view))
 
     return restore
 

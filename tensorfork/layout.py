@@ -8,7 +8,9 @@ that holds ten rows of a large buffer publishes ten rows. Its start is rounded d
 well aligned in a fork's copy of the storage as in the seed's.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -22,7 +24,7 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.placement import Placement, sizes
 from tensorfork.selection import Selection
 from tensorfork.transports.base import Region
-from tensorfork.walk import walk
+from tensorfork.walk import Found, walk
 
 ALIGNMENT = 512
 """Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
@@ -230,7 +232,11 @@ def survey(
         TypeError: it is not a model.
         UnsupportedTensor: it has a tensor that cannot be described; the message names it.
     """
-    found = walk(model, selection)
+    with _no_collections():
+        return _survey(walk(model, selection), identity, rank)
+
+
+def _survey(found: Found, identity: Identity | None, rank: Rank | None) -> Survey:
     homes = [_home(name, tensor) for name, tensor in found.tensors.items()]
     spans = _spans(homes)
     layouts = tuple(
@@ -241,6 +247,18 @@ def survey(
     memory = Memory([span.address for span in spans.values()], [kept for span in spans.values() for kept in span.keep])
     layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
     return Survey(layout, found.tensors, found.wrappers, memory)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Put garbage collection off: what is made here all stays, and looking through it takes as long as making it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Home:

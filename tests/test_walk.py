@@ -307,6 +307,12 @@ def test_no_property_is_run() -> None:
     assert names(model) == ["a.t", "b['k']"]
 
 
+class Momentum(torch.optim.SGD):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, momentum=0.9)
+        self.mean = one()
+
+
 def held_elsewhere() -> Iterator[tuple[str, Any]]:
     tensor = one()
     yield "a function that closes over it", lambda: tensor
@@ -320,6 +326,7 @@ def held_elsewhere() -> Iterator[tuple[str, Any]]:
     yield "a generator", (x for x in [tensor])
     yield "an exception", ValueError(tensor)
     yield "an optimizer", torch.optim.SGD([nn.Parameter(torch.ones(2))], momentum=0.9)
+    yield "an optimizer of one's own", Momentum([nn.Parameter(torch.ones(2))])
     yield "a graph", torch.fx.Graph()
     yield "a random generator", torch.Generator()
     yield "a module of Python", torch
