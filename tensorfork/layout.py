@@ -17,18 +17,14 @@ from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.placement import Placement, sizes
 from tensorfork.selection import Selection
+from tensorfork.spans import Home, Span, home_of, spans_of
 from tensorfork.transports.base import Region
 from tensorfork.walk import Found, walk
-
-ALIGNMENT = 512
-"""Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
-
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -237,8 +233,8 @@ def survey(
 
 
 def _survey(found: Found, identity: Identity | None, rank: Rank | None) -> Survey:
-    homes = [_home(name, tensor) for name, tensor in found.tensors.items()]
-    spans = _spans(homes)
+    homes = [home_of(name, tensor) for name, tensor in found.tensors.items()]
+    spans = spans_of(homes)
     layouts = tuple(
         _describe(name, tensor, home, spans, found.placements.get(name))
         for (name, tensor), home in zip(found.tensors.items(), homes, strict=True)
@@ -261,114 +257,8 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-class _Home:
-    """Where one tensor lies: an allocation (its base address, or a number for a meta storage), and bytes in it."""
-
-    __slots__ = ("base", "device", "end", "key", "start", "storage")
-
-    def __init__(self, key: Any, base: int | None, device: str, start: int, end: int, storage: Any) -> None:
-        self.key, self.base, self.device = key, base, device
-        self.start, self.end, self.storage = start, end, storage
-
-
-class _Span:
-    """A stretch of one allocation that tensors use; start and end in bytes from the allocation's base."""
-
-    __slots__ = ("base", "device", "end", "index", "keep", "start")
-
-    def __init__(self, index: int, home: _Home) -> None:
-        self.index, self.base, self.device = index, home.base, home.device
-        self.start, self.end, self.keep = home.start, home.end, [home.storage]
-
-    @property
-    def address(self) -> int | None:
-        return None if self.base is None else self.base + self.start
-
-
-def _home(name: str, tensor: torch.Tensor) -> _Home:
-    if why := _why_not(tensor):
-        raise UnsupportedTensor(f"{name}: {why}")
-    storage = tensor.untyped_storage()
-    itemsize = tensor.element_size()
-    start = int(tensor.storage_offset()) * itemsize
-    end = start
-    if tensor.is_contiguous():
-        end += tensor.numel() * itemsize
-    elif tensor.numel():
-        end += (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * itemsize
-    device = str(tensor.device)
-    if tensor.is_meta:
-        return _Home((device, storage._cdata), None, device, start, end, storage)
-    base = storage.data_ptr()
-    if not tensor.numel():  # no memory to speak of; a home of its own keeps it out of everybody's span
-        return _Home((device, "empty"), 0, device, 0, 0, storage)
-    return _Home((device, base), base, device, start, end, storage)
-
-
-def _why_not(tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, UninitializedTensorMixin):
-        return "it is not initialised yet; run the lazy module once first"
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        return f"a {kind} tensor cannot be forked; publish its dense parts in a mapping"
-    if tensor.is_quantized:
-        return "a torch.quantized tensor cannot be forked; publish its int_repr() and scales in a mapping"
-    if tensor.is_conj() or tensor.is_neg():
-        return "it is a lazy conjugate or negative; call .resolve_conj().resolve_neg() on it first"
-    if tensor.device.type not in ("cpu", "cuda", "meta"):
-        return f"tensors on {tensor.device.type} cannot be forked; only cpu and cuda"
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        if not _is_plain(tensor):
-            return f"a {type(tensor).__name__} holds its bytes elsewhere; publish its inner tensors in a mapping"
-    return None
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a subclass holds its bytes as a plain tensor does, in a storage of its own."""
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not hasattr(
-        tensor, "__tensor_flatten__"
-    )
-
-
-def _spans(homes: Sequence[_Home]) -> dict[Any, _Span]:
-    """The span of each allocation, numbered in the order in which the model's tensors first use them.
-
-    Two storages over the same memory (made through DLPack or a raw pointer) are one allocation.
-    """
-    alias: dict[Any, _Home] = {}
-    reach: dict[str, tuple[int, _Home]] = {}
-    whole: dict[Any, _Home] = {}
-    for home in homes:
-        known = whole.get(home.key)
-        if home.base and (known is None or home.storage.nbytes() > known.storage.nbytes()):
-            whole[home.key] = home
-    for home in sorted(whole.values(), key=lambda home: (home.device, home.base)):
-        assert home.base is not None
-        end, owner = reach.get(home.device, (0, home))
-        if home.base >= end:
-            owner = home
-        alias[home.key] = owner
-        reach[home.device] = (max(end, home.base + home.storage.nbytes()), owner)
-    spans: dict[Any, _Span] = {}
-    for home in homes:
-        owner = alias.get(home.key, home)
-        if owner is not home and home.base is not None and owner.base is not None:
-            shift = home.base - owner.base
-            home.start, home.end, home.key, home.base = home.start + shift, home.end + shift, owner.key, owner.base
-        span = spans.get(home.key)
-        if span is None:
-            spans[home.key] = _Span(len(spans), home)
-        else:
-            span.start, span.end = min(span.start, home.start), max(span.end, home.end)
-            if span.keep[-1] is not home.storage:
-                span.keep.append(home.storage)
-    for span in spans.values():
-        span.start -= span.start % ALIGNMENT
-    return spans
-
-
 def _describe(
-    name: str, tensor: torch.Tensor, home: _Home, spans: Mapping[Any, _Span], placement: Placement | None
+    name: str, tensor: torch.Tensor, home: Home, spans: Mapping[Any, Span], placement: Placement | None
 ) -> TensorLayout:
     span = spans[home.key]
     shape = tuple(tensor.shape)

@@ -11,8 +11,9 @@ import torch
 from attrs import evolve, frozen
 
 from tensorfork.install import Installation, like, plain_mode
-from tensorfork.layout import ALIGNMENT, ModelLayout, StorageLayout, Survey, TensorLayout
+from tensorfork.layout import ModelLayout, StorageLayout, Survey, TensorLayout
 from tensorfork.plan import Pair
+from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
 
 Device = str | torch.device | None

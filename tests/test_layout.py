@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tensorfork import LayoutMismatch, ModelLayout, StorageLayout, TensorLayout, UnsupportedTensor
-from tensorfork.layout import ALIGNMENT, plain_stride, survey
+from tensorfork.layout import plain_stride, survey
 from tensorfork.plan import match
+from tensorfork.spans import ALIGNMENT
 
 
 def elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
