@@ -42,8 +42,7 @@ class Staging:
         for _ in range(slots):
             tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
             address = tensor.data_ptr()
-            view = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
-            self.slots.append(Slot(tensor, address, view))
+            self.slots.append(Slot(tensor, address, _view(address, nbytes)))
 
     def wait_for_callers(self) -> None:
         """Let what this thread's current streams still do to the memory finish before any copy from here on."""
@@ -75,7 +74,6 @@ class RegionMemory:
 
     def __init__(self, regions: Sequence[Region], slots: int, nbytes: int) -> None:
         self._regions = {region.id: region for region in regions}
-        self._views = {region.id: _view(region) for region in regions if region.device == "cpu"}
         gpus = {region.device for region in regions if region.device != "cpu"}
         self._staging = Staging(gpus, slots, nbytes) if gpus else None
 
@@ -87,7 +85,7 @@ class RegionMemory:
 
     def staged(self, stretches: Sequence[tuple[int, int, int]]) -> bool:
         """Whether any of them is a GPU's."""
-        return self._staging is not None and any(id not in self._views for id, _, _ in stretches)
+        return self._staging is not None and any(self._regions[id].device != "cpu" for id, _, _ in stretches)
 
     def read(self, stretches: Sequence[tuple[int, int, int]], slot: Slot | None) -> list[memoryview]:
         """Their bytes: in place, or, of GPUs, in the slot."""
@@ -95,11 +93,11 @@ class RegionMemory:
         fetched: dict[str, list[tuple[int, int, int]]] = {}
         used = 0
         for id, offset, nbytes in stretches:
-            if id in self._views:
-                frames.append(self._views[id][offset : offset + nbytes])
+            region = self._regions[id]
+            if region.device == "cpu":
+                frames.append(_view(region.address + offset, nbytes))
                 continue
             assert slot is not None
-            region = self._regions[id]
             fetched.setdefault(region.device, []).append((slot.address + used, region.address + offset, nbytes))
             frames.append(slot.view[used : used + nbytes])
             used += nbytes
@@ -109,8 +107,8 @@ class RegionMemory:
         return frames
 
     def view(self, id: int, at: int, nbytes: int) -> memoryview:
-        """A stretch of a region on the CPU."""
-        return self._views[id][at : at + nbytes]
+        """A stretch of a region on the CPU, which holds it."""
+        return _view(self._regions[id].address + at, nbytes)
 
     def next_slot(self) -> Slot:
         """The slot used longest ago; the GPU is through with it."""
@@ -122,7 +120,7 @@ class RegionMemory:
 
     def slot_for(self, id: int) -> Slot | None:
         """A free slot for what goes to a GPU; None for the CPU, where it can be received in place."""
-        return None if id in self._views else self.next_slot()
+        return None if self._regions[id].device == "cpu" else self.next_slot()
 
     def land(self, slot: Slot, id: int, at: int, nbytes: int) -> "torch.cuda.Event":
         """Begin to copy a slot to where its bytes belong."""
@@ -141,6 +139,15 @@ class RegionMemory:
             self._staging.synchronize()
 
 
-def _view(region: Region) -> memoryview:
-    """The region's memory. Whoever uses the view keeps the memory alive."""
-    return memoryview((ctypes.c_char * region.nbytes).from_address(region.address)).cast("B")
+_from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_from_memory.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+_from_memory.restype = ctypes.py_object
+_WRITABLE = 0x200
+
+
+def _view(address: int, nbytes: int) -> memoryview:
+    """A stretch of memory, which whoever uses the view keeps alive. Made for each stretch when it is needed: a view of
+    each of 20,000 regions, made for each lease, has Python's collector stop the seed for a tenth of a second.
+    """
+    view: memoryview = _from_memory(address, nbytes, _WRITABLE)
+    return view
