@@ -31,10 +31,12 @@ from tensorfork.sockets import Address, Bell, bind, connect, context, make, mill
 from tensorfork.staging import RegionMemory, Slot
 from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
 
-FRAME = 1 << 20
+FRAME = 512 << 10
 """Bytes of one frame at most; measured best on loopback (docs/performance.md)."""
-WINDOW = 8
-"""Requests under way on a connection."""
+WINDOW = 3
+"""Requests under way on a connection. Few and small: what is under way should fit into a processor's cache."""
+SLOTS = 32
+"""Pinned buffers in a seed with GPUs, of a frame each; a fork has half as many."""
 STRETCHES = 64
 """Stretches in one request."""
 COPY_BELOW = 256 << 10
@@ -93,7 +95,7 @@ class ZeroMQ(Transport):
 
 class _Export(Export):
     def __init__(self, regions: Sequence[Region], host: str, ports: range | None) -> None:
-        self._memory = RegionMemory(regions, 4 * WINDOW, FRAME)
+        self._memory = RegionMemory(regions, SLOTS, FRAME)
         self._token = secrets.token_bytes(16)
         self._context = _context(2)
         self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
@@ -220,7 +222,7 @@ class _Session(Session):
 
     def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
         self._token, self._seed = token, seed
-        self._memory = RegionMemory(regions, 2 * WINDOW, FRAME)
+        self._memory = RegionMemory(regions, SLOTS // 2, FRAME)
         self._context = _context(min(connections, 4))
         self._lines = [self._connect() for _ in range(connections)]
         self._number = 0
