@@ -121,6 +121,8 @@ TERMINAL = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TERMINAL] = os.dup(2)  # nothing is being captured yet
     faulthandler.register(signal.SIGUSR1, config.stash[TERMINAL], all_threads=True)
+    # A shell that starts us in the background has us ignore interrupts, and our children too, whatever they test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
