@@ -71,7 +71,7 @@ def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: De
         for pair in meta:
             old = tensors[pair.name]
             if id(old) not in made:
-                made[id(old)] = pair.name, old, like(old, fresh.tensor(pair.theirs))
+                made[id(old)] = pair.name, old, like(old, fresh.tensor(pair.theirs, old.stride()))
             ready[pair.name] = made[id(old)][2]
         installation = Installation.prepare({name: (old, new) for name, old, new in made.values()}, ours.wrappers)
     # New storages are numbered as the seed's are, and ours that have memory come behind them.
@@ -119,13 +119,16 @@ class Fresh:
             if nbytes
         ]
 
-    def tensor(self, layout: TensorLayout) -> torch.Tensor:
-        """A tensor in its storage, with a version counter of its own. To be called in `plain_mode`."""
+    def tensor(self, layout: TensorLayout, stride: Sequence[int] | None = None) -> torch.Tensor:
+        """A tensor in its storage, with a version counter of its own. To be called in `plain_mode`.
+
+        `stride` is another that reaches the same elements: what an operation chooses may depend on its other values.
+        """
         device, start, _ = self.spots[layout.storage]
         dtype = layout.torch_dtype
         made = torch.empty(0, dtype=dtype, device=device)
         offset = (start + layout.offset) // dtype.itemsize
-        return made.set_(self.storages[device], offset, layout.shape, layout.stride)
+        return made.set_(self.storages[device], offset, layout.shape, layout.stride if stride is None else stride)
 
 
 def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fresh:
