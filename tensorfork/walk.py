@@ -158,7 +158,7 @@ class _Walk:
             elif kind == _SEQUENCE:
                 self._elements(paths, value)
             elif kind == _SET:
-                for i, element in enumerate(value):
+                for i, element in enumerate(_elements_of(value)):
                     self.reach([f"{path}{{{i}}}" for path in paths], element)
             if type(value) not in _EXACT:
                 self._attributes(paths, value)
@@ -250,7 +250,7 @@ class _Walk:
         tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
         for kept in ("_parameters", "_buffers"):
             for path, module in order:
-                for key, tensor in module.__dict__.get(kept, {}).items():
+                for key, tensor in list(module.__dict__.get(kept, {}).items()):
                     if tensor is not None:
                         name = _join(path, key)
                         self.name((name,), tensor)
@@ -272,7 +272,7 @@ class _Walk:
             return
         order.append((path, module))
         above.add(id(module))
-        for key, part in module.__dict__.get("_modules", {}).items():
+        for key, part in list(module.__dict__.get("_modules", {}).items()):
             if part is not None:
                 self._list_modules(_join(path, key), part, order, above)
         above.remove(id(module))
@@ -285,8 +285,8 @@ class _Walk:
     def _attributes(self, paths: Sequence[str], owner: Any, but: frozenset[str] = frozenset()) -> None:
         """What is in an object's dictionary and slots."""
         dictionary, slots = self._fields_of(type(owner))
-        values = {} if dictionary is None else dictionary.__get__(owner)
-        found = [(k, v) for k, v in values.items() if type(v) not in _SIMPLE and isinstance(k, str) and k not in but]
+        values = [] if dictionary is None else list(dictionary.__get__(owner).items())  # at once: a model may be in use
+        found = [(k, v) for k, v in values if type(v) not in _SIMPLE and isinstance(k, str) and k not in but]
         for key, slot in slots:
             if key not in but:
                 try:
@@ -298,16 +298,17 @@ class _Walk:
 
     def _items(self, paths: Sequence[str], mapping: Any) -> None:
         items = mapping.items() if isinstance(mapping, types.MappingProxyType) else dict.items(mapping)
-        for i, (key, value) in enumerate(items):
+        for i, (key, value) in enumerate(list(items)):
             if type(value) not in _SIMPLE:
                 text = _key(key) or f"#{i}"
                 self.reach([f"{path}[{text}]" for path in paths], value)
 
     def _elements(self, paths: Sequence[str], sequence: Any) -> None:
-        fields: Sequence[str] = getattr(type(sequence), "_fields", ())
-        for i, value in enumerate(sequence):
+        elements, fields = _elements_of(sequence), getattr(type(sequence), "_fields", None)
+        named = isinstance(fields, tuple) and len(fields) == len(elements)
+        for i, value in enumerate(elements):
             if type(value) not in _SIMPLE:
-                where = f".{fields[i]}" if i < len(fields) else f"[{i}]"
+                where = f".{fields[i]}" if named else f"[{i}]"
                 self.reach([path + where for path in paths], value)
 
     def _kind_of(self, kind: type) -> int:
@@ -366,6 +367,13 @@ def inner_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     except Exception as error:  # the subclass's own code
         raise UnsupportedTensor(f"{name}: this {type(tensor).__name__} cannot be taken apart: {error}") from error
     return {part: one for part, one in inner.items() if isinstance(one, torch.Tensor)}
+
+
+def _elements_of(collection: Any) -> list[Any]:
+    """Those of a list, tuple, deque or set, whatever a subclass makes of them."""
+    kinds: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
+    kind = next(kind for kind in kinds if isinstance(collection, kind))
+    return list(kind.__iter__(collection))
 
 
 def _is_dtensor(kind: type) -> bool:

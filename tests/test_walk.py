@@ -302,9 +302,15 @@ def test_no_property_is_run() -> None:
         def items(self) -> Any:
             raise AssertionError("its items were asked for")
 
+    class Row(list[Any]):
+        _fields = property(lambda self: 3)
+
+        def __iter__(self) -> Any:
+            raise AssertionError("its elements were asked for")
+
     model = Careful()
-    model.a, model.b = Trap(), Mine(k=one())
-    assert names(model) == ["a.t", "b['k']"]
+    model.a, model.b, model.c = Trap(), Mine(k=one()), Row([one()])
+    assert names(model) == ["a.t", "b['k']", "c[0]"]
 
 
 class Momentum(torch.optim.SGD):
