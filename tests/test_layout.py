@@ -108,8 +108,9 @@ def test_storages_over_the_same_memory_are_one(order: tuple[str, ...]) -> None:
         "all": torch.frombuffer(memory, dtype=torch.uint8),
         "some": torch.frombuffer(memory, dtype=torch.uint8, count=100),
         "middle": torch.frombuffer(memory, dtype=torch.float32, offset=1024, count=10),
+        "early": torch.frombuffer(memory, dtype=torch.uint8, offset=512, count=10),
     }
-    layout = survey({name: tensors[name] for name in order}).layout
+    layout = survey({name: tensors[name] for name in (*order, "early")}).layout
     assert len(layout.storages) == 1
     assert one(layout, "middle").offset == 1024
 
