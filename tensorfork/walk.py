@@ -304,8 +304,8 @@ class _Walk:
                 self.reach([f"{path}[{text}]" for path in paths], value)
 
     def _elements(self, paths: Sequence[str], sequence: Any) -> None:
-        elements, fields = _elements_of(sequence), getattr(type(sequence), "_fields", None)
-        named = isinstance(fields, tuple) and len(fields) == len(elements)
+        elements, fields = _elements_of(sequence), getattr(type(sequence), "_fields", ())
+        named = isinstance(fields, tuple) and 0 < len(fields) == len(elements)
         for i, value in enumerate(elements):
             if type(value) not in _SIMPLE:
                 where = f".{fields[i]}" if named else f"[{i}]"
