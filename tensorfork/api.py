@@ -197,7 +197,6 @@ def _fork(
                 pause = 0.01 * 2 ** min(attempt, 5)  # a change takes its time, and restarts are counted
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     into.install()
-    into.touch()
     return evolve(
         report,
         seconds=dict(watch.stop()),
@@ -237,6 +236,7 @@ def _copy(
                             watch.enter("verify")
                             forking.verify(held, seed, theirs, verification, deadline)
                     finally:
+                        into.touch()  # whether all of it came or some
                         if verification is not None:
                             verification.close()
                 return ForkReport(

@@ -220,6 +220,19 @@ def test_autograd_notices_that_a_tensor_was_filled(seed_of: Any) -> None:
         loss.backward()
 
 
+def test_autograd_notices_that_a_tensor_may_have_been_filled_when_the_fork_failed(seed_of: Any) -> None:
+    model = nn.Linear(3, 3)
+    loss = model(model(torch.ones(3))).sum()
+
+    def stop(now: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tensorfork.fork_into(model, seed_of(nn.Linear(3, 3)).address, timeout=SECONDS, progress=stop)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_tie_of_the_seed_s_alone_is_copied_to_each(seed_of: Any) -> None:
     tied = torch.randn(40)
     model = {"a": torch.zeros(40), "b": torch.zeros(40)}
