@@ -12,9 +12,9 @@ from attrs import define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensorfork import Copy, Place, Region, Session, strided
+from tensorfork import Copy, Place, Region, Session, TensorLayout, strided
 from tensorfork.layout import survey
-from tensorfork.plan import MAX_RUNS, match
+from tensorfork.plan import MAX_RUNS, grid_of, match
 from tensorfork.strided import Scratch, pull_strided
 
 
@@ -94,6 +94,17 @@ def test_elements_arrive_and_gaps_stay_whatever_the_view_and_the_room(
     }
     want = [int(theirs[i - 32]) if i - 32 in places else int(ours[i]) for i in range(len(ours))]
     assert memory.tolist() == want
+
+
+@settings(max_examples=150)
+@given(view=views(), room=st.sampled_from([8, 24, 100, 1000]))
+def test_no_stretch_of_a_slab_meets_another(view: tuple[list[int], list[int], torch.dtype], room: int) -> None:
+    """Where they did, what is left there would depend on the order in which a GPU copies them."""
+    shape, stride, dtype = view
+    length, steps = grid_of(TensorLayout("t", str(dtype).removeprefix("torch."), tuple(shape), tuple(stride), 0, 0))
+    for _, grid, piece in strided._slabs(length, steps, room):
+        starts = sorted(sum(parts) for parts in itertools.product(*(range(0, n * step, step) for step, n in grid)))
+        assert all(start + piece <= following for start, following in itertools.pairwise(starts))
 
 
 def test_scratch_is_as_large_as_a_tensor_needs_and_never_larger_than_its_bound() -> None:
