@@ -361,14 +361,20 @@ def test_a_peer_that_says_nothing_is_hung_up_on(seed: Seed) -> None:
         assert hung_up(connection)
 
 
-def test_a_peer_that_asks_and_never_reads_costs_little(seed: Seed) -> None:
-    before = seed.memory()
-    with zmtp(seed) as connection:
-        connection.settimeout(1.0)
-        send(connection, frame(wire.encode(wire.GetLayout(), 1)) * 5000)
-        seed.serves()
-        seed.serves()
-        assert seed.memory() - before < MUCH
+def large_model() -> dict[str, torch.Tensor]:
+    return {f"layer.{i}.weight": torch.zeros(1) for i in range(5000)}
+
+
+def test_a_peer_that_asks_and_never_reads_costs_little() -> None:
+    with Child(serve, large_model) as child:
+        seed = Seed(child)
+        tensorfork.fork(seed.address, timeout=SECONDS)
+        before = seed.memory()
+        with zmtp(seed) as connection:
+            connection.settimeout(1.0)
+            send(connection, frame(wire.encode(wire.GetLayout(), 1)) * 5000)
+            assert len(tensorfork.fork(seed.address, timeout=SECONDS)) == 5000
+            assert seed.memory() - before < MUCH
 
 
 def test_idle_connections_use_up_the_descriptors_of_a_seed_and_it_lives() -> None:

@@ -376,6 +376,28 @@ def test_an_answer_that_is_none_fails_the_pull_and_touches_nothing_beside_its_pl
             session.close(soon())
 
 
+def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_once() -> None:
+    mine = Memory("cpu", [1000], 4)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"))
+
+        def hang_up() -> None:
+            router.recv_multipart()
+            router.close(linger=0)
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, nobody(), soon())
+        started = time.monotonic()
+        try:
+            with pytest.raises(TransferFailed, match="closed the connection, or died"):
+                session.pull([Copy(0, 1, 0, mine.regions[0].id, 0, 9)], soon(), lambda _: None, threading.Event())
+        finally:
+            session.close(soon())
+            thread.join()
+        assert time.monotonic() - started < SECONDS / 2
+
+
 def test_a_port_where_nobody_listens_fails_by_the_deadline() -> None:
     with free_ports(1) as ports:
         mine = Memory("cpu", [1000], 4)
