@@ -8,7 +8,7 @@ that torch, or somebody else in this process, allocated. Names and numbers are t
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -69,6 +69,9 @@ def _driver() -> ctypes.CDLL:
     driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
     driver.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
     driver.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
+    driver.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+    driver.cuMemsetD8Async.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
+    driver.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
     return driver
 
 
@@ -142,7 +145,7 @@ def why_not_exportable(regions: Sequence[Region]) -> str | None:
 def export_handle(start: int) -> bytes:
     """A handle by which another process of this host can open the block that begins at `start`."""
     handle = _Handle()
-    with _on(block(start).device), relaxed_capture():
+    with current(block(start).device), relaxed_capture():
         _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), start), "cuIpcGetMemHandle")
     return bytes(handle)
 
@@ -150,7 +153,7 @@ def export_handle(start: int) -> bytes:
 def open_handle(handle: bytes, device: int) -> int:
     """The address, here, of another process's block, to be read from one of our GPUs. Raises `DriverError`."""
     address = ctypes.c_uint64()
-    with _on(device), relaxed_capture():
+    with current(device), relaxed_capture():
         opened = _driver().cuIpcOpenMemHandle_v2(
             ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
         )
@@ -160,7 +163,7 @@ def open_handle(handle: bytes, device: int) -> int:
 
 def close_handle(address: int, device: int) -> None:
     """Let go of what `open_handle` gave. Nothing may be reading it any more."""
-    with _on(device), relaxed_capture():
+    with current(device), relaxed_capture():
         _check(_driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
 
 
@@ -174,8 +177,63 @@ def copying(stream: "torch.cuda.Stream") -> Iterator[Callable[[int, int, int], N
         if code:
             _check(code, "cuMemcpyAsync")
 
-    with _on(stream.device.index):
+    with current(stream.device.index):
         yield copy
+
+
+class Kernel:
+    """A kernel of our own.
+
+    Args:
+        name: the kernel's.
+        cubins: machine code, by the compute capability it was made for, as in ``90`` for 9.0; it also runs on later
+            ones of the same major number.
+        ptx: for GPUs that none of it fits: the driver makes machine code of it, which takes a tenth of a second.
+    """
+
+    def __init__(self, name: str, cubins: Mapping[int, bytes], ptx: bytes) -> None:
+        self._name, self._cubins, self._ptx = name, cubins, ptx
+        self._functions: dict[int, ctypes.c_void_p] = {}
+        self._loading = threading.Lock()
+
+    def load(self, device: int) -> ctypes.c_void_p:
+        """Have it ready on a GPU. Raises `DriverError` where it cannot be."""
+        with self._loading:
+            if device not in self._functions:
+                module, function = ctypes.c_void_p(), ctypes.c_void_p()
+                with current(device), relaxed_capture():
+                    for image in self._images(device):
+                        if not (code := _driver().cuModuleLoadData(ctypes.byref(module), image)):
+                            break
+                    _check(code, "cuModuleLoadData")
+                    found = _driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
+                    _check(found, "cuModuleGetFunction")
+                self._functions[device] = function
+            return self._functions[device]
+
+    def _images(self, device: int) -> Iterator[bytes]:
+        major, minor = torch.cuda.get_device_capability(device)
+        fitting = [made for made in self._cubins if made // 10 == major and made % 10 <= minor]
+        if fitting:
+            yield self._cubins[max(fitting)]
+        yield self._ptx
+
+    def launch(
+        self, stream: "torch.cuda.Stream", blocks: int, threads: int, *values: "ctypes._SimpleCData[int]"
+    ) -> None:
+        """Enqueue it, so many blocks of so many threads, with these arguments."""
+        function = self.load(stream.device.index)
+        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        with current(stream.device.index):
+            code = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream.cuda_stream, places, None)
+        _check(code, "cuLaunchKernel")
+
+
+def clear(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> None:
+    """Enqueue zeros for a dense tensor, without a kernel."""
+    with current(stream.device.index):
+        code = _driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, stream.cuda_stream)
+    _check(code, "cuMemsetD8Async")
 
 
 @contextmanager
@@ -237,7 +295,7 @@ _contexts_lock = threading.Lock()
 
 
 @contextmanager
-def _on(device: int) -> Iterator[None]:
+def current(device: int) -> Iterator[None]:
     """The device's primary context, which torch uses too, as this thread's current one."""
     driver = _driver()
     with _contexts_lock:

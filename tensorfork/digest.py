@@ -33,15 +33,14 @@ import torch
 from attrs import frozen
 
 from tensorfork.elements import as_bytes, as_integers, by_stride, fill, gather_on_device, gather_on_host
+from tensorfork.sums import COLUMNS, OTHER_WIDTH, WIDTH, Sums
 
-WIDTH, OTHER_WIDTH = 1021, 1031
 SEGMENT = 1024 * WIDTH * 8
 """Bytes of a tensor that are summed together."""
 NAME = "sums3/1"
 """Names this definition on the wire: two sides compare digests only when they compute the same thing."""
 
 _WORDS = SEGMENT // 8
-COLUMNS = WIDTH + OTHER_WIDTH
 _SLOTS = COLUMNS + _WORDS // WIDTH
 """A segment's sums stand in this order: columns, columns of the other width, rows."""
 
@@ -106,6 +105,7 @@ class _Summing:
 
     def __init__(self, device: torch.device, pace: _Pace) -> None:
         self._device, self._pace = device, pace
+        self._sums = Sums(pace.block)
         self._weights = weights(_SLOTS).to(device)
         self._twice = self._weights[: 2 * WIDTH] + self._weights[2 * WIDTH : 4 * WIDTH]
         self._pool = torch.zeros(pace.pool, dtype=torch.int64, device=device)
@@ -177,11 +177,11 @@ class _Summing:
             whole, tail = divmod(segment.shape[1], 8)
             slots = self._take(keys, whole + bool(tail))
             if whole:
-                _sum(segment[:, : whole * 8].view(torch.int64), 0, slots, self._pace.block)
+                self._sums.add(segment[:, : whole * 8].view(torch.int64), 0, slots)
             if tail:
                 last = torch.zeros(len(keys), 8, dtype=torch.uint8, device=self._device)
                 last[:, :tail] = segment[:, whole * 8 :]
-                _sum(last.view(torch.int64), whole, slots, self._pace.block)
+                self._sums.add(last.view(torch.int64), whole, slots)
 
     def _sum_short(self, keys: Sequence[_Key], tensors: Sequence[torch.Tensor], nbytes: int) -> None:
         """Tensors of less than a row of either width: a column is one word, and there is one row. No slots."""
@@ -199,7 +199,7 @@ class _Summing:
             slots = self._take(keys, -(-(end - segment) // 8))
             for start in range(segment, end, room):
                 x = self._copied(tensors, start, min(room, end - start))
-                _sum(x, (start - segment) // 8, slots, self._pace.block)
+                self._sums.add(x, (start - segment) // 8, slots)
 
     def _sum_gapped(self, key: _Key, tensor: torch.Tensor) -> None:
         """The tensor's elements come through the scratch, each part but the last whole rows of it."""
@@ -212,7 +212,7 @@ class _Summing:
                 if at == _WORDS:
                     slots, at = self._take([key], _WORDS), 0
                 n = min(x.shape[1], _WORDS - at)
-                _sum(x[:, :n], at, slots, self._pace.block)
+                self._sums.add(x[:, :n], at, slots)
                 x, at = x[:, n:], at + n
 
     def _copied(self, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> torch.Tensor:
@@ -275,66 +275,6 @@ def _spaced(same: list[_Named], nbytes: int, most: int) -> Iterator[tuple[Sequen
             step = step or -(-nbytes // 8) * 8
         yield [place[2] for place in placed[at : at + count]], step
         at += count
-
-
-def _sum(x: torch.Tensor, at: int, slots: torch.Tensor, block: int) -> None:
-    """Add to the slots [k, slot] the sums of the words x [k, n], which stand at `at` in their segments; `at` is a
-    multiple of WIDTH, or x is one word.
-    """
-    n = x.shape[1]
-    if n == 1:
-        for slot in (at % WIDTH, WIDTH + at % OTHER_WIDTH, COLUMNS + at // WIDTH):
-            _cut(slots, slot, 1).add_(x)
-        return
-    head = min(n, -at % OTHER_WIDTH)  # to where the columns of the other width begin anew
-    full, full_other = n // WIDTH, (n - head) // OTHER_WIDTH
-    rows, others = _cut(x, 0, full, WIDTH), _cut(x, head, full_other, OTHER_WIDTH)
-    row_slots = _cut(slots, COLUMNS + at // WIDTH, full)
-    if x.numel() <= block:
-        torch.sum(rows, 2, out=row_slots)
-        _cut(slots, 0, WIDTH).add_(rows.sum(1))
-        _cut(slots, WIDTH, OTHER_WIDTH).add_(others.sum(1))
-    else:
-        _sum_blocks(rows, row_slots, others, slots, block)
-    if head:
-        _cut(slots, WIDTH + at % OTHER_WIDTH, head).add_(_cut(x, 0, head))
-    if rest := n - full * WIDTH:
-        last = _cut(x, n - rest, rest)
-        _cut(slots, 0, rest).add_(last)
-        _cut(slots, COLUMNS + at // WIDTH + full, 1).add_(last.sum(1, keepdim=True))
-    if rest := n - head - full_other * OTHER_WIDTH:
-        _cut(slots, WIDTH, rest).add_(_cut(x, n - rest, rest))
-
-
-def _sum_blocks(
-    rows: torch.Tensor, row_slots: torch.Tensor, others: torch.Tensor, slots: torch.Tensor, block: int
-) -> None:
-    """Add the sums of rows [k, i, WIDTH], and the columns of others [k, i, OTHER_WIDTH]: block by block, all three
-    sums of one while it is in the cache, and the columns of several blocks kept apart, to be added together.
-    """
-    k = slots.shape[0]
-    step = max(1, block // (k * WIDTH))
-    parts, into, other_parts = rows.split(step, 1), row_slots.split(step, 1), others.split(step, 1)
-    most = max(len(parts), len(other_parts))
-    several = min(most, step)
-    sums = torch.empty(several, k, WIDTH, dtype=torch.int64, device=slots.device)
-    other_sums = torch.empty(several, k, OTHER_WIDTH, dtype=torch.int64, device=slots.device)
-    for start in range(0, most, several):
-        end = min(start + several, most)
-        for i in range(start, end):
-            if i < len(parts):
-                torch.sum(parts[i], 2, out=into[i])
-                torch.sum(parts[i], 1, out=sums[i - start])
-            if i < len(other_parts):
-                torch.sum(other_parts[i], 1, out=other_sums[i - start])
-        _cut(slots, 0, WIDTH).add_(sums[: max(0, min(end, len(parts)) - start)].sum(0))
-        _cut(slots, WIDTH, OTHER_WIDTH).add_(other_sums[: max(0, min(end, len(other_parts)) - start)].sum(0))
-
-
-def _cut(matrix: torch.Tensor, start: int, *shape: int) -> torch.Tensor:
-    """Of each row [k, n] the words from `start` on, in a shape: [k, *shape]. One view, where indexing makes several."""
-    inner = (shape[1], 1) if len(shape) == 2 else (1,)
-    return matrix.as_strided((matrix.shape[0], *shape), (matrix.stride(0), *inner), matrix.storage_offset() + start)
 
 
 _ODD = 0xBF58476D1CE4E5B9

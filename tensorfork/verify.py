@@ -130,10 +130,8 @@ def _cut(
 
 
 def warm_up(devices: Iterable[torch.device]) -> None:
-    """Have the kernels of the sums loaded on these GPUs, once a process, on a thread of its own.
-
-    CUDA loads a kernel when it is first launched, after waiting for all that its context is doing: amid copies that
-    would cost more than the digests themselves. `Verification` waits for it, before the first byte moves.
+    """Have what computes digests loaded on these GPUs, once a process, on a thread of its own: amid copies that would
+    cost more than the digests themselves. `Verification` waits for it, before the first byte moves.
     """
     for device in devices:
         if device.type == "cuda" and device not in _warming:
@@ -144,8 +142,7 @@ def warm_up(devices: Iterable[torch.device]) -> None:
 def _warm(device: torch.device) -> None:
     cuda.relax_capture()
     with cuda.aside([device]):
-        samples = {str(n): torch.zeros(n, dtype=torch.int64, device=device) for n in (1 << 19, 100_003)}
-        Checksums.of(samples).compute()
+        Checksums.of({"": torch.empty(1, dtype=torch.int64, device=device)}).compute()
 
 
 _warming: dict[torch.device, threading.Thread] = {}

@@ -139,10 +139,11 @@ class _Export(Export):
             ) from error
         self.offer = _OFFER.pack(_me(), len(exported)) + b"".join(exported)
         self._released = False
-        self._served = Event()
+        self._serving, self._served = Event(), Event()
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`: regions on the CPU are read out on the channel; the rest needs nobody."""
+        self._serving.set()
         try:
             self._serve(channel)
         except PeerUnreachable:
@@ -165,7 +166,8 @@ class _Export(Export):
 
     def close(self, deadline: float) -> bool:
         """See `Export.close`: a fork that did not say it has closed the handles may still read."""
-        self._served.wait(max(0.0, deadline - time.monotonic()))
+        if self._serving.is_set():
+            self._served.wait(max(0.0, deadline - time.monotonic()))
         return self._released
 
 

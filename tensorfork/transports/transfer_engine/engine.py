@@ -285,12 +285,13 @@ def explain(code: int) -> str:
 
 
 def _on(device: str) -> ExitStack:
-    """What a call about a device's memory needs: that device as this thread's current one (otherwise it would make a
-    context on the first GPU), and not to break a graph that is being captured.
+    """What a call about a device's memory needs: that device, and its context, as this thread's current ones (Mooncake
+    asks the driver, which refuses a thread without a context), and not to break a graph that is being captured.
     """
     stack = ExitStack()
     if device != "cpu":
         stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(cuda.current(cuda.device_index(device)))
         stack.enter_context(cuda.relaxed_capture())
     return stack
 
