@@ -73,7 +73,7 @@ def digest_case(bench: Bench, outcome: Outcome, *, shape: str, goal: float) -> N
 def _stall(forked: dict[str, Any], gaps: list[tuple[float, float]]) -> float:
     """The longest that the seed's thread overslept while the fork greeted and fetched the layout, in seconds."""
     phases = forked["seconds"]
-    begin = forked["began"] + forked["whole"] - sum(phases.values())  # the fork looks at its own model first
+    begin = forked["began"] + phases["survey"]
     end = begin + sum(phases[name] for name in ("resolve", "hello", "layout"))
     return max((gap for at, gap in gaps if at < end and at + gap > begin), default=0.0)
 

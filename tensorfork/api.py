@@ -8,6 +8,7 @@ import torch
 from attrs import evolve, frozen
 
 from tensorfork import forking, target
+from tensorfork.collector import put_off_collections
 from tensorfork.errors import SeedChanged, TensorForkError, TransportUnavailable, UnsupportedTensor
 from tensorfork.forking import Peer, Progress
 from tensorfork.identity import Identity, Rank
@@ -111,6 +112,8 @@ def fork_into(
         TypeError, ValueError: bad arguments; nothing was touched.
     """
     terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    watch = Stopwatch()
+    watch.enter("survey")
     ours = survey(model, terms.selection)
     if verify:
         warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
@@ -121,7 +124,7 @@ def fork_into(
         enter("allocate")
         return target.prepare(pairs, theirs, ours, device)
 
-    report, _ = _fork(peer, prepare, terms)
+    report, _ = _fork(peer, prepare, terms, watch)
     return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
@@ -153,7 +156,7 @@ def fork(
         enter("allocate")
         return target.build(theirs, device)
 
-    return dict(_fork(peer, prepare, terms)[1].tensors)
+    return dict(_fork(peer, prepare, terms, Stopwatch())[1].tensors)
 
 
 @frozen
@@ -171,9 +174,8 @@ class _Terms:
 
 
 def _fork(
-    peer: str, prepare: Callable[[ModelLayout, Callable[[str], object]], Target], terms: _Terms
+    peer: str, prepare: Callable[[ModelLayout, Callable[[str], object]], Target], terms: _Terms, watch: Stopwatch
 ) -> tuple[ForkReport, Target]:
-    watch = Stopwatch()
     deadline = time.monotonic() + terms.timeout
     wanted = forking.transports(terms.transport)
     watch.enter("resolve")
@@ -182,9 +184,10 @@ def _fork(
         seed.greet(deadline)
         not_compared = seed.compare(terms.identity, terms.rank)
         watch.enter("layout")
-        theirs = seed.layout(deadline)
-        taken, left_out = theirs.only(terms.selection.takes)
-        into = prepare(taken, watch.enter)
+        with put_off_collections():
+            theirs = seed.layout(deadline)
+            taken, left_out = theirs.only(terms.selection.takes)
+            into = prepare(taken, watch.enter)
         if terms.verify:
             warm_up({tensor.device for tensor in into.tensors.values()})
         for attempt in range(terms.restarts + 1):
@@ -196,7 +199,9 @@ def _fork(
                     raise
                 pause = 0.01 * 2 ** min(attempt, 5)  # a change takes its time, and restarts are counted
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-    into.install()
+    watch.enter("install")
+    with put_off_collections():
+        into.install()
     return evolve(
         report,
         seconds=dict(watch.stop()),
@@ -224,10 +229,13 @@ def _copy(
         if why_not is None:
             try:
                 with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
-                    watch.enter("match")
-                    plan = forking.plan(held, into)
-                    watch.enter("verify")
-                    verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
+                    with put_off_collections():
+                        watch.enter("match")
+                        plan = forking.plan(held, into)
+                        watch.enter("verify")
+                        verification = (
+                            Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
+                        )
                     try:
                         watch.enter("transfer")
                         nbytes = forking.pull(held, plan, into, seed, deadline, terms.progress, verification)

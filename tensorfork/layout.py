@@ -8,9 +8,7 @@ that holds ten rows of a large buffer publishes ten rows. Its start is rounded d
 well aligned in a fork's copy of the storage as in the seed's.
 """
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 
+from tensorfork.collector import put_off_collections
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.placement import Placement, sizes
@@ -228,7 +227,7 @@ def survey(
         TypeError: it is not a model.
         UnsupportedTensor: it has a tensor that cannot be described; the message names it.
     """
-    with _no_collections():
+    with put_off_collections():
         return _survey(walk(model, selection), identity, rank)
 
 
@@ -243,18 +242,6 @@ def _survey(found: Found, identity: Identity | None, rank: Rank | None) -> Surve
     memory = Memory([span.address for span in spans.values()], [kept for span in spans.values() for kept in span.keep])
     layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
     return Survey(layout, found.tensors, found.wrappers, memory)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Put garbage collection off: what is made here all stays, and looking through it takes as long as making it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _describe(

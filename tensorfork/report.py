@@ -5,7 +5,21 @@ from collections.abc import Mapping, Sequence
 
 from attrs import field, frozen
 
-PHASES = ("resolve", "hello", "layout", "match", "allocate", "lease", "open", "transfer", "verify", "close")
+PHASES = (
+    "survey",
+    "resolve",
+    "hello",
+    "layout",
+    "match",
+    "allocate",
+    "lease",
+    "open",
+    "transfer",
+    "verify",
+    "close",
+    "install",
+)
+"""From a look at our own model to the meta tensors' taking their memory."""
 
 
 @frozen(repr=False)

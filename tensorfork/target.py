@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from tensorfork.install import Installation, like, plain_mode
 from tensorfork.layout import ModelLayout, StorageLayout, Survey, TensorLayout
@@ -108,6 +108,7 @@ class Fresh:
     spots: Mapping[int, tuple[torch.device, int, int]]
     """By storage: its device, where it begins in the device's buffer, and its bytes."""
     storages: Mapping[torch.device, torch.UntypedStorage]
+    _whole: dict[tuple[torch.device, torch.dtype], torch.Tensor] = field(factory=dict, init=False)
 
     @property
     def regions(self) -> list[Region]:
@@ -126,9 +127,12 @@ class Fresh:
         """
         device, start, _ = self.spots[layout.storage]
         dtype = layout.torch_dtype
-        made = torch.empty(0, dtype=dtype, device=device)
+        whole = self._whole.get((device, dtype))
+        if whole is None:
+            whole = self._whole[device, dtype] = self.buffers[device].view(dtype)
         offset = (start + layout.offset) // dtype.itemsize
-        return made.set_(self.storages[device], offset, layout.shape, layout.stride if stride is None else stride)
+        # A view would count changes together with its base; `data` is none, and costs less than a tensor of its own.
+        return whole.as_strided(layout.shape, layout.stride if stride is None else stride, offset).data
 
 
 def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fresh:
@@ -143,7 +147,7 @@ def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fr
         spots[i] = (on, start, nbytes)
         ends[on] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
     with torch.inference_mode(False):
-        buffers = {on: torch.empty(max(end, 1), dtype=torch.uint8, device=on) for on, end in ends.items()}
+        buffers = {on: torch.empty(max(end, ALIGNMENT), dtype=torch.uint8, device=on) for on, end in ends.items()}
     return Fresh(buffers, spots, {on: buffer.untyped_storage() for on, buffer in buffers.items()})
 
 
