@@ -26,8 +26,6 @@ _THREADS = 512
 _ENTRY = 3
 """64-bit words of a segment's entry in the kernel's table."""
 
-Key = tuple[object, ...]
-
 
 @define
 class Checksums:
@@ -46,7 +44,7 @@ class Checksums:
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Checksums":
         """For all these tensors."""
-        known: dict[Key, int] = {}
+        known: dict[int, int] = {}
         names: list[list[str]] = []
         general: dict[int, torch.Tensor] = {}
         tables: dict[torch.device, array[int]] = defaultdict(lambda: array("Q"))
@@ -54,19 +52,19 @@ class Checksums:
         for i, (name, tensor) in enumerate(tensors.items()):
             if not i % 64:
                 time.sleep(0)  # a seed's engine wants the interpreter too, and sooner than it would be taken away
-            address, nbytes = tensor.data_ptr(), tensor.nbytes
-            key: Key = (tensor.device, address, tensor.dtype, tensor.shape, tensor.stride())
-            number = known.setdefault(key, len(names))
+            number = known.setdefault(id(tensor), len(names))
             if number < len(names):
                 names[number].append(name)
                 continue
             names.append([name])
-            dense = tensor.is_contiguous() or by_stride(tensor).is_contiguous()
-            if tensor.is_cuda and nbytes and not address % 8 and dense:
-                by_kernel[tensor.device][number] = tensor
-                table = tables[tensor.device]
+            if tensor.is_cuda and _is_dense(tensor) and (nbytes := tensor.nbytes) and not tensor.data_ptr() % 8:
+                device, address = tensor.device, tensor.data_ptr()
+                by_kernel[device][number] = tensor
+                if nbytes <= SEGMENT:
+                    tables[device].extend((address, nbytes | number << 32, 0))
+                    continue
                 for segment, start in enumerate(range(0, nbytes, SEGMENT)):
-                    table.extend((address + start, min(SEGMENT, nbytes - start) | number << 32, segment))
+                    tables[device].extend((address + start, min(SEGMENT, nbytes - start) | number << 32, segment))
             else:
                 general[number] = tensor
         return cls(names, general, dict(tables), dict(by_kernel))
@@ -93,6 +91,10 @@ class Checksums:
             return {}
         values.update((int(number), value) for number, value in rest.items())
         return {name: values[i] % (1 << 64) for i, names in enumerate(self._names) for name in names}
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() or by_stride(tensor).is_contiguous()
 
 
 def _run(device: torch.device, table: "array[int]", count: int, gentle: bool) -> Sequence[int]:

@@ -142,11 +142,11 @@ def why_not_exportable(regions: Sequence[Region]) -> str | None:
     )
 
 
-def export_handle(start: int) -> bytes:
-    """A handle by which another process of this host can open the block that begins at `start`."""
+def export_handle(of: Block) -> bytes:
+    """A handle by which another process of this host can open a block."""
     handle = _Handle()
-    with current(block(start).device), relaxed_capture():
-        _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), start), "cuIpcGetMemHandle")
+    with current(of.device), relaxed_capture():
+        _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), of.start), "cuIpcGetMemHandle")
     return bytes(handle)
 
 

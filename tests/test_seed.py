@@ -482,7 +482,7 @@ class Gate:
         self.reached, self.open = threading.Semaphore(0), threading.Semaphore(0)
         compute = generation_module.Checksums.compute
 
-        def held(checksums: Any, cancelled: Callable[[], bool] = lambda: False) -> dict[str, int]:
+        def held(checksums: Any, *args: Any, **options: Any) -> dict[str, int]:
             found = compute(checksums)
             self.reached.release()
             assert self.open.acquire(timeout=SECONDS)
@@ -553,7 +553,7 @@ def test_digests_that_cannot_be_computed_are_refused_and_tried_again(
     with tensorfork.publish(model()) as seed:
         with monkeypatch.context() as patch, talk(seed.address) as conversation:
 
-            def fail(*args: Any) -> Any:
+            def fail(*args: Any, **options: Any) -> Any:
                 raise RuntimeError("out of memory")
 
             patch.setattr(generation_module.Checksums, "compute", fail)

@@ -1,0 +1,151 @@
+"""Between GPUs of one host, or within one, through CUDA IPC: no port, nothing to install.
+
+The seed hands out a handle for each of its allocations through the bootstrap; the fork opens each once, and its own
+copy engines read, over NVLink where there is one, while the seed's process takes no part. A handle is 64 bytes of plain
+data, good only on this host. It opens the whole allocation, which can hold more than weights; that, and that a reader
+keeps its mapping until it closes it, is why handles go only to whom the bootstrap lets in.
+
+What of the model is on the CPU (a few buffers, as a rule) travels over the lease's channel.
+"""
+
+import ctypes
+import time
+from collections.abc import Mapping, Sequence
+from threading import Event
+from typing import ClassVar
+
+from tensorfork import cuda
+from tensorfork.errors import PeerUnreachable, TransportUnavailable
+from tensorfork.transports.base import Channel, Export, Facts, Place, Region, RemoteRegion, Site, Transport
+from tensorfork.transports.cuda_ipc.offer import ASKED, EXPORTED, OFFER, SAID, this_process
+from tensorfork.transports.cuda_ipc.session import SMALL_BATCH, IpcSession
+
+
+class CudaIpc(Transport):
+    """CUDA IPC between two processes of one host, or within one process.
+
+    Args:
+        rate_limit: bytes a second that a fork reads at most; as fast as the link allows, by default.
+    """
+
+    name: ClassVar[str] = "cuda_ipc"
+    piece = 1 << 30
+
+    def __init__(self, *, rate_limit: float | None = None) -> None:
+        if rate_limit is not None and not rate_limit > 0:
+            raise ValueError(f"rate_limit must be bytes a second, more than none, not {rate_limit}")
+        self._rate_limit = rate_limit
+        if rate_limit is not None:
+            self.piece = SMALL_BATCH
+        self._published: dict[int, int] = {}
+        self._handles: dict[cuda.Block, bytes] = {}
+
+    def facts(self, regions: Sequence[Region]) -> Facts:
+        """See `Transport.facts`."""
+        devices = sorted({region.device for region in regions if region.device != "cpu"})
+        if not devices:
+            raise TransportUnavailable("cuda_ipc moves GPU memory, and there is none in this model")
+        self._published |= {one.start: one.buffer_id for one in cuda.blocks(regions)}
+        return {
+            "host": cuda.host(),
+            "process": this_process(),
+            "gpus": [cuda.uuid(device) for device in devices],
+            "closed": cuda.why_not_exportable(regions),
+        }
+
+    def why_not(self, fork: Facts, seed: Facts) -> str | None:
+        """See `Transport.why_not`."""
+        if fork.get("host") != seed.get("host"):
+            return "the seed is on another host, and CUDA IPC works within one"
+        if fork.get("process") == seed.get("process"):
+            return None
+        closed = seed.get("closed")
+        return None if closed is None else str(closed)
+
+    def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
+        """See `Transport.cover`: handles are for whole allocations."""
+        return cuda.cover(regions)
+
+    def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "IpcExport":
+        """See `Transport.export`."""
+        blocks = {one.start: one for one in cuda.blocks(regions)}
+        for one in blocks.values():
+            if self._published.get(one.start, one.buffer_id) != one.buffer_id:
+                raise TransportUnavailable(
+                    f"memory of the model at {one.start:#x} was freed and mapped anew since it was "
+                    "published; publish again"
+                )
+        if fork.get("process") == this_process():
+            return IpcExport(regions, {})
+        try:
+            for one in blocks.values():
+                if one not in self._handles:
+                    self._handles[one] = cuda.export_handle(one)
+        except cuda.DriverError as error:
+            raise TransportUnavailable(
+                f"cuda_ipc: the seed's memory cannot be exported: {error}. Publish memory of cudaMalloc, and "
+                "see that the container shares the host's IPC namespace"
+            ) from error
+        return IpcExport(regions, {start: self._handles[one] for start, one in blocks.items()})
+
+    def forget(self, regions: Sequence[Region]) -> None:
+        """See `Transport.forget`."""
+        gone = {region.address for region in self.cover(regions)[0]}
+        self._handles = {one: handle for one, handle in self._handles.items() if one.start not in gone}
+        self._published = {start: id for start, id in self._published.items() if start not in gone}
+
+    def open(
+        self,
+        offer: bytes,
+        host: str,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        deadline: float,
+    ) -> IpcSession:
+        """See `Transport.open`."""
+        return IpcSession(offer, remote, regions, channel, self._rate_limit)
+
+
+class IpcExport(Export):
+    """One lease. `handles` are those of the regions' blocks, by address; none for a fork of this very process."""
+
+    def __init__(self, regions: Sequence[Region], handles: Mapping[int, bytes]) -> None:
+        self._host = {region.id: region for region in regions if region.device == "cpu"}
+        exported = [
+            EXPORTED.pack(region.id, region.address, handles.get(region.address, bytes(cuda.HANDLE)))
+            for region in regions
+            if region.device != "cpu"
+        ]
+        self.offer = OFFER.pack(this_process(), len(exported)) + b"".join(exported)
+        self._released = False
+        self._serving, self._served = Event(), Event()
+
+    def serve(self, channel: Channel) -> None:
+        """See `Export.serve`: regions on the CPU are read out on the channel; the rest needs nobody."""
+        self._serving.set()
+        try:
+            self._serve(channel)
+        except PeerUnreachable:
+            return  # the lease has ended without a word
+        finally:
+            self._served.set()
+
+    def _serve(self, channel: Channel) -> None:
+        while True:
+            asked = channel.recv(time.monotonic() + 86400)
+            if asked == b"":
+                self._released = True
+                return
+            id, offset, nbytes = ASKED.unpack(asked)
+            region = self._host.get(id)
+            if region is None or nbytes > SAID or offset + nbytes > region.nbytes:
+                channel.send(b"", time.monotonic() + 1)
+            else:
+                channel.send(ctypes.string_at(region.address + offset, nbytes), time.monotonic() + 1)
+
+    def close(self, deadline: float) -> bool:
+        """See `Export.close`: a fork that did not say it has closed the handles may still read."""
+        if self._serving.is_set():
+            self._served.wait(max(0.0, deadline - time.monotonic()))
+        return self._released

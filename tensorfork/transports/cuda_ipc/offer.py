@@ -1,0 +1,50 @@
+"""What a seed tells a fork of its memory, and what both must agree on to read what of it is on the CPU."""
+
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+
+from attrs import frozen
+
+from tensorfork import cuda
+from tensorfork.errors import TransportUnavailable
+from tensorfork.transports.base import RemoteRegion
+
+OFFER = struct.Struct("<16sI")
+EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE}s")
+ASKED = struct.Struct("<QQQ")
+SAID = 512 << 10
+"""Bytes of a CPU's region in one message of the channel."""
+
+
+_this_process = secrets.token_bytes(8)
+
+
+@frozen
+class Source:
+    """A region of the seed's: its address there, and a handle for it, or none within one process."""
+
+    address: int
+    nbytes: int
+    handle: bytes | None
+
+
+def read_offer(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int, Source]]:
+    """Whether the seed is in this process, and where each of its regions is. Raises `TransportUnavailable`."""
+    if len(offer) < OFFER.size or (len(offer) - OFFER.size) % EXPORTED.size:
+        raise TransportUnavailable("what the seed offers is not an offer of cuda_ipc; use one version on both sides")
+    process, count = OFFER.unpack_from(offer)
+    sizes = {region.id: region.nbytes for region in remote if region.device != "cpu"}
+    found = list(EXPORTED.iter_unpack(offer[OFFER.size :]))
+    if len(found) != count or {id for id, _, _ in found} != sizes.keys():
+        raise TransportUnavailable(
+            "the seed's offer over cuda_ipc does not fit its regions; use one version on both sides"
+        )
+    within = process == this_process()
+    return within, {id: Source(address, sizes[id], None if within else handle) for id, address, handle in found}
+
+
+def this_process() -> bytes:
+    """This process, in a way that survives neither os.fork() nor a second host."""
+    return _this_process + os.getpid().to_bytes(8, "little")

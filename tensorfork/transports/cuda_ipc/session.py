@@ -1,0 +1,174 @@
+"""The fork's side of a lease: it opens the seed's handles, and its copy engines read."""
+
+import ctypes
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event
+
+import torch
+
+from tensorfork import cuda
+from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
+from tensorfork.transports.cuda_ipc.mapped import Mapped
+from tensorfork.transports.cuda_ipc.offer import ASKED, SAID, read_offer
+
+BATCH = 1 << 30
+"""Bytes of copies that are enqueued together, and whose completion is one event: an event between two copies costs the
+copy engine some 40 µs, measured on two H200."""
+SMALL_BATCH = 32 << 20
+"""The same for models of less than some of these, so that they too are seen to arrive."""
+WINDOW = 3
+"""Batches under way on a device."""
+POLL = 50e-6
+"""Seconds between two looks at the events."""
+
+
+class IpcSession(Session):
+    """See above. `rate_limit` is in bytes a second."""
+
+    def __init__(
+        self,
+        offer: bytes,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        rate_limit: float | None,
+    ) -> None:
+        within, offered = read_offer(offer, remote)
+        self.fabric = "same process" if within else "cuda ipc"
+        self._channel, self._closed = channel, False
+        self._rate_limit, self._began, self._launched = rate_limit, 0.0, 0
+        self._remote = {region.id: region for region in remote}
+        self._regions = {region.id: region for region in regions}
+        devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
+        self._streams = {device: torch.cuda.Stream(device) for device in devices}
+        self._memory = Mapped(offered)
+        try:
+            if len(devices) == 1 and offered:
+                self._memory.want([(id, devices[0]) for id in offered])
+                self._memory.address(next(iter(offered)), devices[0])  # now, to know that it can be done
+        except BaseException:
+            self.close(time.monotonic())
+            raise
+
+    def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
+        """See `Session.pull`."""
+        for copy in copies:
+            self._check_bounds(copy)
+        pending: list[tuple[int, Iterator[list[int]]]] = []
+        for device, stream in self._streams.items():
+            mine = [i for i, copy in enumerate(copies) if self._runs_on(copy) == device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
+            pending.append((device, _batches(copies, mine, self._rate_limit)))
+        self._began, self._launched = time.monotonic(), 0
+        flying: deque[tuple[torch.cuda.Event, list[int]]] = deque()
+        try:
+            while pending or flying:
+                _check(deadline, cancel)
+                pending = [one for one in pending if self._launch(*one, copies, flying)]
+                while flying and flying[0][0].query():
+                    for i in flying.popleft()[1]:
+                        _check(deadline, cancel)
+                        done(i)
+                if len(flying) >= WINDOW * len(self._streams) or not pending or not self._may_launch():
+                    time.sleep(POLL)
+            for i, copy in enumerate(copies):
+                if self._runs_on(copy) is None:
+                    self._read_out(copy, deadline, cancel)
+                    done(i)
+        except cuda.DriverError as error:
+            raise TransferFailed(f"reading over CUDA IPC failed: {error}") from error
+        finally:
+            for stream in self._streams.values():  # after a failure too, nothing is written once this has returned
+                stream.synchronize()
+
+    def close(self, deadline: float) -> None:
+        """See `Session.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._memory.close()
+        try:
+            self._channel.send(b"", max(deadline, time.monotonic() + 1))
+        except PeerUnreachable:
+            return  # a seed that is gone needs not be told
+
+    def _launch(
+        self,
+        device: int,
+        batches: Iterator[list[int]],
+        copies: Sequence[Copy],
+        flying: deque[tuple["torch.cuda.Event", list[int]]],
+    ) -> bool:
+        """Enqueue what the window allows; False when there is nothing left."""
+        stream = self._streams[device]
+        with cuda.copying(stream) as enqueue:
+            while len(flying) < WINDOW * len(self._streams) and self._may_launch():
+                batch = next(batches, None)
+                if batch is None:
+                    return False
+                for i in batch:
+                    copy = copies[i]
+                    to = self._regions[copy.into]
+                    self._launched += copy.nbytes
+                    enqueue(to.address + copy.at, self._memory.address(copy.region, device) + copy.offset, copy.nbytes)
+                event = torch.cuda.Event()
+                event.record(stream)
+                flying.append((event, batch))
+        return True
+
+    def _may_launch(self) -> bool:
+        """Whether what has been launched is within the limit."""
+        if self._rate_limit is None:
+            return True
+        return self._launched <= (time.monotonic() - self._began) * self._rate_limit
+
+    def _runs_on(self, copy: Copy) -> int | None:
+        device = self._regions[copy.into].device
+        return None if device == "cpu" else cuda.device_index(device)
+
+    def _check_bounds(self, copy: Copy) -> None:
+        remote, ours = self._remote.get(copy.region), self._regions.get(copy.into)
+        if remote is None or ours is None:
+            raise TransferFailed(f"{copy} names a region that was not leased")
+        if copy.offset + copy.nbytes > remote.nbytes or copy.at + copy.nbytes > ours.nbytes:
+            raise TransferFailed(f"{copy} lies outside the leased regions")
+        if (remote.device == "cpu") != (ours.device == "cpu"):
+            raise TransportUnavailable("cuda_ipc does not move bytes between a GPU and a CPU; zeromq does")
+
+    def _read_out(self, copy: Copy, deadline: float, cancel: Event) -> None:
+        """Fetch bytes of the seed's CPU over the channel."""
+        for start in range(0, copy.nbytes, SAID):
+            _check(deadline, cancel)
+            nbytes = min(SAID, copy.nbytes - start)
+            self._channel.send(ASKED.pack(copy.region, copy.offset + start, nbytes), deadline)
+            said = self._channel.recv(deadline)
+            if len(said) != nbytes:
+                raise TransferFailed("the seed sent another number of bytes than was asked for")
+            ctypes.memmove(self._regions[copy.into].address + copy.at + start, said, nbytes)
+
+
+def _batches(copies: Sequence[Copy], indices: Sequence[int], rate_limit: float | None) -> Iterator[list[int]]:
+    batch: list[int] = []
+    nbytes = 0
+    size = min(BATCH, max(SMALL_BATCH, sum(copies[i].nbytes for i in indices) // 16))
+    if rate_limit is not None:
+        size = min(size, SMALL_BATCH)
+    for i in indices:
+        batch.append(i)
+        nbytes += copies[i].nbytes
+        if nbytes >= size:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _check(deadline: float, cancel: Event) -> None:
+    if cancel.is_set():
+        raise TransferFailed("the transfer was cancelled")
+    if time.monotonic() >= deadline:
+        raise TransferFailed("the seed's memory was not read whole by the deadline")
