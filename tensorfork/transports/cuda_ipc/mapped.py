@@ -23,8 +23,9 @@ class Mapped:
         self._closed = False
 
     def want(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Have these remote regions opened, each for one of our GPUs."""
+        """Have these remote regions opened, each for one of our GPUs, before those that were wanted earlier."""
         with self._changed:
+            first: dict[tuple[int, int], None] = {}
             for id, device in pairs:
                 if (id, device) in self._found:
                     continue
@@ -32,7 +33,8 @@ class Mapped:
                 if source.handle is None:
                     self._found[id, device] = source.address
                 else:
-                    self._wanted[id, device] = None
+                    first[id, device] = None
+            self._wanted = first | self._wanted
             if self._wanted and self._opener is None:
                 self._opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
                 self._opener.start()
@@ -76,7 +78,7 @@ class Mapped:
                 address = cuda.open_handle(handle, device)
                 with self._changed:
                     self._found[id, device] = address
-                    del self._wanted[id, device]
+                    del self._wanted[id, device]  # wherever it stands by now
                     self._changed.notify_all()
         except Exception as error:
             with self._changed:

@@ -46,7 +46,8 @@ class TransferEngine(Transport):
         rate_limit: bytes a second that a fork asks for at most, on average; no limit by default.
         keep_registered: whether a seed's memory stays registered from its first lease until it is closed, so that later
             leases begin at once, or only while a lease needs it. By default it stays for rdma, where registering takes
-            seconds, and does not for nvlink and tcp, where it takes milliseconds.
+            seconds, and for nvlink, where it takes milliseconds that the seed's own steps wait for, while taking it
+            back would revoke nothing; over tcp, where it would be open to whoever reaches the port, it does not.
         nics: names of the RDMA NICs to use, such as "mlx5_0"; all by default.
         piece: bytes of a read at most, 1 MiB or more.
     """
@@ -111,7 +112,7 @@ class TransferEngine(Transport):
         except TransferFailed as error:
             raise TransportUnavailable(str(error)) from error
         made = engine.engine(fabric, site.host, self._nics)
-        keep = fabric == "rdma" if self._keep is None else self._keep
+        keep = fabric != "tcp" if self._keep is None else self._keep
         if keep:
             self._keep_registered(made, regions, deadline)
         return EngineExport(made, made.spans.hold(regions, deadline), regions, kept=keep)
