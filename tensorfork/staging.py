@@ -79,13 +79,21 @@ class RegionMemory:
 
     def holds(self, stretches: Sequence[tuple[int, int, int]], most: int) -> bool:
         """Whether all of (region, offset, bytes) lie inside, and together are no more than so many bytes."""
-        return sum(nbytes for _, _, nbytes in stretches) <= most and all(
-            id in self._regions and offset + nbytes <= self._regions[id].nbytes for id, offset, nbytes in stretches
-        )
+        total = 0
+        for id, offset, nbytes in stretches:
+            region = self._regions.get(id)
+            if region is None or offset + nbytes > region.nbytes:
+                return False
+            total += nbytes
+        return total <= most
 
     def staged(self, stretches: Sequence[tuple[int, int, int]]) -> bool:
         """Whether any of them is a GPU's."""
         return self._staging is not None and any(self._regions[id].device != "cpu" for id, _, _ in stretches)
+
+    def addresses(self, stretches: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """The (address, bytes) of each of them, none of them a GPU's."""
+        return [(self._regions[id].address + offset, nbytes) for id, offset, nbytes in stretches]
 
     def read(self, stretches: Sequence[tuple[int, int, int]], slot: Slot | None) -> list[memoryview]:
         """Their bytes: in place, or, of GPUs, in the slot."""
@@ -138,6 +146,21 @@ class RegionMemory:
         if self._staging is not None:
             self._staging.synchronize()
 
+
+def keep_freed_memory(nbytes: int) -> None:
+    """Have the C library keep what is freed, up to twice so many bytes (at most 32 MiB), for what is asked for next.
+
+    glibc maps blocks of 128 KiB and more anew each time, and hands back what it has free beyond 128 KiB: every page of
+    a buffer that comes and goes is then cleared by the kernel every time. Both bounds grow with the largest mapped
+    block that was ever freed (`mallopt(3)`, M_MMAP_THRESHOLD), so one is taken and freed, untouched. Elsewhere it does
+    nothing.
+    """
+    _libc.free(_libc.malloc(nbytes))
+
+
+_libc = ctypes.CDLL(None)
+_libc.malloc.argtypes, _libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+_libc.free.argtypes, _libc.free.restype = [ctypes.c_void_p], None
 
 _from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _from_memory.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int

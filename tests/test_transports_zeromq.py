@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorfork
-from tensorfork import Copy, RemoteRegion, Site, TransferFailed, TransportUnavailable
+from tensorfork import Copy, RemoteRegion, Site, TransferFailed, TransportUnavailable, sockets
 from tensorfork.testing import TransportSuite
 from tensorfork.testing.ends import Speaker
 from tensorfork.testing.lab import HERE
 from tensorfork.testing.memory import Memory, contents
-from tensorfork.transports.zeromq import ZeroMQ
+from tensorfork.transports.zeromq import FRAME, ZeroMQ
 
 SECONDS = 20.0
 SITE = Site("127.0.0.1", "127.0.0.1")
@@ -233,9 +233,87 @@ def test_what_lies_outside_the_regions_is_not_answered_with_bytes(
         assert len(frames) == 1
 
 
+def test_who_asks_for_nothing_is_refused_and_the_next_answer_is_whole(served: Served) -> None:
+    with dealer(served) as made:
+        made.send(request(served.token, number=1))
+        made.send(request(served.token, (served.region, 3, 10), (served.region, 0, 0), number=2))
+        for expected in ([(1, 1)], [(2, 0)]):
+            assert made.poll(SECONDS * 1000)
+            first, *frames = made.recv_multipart()
+            assert [struct.unpack("<QB", first)] == expected
+        assert frames == [bytes(contents(3, [served.nbytes])[0][3:13].tolist()), b""]
+
+
+@pytest.mark.parametrize("nbytes", [1, 100_000, (9 << 20) + 17])
+def test_where_libzmq_cannot_be_called_directly_the_same_bytes_arrive(
+    nbytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sockets._libzmq is not None
+    monkeypatch.setattr(sockets, "_libzmq", None)
+    with Served(ZeroMQ(), nbytes) as served:
+        served.fork()
+
+
+def test_memory_is_lent_and_not_copied() -> None:
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://lent")
+        other.connect("inproc://lent")
+        sockets.Lender(one).send([(memory.data_ptr(), memory.nbytes), (memory.data_ptr() + 5, 10)])
+        memory.fill_(7)
+        assert other.recv_multipart() == [bytes([7]) * memory.nbytes, bytes([7]) * 10]
+
+
+def test_who_lends_to_nobody_is_told() -> None:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one:
+        with pytest.raises(zmq.ZMQError) as caught:
+            sockets.Lender(one).send([(1, 0)])
+        assert caught.value.errno == zmq.EAGAIN
+
+
+def test_the_kernel_buffers_little_between_processes_of_one_host_and_what_it_likes_between_others() -> None:
+    transport, memory = ZeroMQ(), Memory("cpu", [10], 1)
+    here = transport.facts(memory.regions)
+    found = []
+    for facts in (here, {"host": "another"}, {}):
+        export = transport.export(memory.regions, SITE, facts, soon())
+        found.append(export._socket.sndbuf)
+        export.close(soon())
+    assert found == [256 << 10, -1, -1]
+
+
+def test_a_seed_that_sends_what_nobody_asked_for_does_not_fill_the_forks_memory() -> None:
+    """It is the fork that stops reading; the seed's own queue, limited here to one message, is what fills."""
+    mine = Memory("cpu", [1000], 4)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.sndhwm, router.router_mandatory, router.linger = 1, True, 0
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"))
+        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, nobody(), soon())
+        ended = threading.Event()
+
+        def pull() -> None:
+            with pytest.raises(TransferFailed, match="cancelled"):
+                session.pull([Copy(0, 1, 0, mine.regions[0].id, 0, 9)], soon(), lambda _: None, ended)
+
+        thread = threading.Thread(target=pull)
+        thread.start()
+        peer, _ = router.recv_multipart()
+        ended.set()
+        thread.join(SECONDS)
+        sent = 0
+        try:
+            while sent < 200 and router.poll(500, zmq.POLLOUT):  # nobody takes anything in the fork any more
+                router.send_multipart([peer, bytes(1 << 20)], zmq.NOBLOCK)
+                sent += 1
+        except zmq.Again:
+            pass
+        session.close(soon())
+        assert sent < 40  # AHEAD, and what the kernel buffers
+
+
 def test_more_than_a_frame_holds_is_not_given_at_once() -> None:
     with Served(ZeroMQ(), 4 << 20) as served, dealer(served) as made:
-        made.send(request(served.token, (served.region, 0, 2 << 20)))
+        made.send(request(served.token, (served.region, 0, FRAME + 1)))
         made.send(request(served.token, *[(served.region, i << 10, 1 << 16) for i in range(64)]))
         for _ in range(2):
             assert made.poll(SECONDS * 1000)
@@ -351,7 +429,7 @@ LIES: dict[str, Callable[[int], list[bytes] | None]] = {
     "an empty head": lambda number: [b"", bytes(100)],
     "a long head": lambda number: [head(number) + b"x", bytes(100)],
     "a status that is none": lambda number: [head(number, 7), bytes(100)],
-    "a frame longer than any": lambda number: [head(number), bytes((1 << 20) + 1)],
+    "a frame longer than any": lambda number: [head(number), bytes(FRAME + 1)],
     "nothing": lambda number: None,
 }
 

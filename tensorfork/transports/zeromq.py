@@ -1,9 +1,10 @@
 """Bytes over ZeroMQ: works between any two processes that can reach one another, with what is always installed.
 
-The fork asks for stretches of the leased regions; the seed answers with frames that lie over the tensors' own memory
-(libzmq copies those below 256 KiB, which is cheaper for it than to keep track), and the fork receives them straight
-into place. Each of the fork's connections has a bounded window of requests under way, so neither side ever holds more
-than that beyond the model, and a fork that stops reading holds up nobody.
+The fork asks for stretches of the leased regions; the seed answers with frames that lie over the tensors' own memory,
+and the fork receives them straight into place. Each of the fork's connections has a window of requests under way, long
+enough that nobody waits for a question. That costs the seed nothing, whose frames are not copied; and a fork's libzmq
+stops reading when a few answers wait to be taken. So neither side ever holds more than that beyond the model, and a
+fork that stops reading holds up nobody.
 
 Memory of GPUs passes through bounded, pinned buffers on either side: while libzmq sends one, the next is filled.
 
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from threading import Event
 from typing import Any, ClassVar
 
@@ -27,20 +29,27 @@ from attrs import define, frozen
 from zmq.utils.monitor import recv_monitor_message
 
 from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
-from tensorfork.sockets import Address, Bell, bind, connect, context, make, milliseconds, resolve
-from tensorfork.staging import RegionMemory, Slot
+from tensorfork.sockets import Address, Bell, Lender, bind, connect, context, make, milliseconds, resolve
+from tensorfork.staging import RegionMemory, Slot, keep_freed_memory
 from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
 
-FRAME = 512 << 10
-"""Bytes of one frame at most; measured best on loopback (docs/performance.md)."""
-WINDOW = 3
-"""Requests under way on a connection. Few and small: what is under way should fit into a processor's cache."""
-SLOTS = 32
+FRAME = 2 << 20
+"""Bytes of one answer at most. Smaller ones cost more switches between threads, larger ones leave the cache."""
+WINDOW = 16
+"""Requests under way on a connection."""
+AHEAD = 3
+"""Answers that a fork's libzmq takes from a connection before they are asked for, with up to four connections."""
+SLOTS = 16
 """Pinned buffers in a seed with GPUs, of a frame each; a fork has half as many."""
 STRETCHES = 64
 """Stretches in one request."""
-COPY_BELOW = 256 << 10
-"""Frames that libzmq copies, in bytes: cheaper for it than to keep track."""
+FREED = 16 << 20
+"""Bytes of freed memory that the C library is to keep in a fork: what libzmq receives into, again and again."""
+SEND_BUFFER = 256 << 10
+"""Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
+processor's cache, and costs a third of the speed. Between hosts the kernel knows better."""
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _HEAD = struct.Struct("<16sQ")
 _STRETCH = struct.Struct("<QQQ")
@@ -54,7 +63,7 @@ class ZeroMQ(Transport):
     """The transport that is always there.
 
     Args:
-        connections: how many the fork opens to the seed, 1 to 16; by default 2, and 4 where there are cores for it.
+        connections: how many the fork opens to the seed, 1 to 16; by default one for every two cores, and at most 4.
         ports: the range in which the seed listens, one port for each lease; any free one by default.
     """
 
@@ -63,14 +72,19 @@ class ZeroMQ(Transport):
 
     def __init__(self, *, connections: int | None = None, ports: range | None = None) -> None:
         if connections is None:
-            connections = 2 if (os.cpu_count() or 1) < 8 else 4
+            connections = max(1, min(4, (os.cpu_count() or 1) // 2))
         if not 1 <= connections <= 16:
             raise ValueError(f"connections must be 1 to 16, not {connections}")
         self._connections, self._ports = connections, ports
 
+    def facts(self, regions: Sequence[Region]) -> Facts:
+        """See `Transport.facts`: which host this is."""
+        host = _host()
+        return {} if host is None else {"host": host}
+
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "_Export":
         """See `Transport.export`."""
-        return _Export(regions, site.bind, self._ports)
+        return _Export(regions, site.bind, self._ports, on_host="host" in fork and fork["host"] == _host())
 
     def open(
         self,
@@ -94,13 +108,15 @@ class ZeroMQ(Transport):
 
 
 class _Export(Export):
-    def __init__(self, regions: Sequence[Region], host: str, ports: range | None) -> None:
+    def __init__(self, regions: Sequence[Region], host: str, ports: range | None, *, on_host: bool) -> None:
         self._memory = RegionMemory(regions, SLOTS, FRAME)
         self._token = secrets.token_bytes(16)
         self._context = _context(2)
         self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
         self._socket.router_mandatory = True
-        self._socket.copy_threshold = COPY_BELOW
+        if on_host:
+            self._socket.sndbuf = SEND_BUFFER
+        self._lender = Lender(self._socket)
         self._in_use: dict[int, Sequence[zmq.MessageTracker]] = {}
         self._bell, self._ended = Bell(), threading.Event()
         self._serving = threading.Lock()
@@ -163,16 +179,18 @@ class _Export(Export):
         token, number = _HEAD.unpack_from(request)
         if not secrets.compare_digest(token, self._token) or (len(request) - _HEAD.size) % _STRETCH.size:
             return  # not one of ours: not a word
-        stretches = list(_STRETCH.iter_unpack(request[_HEAD.size :]))
-        allowed = self._memory.holds(stretches, FRAME)
-        slot = self._free_slot() if allowed and self._memory.staged(stretches) else None
-        frames = self._memory.read(stretches, slot) if allowed else []
-        answer: list[Any] = [peer, _ANSWER.pack(number, _OK if allowed else _OUTSIDE), *frames]
+        stretches = list(_STRETCH.iter_unpack(memoryview(request)[_HEAD.size :]))
+        allowed = bool(stretches) and self._memory.holds(stretches, FRAME)
+        answer = [peer, _ANSWER.pack(number, _OK if allowed else _OUTSIDE)]
         try:
-            if slot is None:
-                self._socket.send_multipart(answer, zmq.NOBLOCK, copy=False)
+            if not allowed:
+                self._socket.send_multipart(answer, zmq.NOBLOCK)
+            elif self._memory.staged(stretches):
+                slot = self._free_slot()
+                self._in_use[id(slot)] = self._send_tracked([*answer, *self._memory.read(stretches, slot)])
             else:
-                self._in_use[id(slot)] = self._send_tracked(answer)
+                self._socket.send_multipart(answer, zmq.NOBLOCK | zmq.SNDMORE)
+                self._lender.send(self._memory.addresses(stretches))
         except zmq.ZMQError as error:  # it is gone, or asks more than it reads
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
@@ -224,9 +242,11 @@ class _Session(Session):
         self._token, self._seed = token, seed
         self._memory = RegionMemory(regions, SLOTS // 2, FRAME)
         self._context = _context(min(connections, 4))
-        self._lines = [self._connect() for _ in range(connections)]
+        keep_freed_memory(FREED)
+        ahead = max(1, min(AHEAD, 4 * AHEAD // connections))
+        self._lines = [self._connect(ahead) for _ in range(connections)]
         self._number = 0
-        self._landing: deque[tuple[torch.cuda.Event, int]] = deque()
+        self._landing: deque[tuple[torch.cuda.Event, int, int]] = deque()
         self._broken = False
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
@@ -236,7 +256,7 @@ class _Session(Session):
         if not copies:
             return
         self._check_places(copies)
-        left = [-(-copy.nbytes // FRAME) for copy in copies]
+        left = [copy.nbytes for copy in copies]
         self._memory.wait_for_callers()
         requests = self._requests(copies)
         poller = zmq.Poller()
@@ -273,8 +293,9 @@ class _Session(Session):
         self._context.destroy(linger=0)
         self._lines = []
 
-    def _connect(self) -> _Line:
-        line = make(self._context, zmq.DEALER, max_message=FRAME, queue=0)
+    def _connect(self, ahead: int) -> _Line:
+        line = make(self._context, zmq.DEALER, max_message=FRAME, queue=0)  # the window bounds what is sent
+        line.rcvhwm = ahead
         line.reconnect_ivl = -1
         monitor = line.get_monitor_socket(zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL)
         connect(line, self._seed)
@@ -283,14 +304,15 @@ class _Session(Session):
     def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
         asked, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
         for i, copy in enumerate(copies):
-            for start in range(0, copy.nbytes, FRAME):
-                size = min(FRAME, copy.nbytes - start)
-                if targets and (nbytes + size > FRAME or len(targets) == STRETCHES):
-                    yield _Request(bytes(asked), targets)
-                    asked, targets, nbytes = bytearray(), [], 0
+            start = 0
+            while start < copy.nbytes:
+                size = min(FRAME - nbytes, copy.nbytes - start)
                 asked += _STRETCH.pack(copy.region, copy.offset + start, size)
                 targets.append((i, copy.into, copy.at + start, size))
-                nbytes += size
+                nbytes, start = nbytes + size, start + size
+                if nbytes == FRAME or len(targets) == STRETCHES:
+                    yield _Request(bytes(asked), targets)
+                    asked, targets, nbytes = bytearray(), [], 0
         if targets:
             yield _Request(bytes(asked), targets)
 
@@ -308,7 +330,7 @@ class _Session(Session):
             line.waiting.append((self._number, request))
 
     def _receive(self, line: _Line, left: list[int], done: Callable[[int], None]) -> None:
-        for _ in range(WINDOW):
+        for _ in range(AHEAD):  # then look whether it is to go on
             try:
                 head = line.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -318,28 +340,40 @@ class _Session(Session):
                 raise TransferFailed(f"{self._seed} answered something else than was asked")
             if _ANSWER.unpack(head)[1] != _OK:
                 raise TransferFailed(f"{self._seed} refused: a stretch lies outside the leased regions")
-            for i, region, at, nbytes in request.targets:
-                slot = self._memory.slot_for(region)
-                target = self._memory.view(region, at, nbytes) if slot is None else slot.view[:nbytes]
-                if not line.socket.rcvmore or line.socket.recv_into(target, flags=zmq.NOBLOCK) != nbytes:
-                    raise TransferFailed(f"{self._seed} sent another number of bytes than was asked for")
-                if slot is None:
-                    self._landed(i, left, done)
-                else:
-                    slot.event = self._memory.land(slot, region, at, nbytes)
-                    self._landing.append((slot.event, i))
-            if line.socket.rcvmore:
-                raise TransferFailed(f"{self._seed} sent more than was asked for")
+            self._take(line.socket, request, left, done)
+
+    def _take(
+        self, socket: "zmq.Socket[bytes]", request: _Request, left: list[int], done: Callable[[int], None]
+    ) -> None:
+        """The frames of an answer, each to its place. One that is missing shows too: nothing comes, or the next
+        answer's head, which has another length.
+        """
+        for i, region, at, nbytes in request.targets:
+            slot = self._memory.slot_for(region)
+            target = self._memory.view(region, at, nbytes) if slot is None else slot.view[:nbytes]
+            try:
+                came = socket.recv_into(target, flags=zmq.NOBLOCK)
+            except zmq.Again:
+                came = -1
+            if came != nbytes:
+                raise TransferFailed(f"{self._seed} sent another number of bytes than was asked for")
+            if slot is None:
+                self._landed(i, nbytes, left, done)
+            else:
+                slot.event = self._memory.land(slot, region, at, nbytes)
+                self._landing.append((slot.event, i, nbytes))
+        if socket.get(zmq.RCVMORE):
+            raise TransferFailed(f"{self._seed} sent more than was asked for")
 
     def _land(self, left: list[int], done: Callable[[int], None], wait: bool = False) -> None:
         """Take note of what has reached its GPU."""
         while self._landing and (wait or self._landing[0][0].query()):
-            event, i = self._landing.popleft()
+            event, i, nbytes = self._landing.popleft()
             event.synchronize()
-            self._landed(i, left, done)
+            self._landed(i, nbytes, left, done)
 
-    def _landed(self, i: int, left: list[int], done: Callable[[int], None]) -> None:
-        left[i] -= 1
+    def _landed(self, i: int, nbytes: int, left: list[int], done: Callable[[int], None]) -> None:
+        left[i] -= nbytes
         if not left[i]:
             done(i)
 
@@ -358,6 +392,14 @@ class _Session(Session):
     def _notice(self, line: _Line) -> None:
         recv_monitor_message(line.monitor)
         raise TransferFailed(f"{self._seed} closed the connection, or died")
+
+
+def _host() -> str | None:
+    """Which host this is; None where that cannot be told."""
+    try:
+        return BOOT.read_text().strip()
+    except OSError:
+        return None
 
 
 def _context(io_threads: int) -> "zmq.Context[zmq.Socket[bytes]]":
