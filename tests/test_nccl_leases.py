@@ -10,77 +10,16 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+from gloo_leases import SECONDS, export, hear, opened, say, served, wait_until
 
 import tensorfork
-from tensorfork import Copy, Site, TransferFailed, TransportUnavailable
+from tensorfork import Copy, TransferFailed, TransportUnavailable
 from tensorfork.errors import PeerUnreachable
-from tensorfork.testing.ends import Speaker
 from tensorfork.testing.memory import Memory
-from tensorfork.transports.nccl import Gloo
 from tensorfork.transports.nccl.gloo import GlooLane
+from tensorfork.transports.nccl.lane import FORK
 from tensorfork.transports.nccl.memory import Memory as RegionsOfOneSide
 from tensorfork.transports.nccl.rendezvous import reach_store, serve_store, together
-
-LOOPBACK = Site("127.0.0.1", "127.0.0.1")
-SECONDS = 60.0
-"""A deadline that is kept with ease."""
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
-@contextmanager
-def served(export: tensorfork.Export, deaf_to: bytes | None = None) -> Iterator[tuple[Speaker, list[BaseException]]]:
-    """An export that is served; the fork's end of its channel, and how serving ended. Ends like a lease.
-
-    What has `deaf_to` in it does not reach the fork.
-    """
-    forks = Speaker(lambda _: None)
-    mine = Speaker(lambda message: None if deaf_to and deaf_to in message else forks.hear(message))
-    forks._say = mine.hear
-    ended: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            export.serve(mine)
-        except BaseException as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    try:
-        yield forks, ended
-    finally:
-        assert export.close(time.monotonic() + SECONDS)
-        thread.join(SECONDS)
-        assert not thread.is_alive()
-
-
-def export(memory: Memory, seconds: float = SECONDS, **options: Any) -> tensorfork.Export:
-    return Gloo(**options).export(memory.regions, LOOPBACK, {}, time.monotonic() + seconds)
-
-
-def hear(speaker: Speaker) -> list[Any]:
-    found: list[Any] = msgpack.unpackb(speaker.recv(time.monotonic() + SECONDS))
-    return found
-
-
-def say(speaker: Speaker, *words: Any) -> None:
-    speaker.send(msgpack.packb(words), time.monotonic() + SECONDS)
-
-
-@contextmanager
-def opened(memory: Memory, into: Memory, speaker: Speaker, offer: bytes) -> Iterator[tensorfork.Session]:
-    remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
-    session = Gloo().open(offer, "127.0.0.1", remote, into.regions, speaker, time.monotonic() + SECONDS)
-    try:
-        yield session
-    finally:
-        session.close(time.monotonic() + SECONDS)
 
 
 def test_a_fork_that_never_joins_costs_a_thread_until_the_lease_ends() -> None:
@@ -169,15 +108,6 @@ def test_a_bucket_holds_no_more_than_the_seed_said() -> None:
         assert "bucket" in words[1]
 
 
-def test_a_pull_is_no_success_before_the_seed_has_said_so() -> None:
-    memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
-    made = export(memory)
-    with served(made, deaf_to=b"sent") as (speaker, _), opened(memory, into, speaker, made.offer) as session:
-        copy = Copy(0, memory.regions[0].id, 0, into.regions[0].id, 0, 1000)
-        with pytest.raises(TransferFailed, match="deadline"):
-            session.pull([copy], time.monotonic() + 0.5, lambda _: None, threading.Event())
-
-
 def test_a_pull_that_is_cancelled_when_its_last_copy_is_done_has_failed() -> None:
     memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
     made, cancel = export(memory), threading.Event()
@@ -242,7 +172,7 @@ def test_a_transfer_that_was_aborted_and_returns_is_no_success() -> None:
 
     work = Work()
     lane = object.__new__(GlooLane)
-    lane.aborted, lane._stream, lane._under_way = False, None, [work]
+    lane.rank, lane.aborted, lane._stream, lane._under_way = FORK, False, None, [work]
     with pytest.raises(TransferFailed):
         lane.finish(([work], (), None), lambda: None)
 

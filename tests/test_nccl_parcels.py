@@ -1,16 +1,20 @@
 """What process groups refuse before anything starts, and what of them is pure: parcels, pages, regions that touch."""
 
+import os
+import secrets
 import socket
 import time
+from typing import Any
 
 import msgpack
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Child
 
 import tensorfork
-from tensorfork import Copy, TransportUnavailable
+from tensorfork import Copy, TransportUnavailable, cuda
 from tensorfork.errors import ProtocolError
 from tensorfork.testing.ends import Speaker
 from tensorfork.testing.memory import Memory
@@ -54,18 +58,47 @@ def test_memory_of_other_kinds_is_refused() -> None:
         Gloo().facts([tensorfork.Region(0, 0, 10, "mps:0")])
 
 
-GPU_FACTS = {"devices": ["cuda:0"], "gpus": ["GPU-a"], "version": [2, 27, 7]}
+GPU_FACTS = {"devices": ["cuda:0"], "gpus": ["GPU-a"], "version": [2, 27, 7], "process": b"one"}
+OTHER_FACTS = GPU_FACTS | {"gpus": ["GPU-b"], "process": b"other"}
 
 
 def test_nccl_refuses_two_processes_on_one_gpu() -> None:
-    other = GPU_FACTS | {"gpus": ["GPU-b"]}
-    assert NCCL().why_not(GPU_FACTS, other) is None
-    assert "the same GPU" in str(NCCL().why_not(GPU_FACTS, GPU_FACTS | {"gpus": ["GPU-b", "GPU-a"]}))
+    assert NCCL().why_not(GPU_FACTS, OTHER_FACTS) is None
+    assert "the same GPU" in str(NCCL().why_not(GPU_FACTS, OTHER_FACTS | {"gpus": ["GPU-b", "GPU-a"]}))
 
 
 def test_nccl_refuses_another_version_of_itself() -> None:
-    other = GPU_FACTS | {"gpus": ["GPU-b"], "version": [2, 26, 2]}
+    other = OTHER_FACTS | {"version": [2, 26, 2]}
     assert "2.27.7 here and 2.26.2" in str(NCCL().why_not(GPU_FACTS, other))
+
+
+def said_of_gpus(pipe: Any) -> None:
+    """A process with a GPU, as far as `NCCL` can tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        pipe.send(facts_of_gpus(patch))
+
+
+def facts_of_gpus(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `NCCL` says of a GPU, which need not be there: another one each time."""
+    patch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    patch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 7))
+    patch.setattr(cuda, "uuid", lambda _: secrets.token_hex(8))
+    return dict(NCCL().facts([tensorfork.Region(0, 0, 10, "cuda:0")]))
+
+
+def test_nccl_refuses_a_seed_within_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, fork = facts_of_gpus(monkeypatch), facts_of_gpus(monkeypatch)
+    assert "one process" in str(NCCL().why_not(fork, seed))
+    assert "use cuda_ipc" in str(NCCL().why_not(fork, seed))
+    with Child(said_of_gpus) as other:
+        assert NCCL().why_not(fork, other.hear()) is None
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in a child of os.fork()
+    assert NCCL().why_not(facts_of_gpus(monkeypatch), seed) is None
+
+
+def test_gloo_takes_a_seed_within_one_process() -> None:
+    facts = Gloo().facts(Memory("cpu", [10], 1).regions)
+    assert Gloo().why_not(facts, facts) is None
 
 
 @pytest.mark.parametrize("options", [{"rate_limit": 0}, {"parcel": 0}, {"small": 0}, {"bucket": 10, "small": 11}])

@@ -1,35 +1,25 @@
-"""Process groups of two: gloo here, nccl where there are two GPUs (`-m gpu`); the same tests for both where it can be.
-
-What must be under way when something happens is held up by the seed's rate limit, never by sleeping.
-"""
+"""Process groups of two: gloo here, nccl where there are two GPUs (`-m gpu`); the same tests for both if possible."""
 
 import gc
 import os
 import random
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gloo_leases import wait_until
+from group_seeds import BACKENDS, SECONDS, SLOW, Backend, equal, model, published, transport
 from processes import Child
 
 import tensorfork
-from tensorfork import TransferFailed, TransportUnavailable
+from tensorfork import TransportUnavailable
 from tensorfork.testing import TransportSuite
 from tensorfork.transports.nccl import NCCL, Gloo
 from tensorfork.transports.nccl.rendezvous import environment
-
-SECONDS = 60.0
-"""A deadline that is kept with ease."""
-SLOW = 4 << 20
-"""Bytes a second, of a transfer in the middle of which something happens."""
-MANY = 4 << 20
-"""Bytes of such a transfer."""
-LONG = {"gloo": 4.0, "nccl": 12.0}
-"""Seconds for a fork with such a transfer; to make a communicator of NCCL's takes some."""
 
 
 class TestGloo(TransportSuite):
@@ -52,46 +42,13 @@ class TestGlooWithAGPU(TransportSuite):
 @pytest.mark.gpu(2)
 class TestNCCL(TransportSuite):
     devices = (("cuda:0", "cuda:1"),)
+    ways = ("from a spawned process",)
     big = 64 << 20
     short = 3.0
     seconds = SECONDS
 
     def make(self) -> tensorfork.Transport:
         return NCCL(parcel=2 << 20, bucket=1 << 20, small=64 << 10)
-
-
-BACKENDS = [
-    pytest.param(("gloo", "cpu", "cpu"), id="gloo"),
-    pytest.param(("nccl", "cuda:0", "cuda:1"), id="nccl", marks=pytest.mark.gpu(2)),
-]
-Backend = tuple[str, str, str]
-
-
-def transport(name: str, **options: Any) -> tensorfork.Transport:
-    return NCCL(**options) if name == "nccl" else Gloo(**options)
-
-
-def model(device: str, sizes: Sequence[int], seed: int | None = None) -> dict[str, torch.Tensor]:
-    """Tensors of bytes: the same for the same seed, or zeros."""
-    draw = torch.Generator().manual_seed(seed or 0)
-    made = {
-        f"t{i}": torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=draw)
-        if seed is not None
-        else torch.zeros(nbytes, dtype=torch.uint8)
-        for i, nbytes in enumerate(sizes)
-    }
-    return {name: tensor.to(device) for name, tensor in made.items()}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(tensor.cpu(), other[name].cpu()) for name, tensor in one.items())
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 # Whole forks.
@@ -101,10 +58,10 @@ def wait_until(true: Callable[[], bool]) -> None:
 def test_a_model_of_all_sizes_is_forked(backend: Backend) -> None:
     name, there, here = backend
     sizes = [5 << 20, 300_000, 1, 7, 511, 1 << 20, 4097, 100_000]
-    ours, theirs = model(here, sizes), model(there, sizes, 1)
-    with tensorfork.publish(theirs) as seed:
-        report = tensorfork.fork_into(ours, seed.address, transport=name, timeout=SECONDS)
-    assert equal(ours, theirs)
+    ours = model(here, sizes)
+    with published(("", there, sizes, 1)) as address:
+        report = tensorfork.fork_into(ours, address, transport=name, timeout=SECONDS)
+    assert equal(ours, model("cpu", sizes, 1))
     assert report.transport == name
     assert report.verified
 
@@ -114,10 +71,10 @@ def test_ten_thousand_small_tensors_are_forked(backend: Backend) -> None:
     name, there, here = backend
     draw = random.Random(1)
     sizes = [draw.randint(1, 3000) for _ in range(10_000)]
-    ours, theirs = model(here, sizes), model(there, sizes, 2)
-    with tensorfork.publish(theirs) as seed:
-        tensorfork.fork_into(ours, seed.address, transport=name, timeout=SECONDS)
-    assert equal(ours, theirs)
+    ours = model(here, sizes)
+    with published(("", there, sizes, 2)) as address:
+        tensorfork.fork_into(ours, address, transport=name, timeout=SECONDS)
+    assert equal(ours, model("cpu", sizes, 2))
 
 
 @pytest.mark.gpu(2)
@@ -125,38 +82,65 @@ def test_ten_thousand_small_tensors_are_forked(backend: Backend) -> None:
 def test_a_model_partly_on_the_cpu_is_forked_whole(device: str) -> None:
     sizes = [3 << 20, 70_000, 12]
     other = {"cuda:0": "cuda:1", "cuda:1": "cuda:0"}[device]
-    theirs = model(device, sizes, 3) | {f"host.{k}": v for k, v in model("cpu", sizes, 4).items()}
-    ours = model(other, sizes) | {f"host.{k}": v for k, v in model("cpu", sizes).items()}
-    with tensorfork.publish(theirs) as seed:
-        tensorfork.fork_into(ours, seed.address, transport="nccl", timeout=SECONDS)
-    assert equal(ours, theirs)
+    ours, host = model(other, sizes), model("cpu", sizes)
+    with published(("", device, sizes, 3), ("host.", "cpu", sizes, 4)) as address:
+        into = ours | {f"host.{k}": v for k, v in host.items()}
+        tensorfork.fork_into(into, address, transport="nccl", timeout=SECONDS)
+    assert equal(ours, model("cpu", sizes, 3))
+    assert equal(host, model("cpu", sizes, 4))
 
 
 @pytest.mark.gpu(2)
 def test_a_model_leaves_the_gpu_and_comes_back_on_it() -> None:
     sizes = [3 << 20, 70_000, 12, 9 << 20]
-    theirs = model("cuda:0", sizes, 5)
     ours = model("cuda:1", sizes[:2]) | dict(list(model("cpu", sizes).items())[2:])
-    with tensorfork.publish(theirs) as seed:
-        tensorfork.fork_into(ours, seed.address, transport="nccl", timeout=SECONDS)
-    assert equal(ours, theirs)
+    with published(("", "cuda:0", sizes, 5)) as address:
+        tensorfork.fork_into(ours, address, transport="nccl", timeout=SECONDS)
+    assert equal(ours, model("cpu", sizes, 5))
 
 
 @pytest.mark.gpu(4)
 def test_a_model_on_two_gpus_is_forked_to_two_others() -> None:
     sizes = [30 << 20, 70_000, 12]
-    theirs = {f"{d}.{k}": v for d in (0, 1) for k, v in model(f"cuda:{d}", sizes, 6 + d).items()}
-    ours = {f"{d}.{k}": v for d in (0, 1) for k, v in model(f"cuda:{2 + d}", sizes).items()}
-    with tensorfork.publish(theirs) as seed:
-        tensorfork.fork_into(ours, seed.address, transport="nccl", timeout=SECONDS)
-    assert equal(ours, theirs)
+    first, second = model("cuda:2", sizes), model("cuda:3", sizes)
+    with published(("0.", "cuda:0", sizes, 6), ("1.", "cuda:1", sizes, 7)) as address:
+        into = {f"0.{k}": v for k, v in first.items()} | {f"1.{k}": v for k, v in second.items()}
+        tensorfork.fork_into(into, address, transport="nccl", timeout=SECONDS)
+    assert equal(first, model("cpu", sizes, 6))
+    assert equal(second, model("cpu", sizes, 7))
+
+
+@pytest.mark.gpu(2)
+def test_nccl_within_one_process_is_refused_before_anything_starts() -> None:
+    with tensorfork.publish(model("cuda:0", [1000], 17)) as seed:
+        ours = model("cuda:1", [1000])
+        with pytest.raises(TransportUnavailable, match=r"one process.*use cuda_ipc"):
+            tensorfork.fork_into(ours, seed.address, transport="nccl", timeout=SECONDS)
+
+
+@pytest.mark.gpu(2)
+def test_a_fork_does_not_wait_for_its_group_to_be_taken_down_and_the_next_one_does() -> None:
+    sizes = [30 << 20, 70_000]
+    with published(("", "cuda:0", sizes, 18)) as address:
+        for _ in range(4):
+            ours = model("cuda:1", sizes)
+            report = tensorfork.fork_into(ours, address, transport="nccl", timeout=SECONDS)
+            assert report.seconds["close"] < 0.2
+            assert equal(ours, model("cpu", sizes, 18))
+
+
+@pytest.mark.gpu(2)
+def test_a_process_that_ends_behind_its_fork_ends_well() -> None:
+    script = "import sys, tensorfork\ntensorfork.fork(sys.argv[1], device='cuda:1', transport='nccl', timeout=60.0)\n"
+    with published(("", "cuda:0", [30 << 20, 70_000], 19)) as address:
+        ended = subprocess.run([sys.executable, "-c", script, address], capture_output=True, timeout=SECONDS, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_forks_at_once_do_not_meet(backend: Backend) -> None:
     name, there, here = backend
     sizes = [2 << 20, 5000, 1 << 20]
-    theirs = model(there, sizes, 7)
     forks = [model(here, sizes) for _ in range(2)]
     errors: list[BaseException] = []
 
@@ -166,14 +150,14 @@ def test_two_forks_at_once_do_not_meet(backend: Backend) -> None:
         except BaseException as error:
             errors.append(error)
 
-    with tensorfork.publish(theirs, transports=[transport(name, rate_limit=SLOW)]) as seed:
-        threads = [threading.Thread(target=fork, args=(into, seed.address), daemon=True) for into in forks]
+    with published(("", there, sizes, 7), transports=[transport(name, rate_limit=SLOW)]) as address:
+        threads = [threading.Thread(target=fork, args=(into, address), daemon=True) for into in forks]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(SECONDS)
     assert not errors
-    assert all(equal(into, theirs) for into in forks)
+    assert all(equal(into, model("cpu", sizes, 7)) for into in forks)
 
 
 def test_a_seed_and_a_fork_meet_over_ipv6() -> None:
@@ -303,98 +287,3 @@ def test_a_fork_leaves_no_thread_file_or_variable_behind() -> None:
     wait_until(lambda: len(os.listdir("/proc/self/task")) <= before[2])
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before[1])
     assert dict(os.environ) == before[0]
-
-
-# A side dies, or stops.
-
-
-def slow_seed(pipe: Any, name: str, device: str) -> None:
-    """Publishes, slowly; says how many leases it has when asked."""
-    with tensorfork.publish(model(device, [MANY], 13), transports=[transport(name, rate_limit=SLOW)]) as seed:
-        pipe.send(seed.address)
-        while True:
-            try:
-                pipe.recv()
-            except EOFError:
-                return
-            computed = int((torch.ones(8, device=device) * 2).sum())  # the engine works on
-            pipe.send((seed.stats().running, seed.stats().expired, computed))
-
-
-def slow_fork(pipe: Any, name: str, device: str, address: str, seconds: float) -> None:
-    """Forks, and says when bytes have arrived."""
-    said: list[int] = []
-
-    def progress(moved: int, total: int) -> None:
-        if moved and not said:
-            said.append(moved)
-            pipe.send("under way")
-
-    started = time.monotonic()
-    try:
-        tensorfork.fork_into(model(device, [MANY]), address, transport=fine(name), timeout=seconds, progress=progress)
-    except tensorfork.TensorForkError as error:
-        pipe.send((type(error).__name__, time.monotonic() - started))
-    pipe.recv()
-
-
-def fine(name: str) -> tensorfork.Transport:
-    """One that reports progress often."""
-    return transport(name, parcel=MANY // 16, bucket=MANY // 16, small=1000)
-
-
-def whole_fork(name: str, device: str, address: str) -> None:
-    ours = model(device, [MANY])
-    tensorfork.fork_into(ours, address, transport=name, timeout=SECONDS)
-    assert equal(ours, model("cpu", [MANY], 13))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_seed_outlives_forks_that_are_stopped_and_killed_in_mid_transfer(backend: Backend) -> None:
-    name, there, here = backend
-    with Child(slow_seed, name, there) as seed:
-        address = seed.hear()
-        with (
-            Child(slow_fork, name, here, address, LONG[name]) as stopped,
-            Child(slow_fork, name, here, address, LONG[name]) as killed,
-        ):
-            assert stopped.hear() == "under way"
-            stopped.stop()
-            assert killed.hear() == "under way"
-            killed.kill()
-            whole_fork(name, here, address)  # while the others' leases may still run
-            wait_until(lambda: seed.ask("leases")[0] == 0)
-            assert seed.ask("leases")[2] == 16
-        whole_fork(name, here, address)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_fork_outlives_a_seed_that_is_stopped_and_one_that_is_killed_in_mid_transfer(backend: Backend) -> None:
-    name, there, here = backend
-    with Child(slow_seed, name, there) as seed:
-        address = seed.hear()
-
-        def fail(happen: Callable[[], None]) -> dict[str, torch.Tensor]:
-            happened: list[int] = []
-
-            def progress(moved: int, total: int) -> None:
-                if moved and not happened:
-                    happened.append(moved)
-                    happen()
-
-            ours = model(here, [MANY])
-            started = time.monotonic()
-            with pytest.raises(TransferFailed):
-                tensorfork.fork_into(ours, address, transport=fine(name), timeout=LONG[name], progress=progress)
-            assert time.monotonic() - started < LONG[name] + 6.0
-            assert happened
-            return ours
-
-        ours = fail(seed.stop)
-        kept = {k: v.clone() for k, v in ours.items()}
-        seed.go_on()
-        whole_fork(name, here, address)
-        assert equal(ours, kept), "something was written after the failure"
-        fail(seed.kill)
-    with tensorfork.publish(model(there, [1000], 14)) as other:
-        tensorfork.fork_into(model(here, [1000]), other.address, transport=name, timeout=SECONDS)

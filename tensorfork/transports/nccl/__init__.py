@@ -7,6 +7,8 @@ the environment, and what ends when.
 """
 
 import math
+import os
+import secrets
 import socket
 from collections.abc import Sequence
 from typing import ClassVar
@@ -24,6 +26,7 @@ from tensorfork.transports.nccl.session import GroupSession
 
 __all__ = ["NCCL", "Gloo"]
 
+_this_process = secrets.token_bytes(8)
 SMOOTH = 0.005
 """Seconds that one parcel may take at the rate limit: what is sent in a burst is no more."""
 
@@ -120,7 +123,8 @@ class Gloo(_Group):
 
 
 class NCCL(_Group):
-    """Between GPUs, over whatever NCCL finds between them; what of the model is on the CPU goes over gloo beside it.
+    """Between GPUs of two processes, over whatever NCCL finds between them; what of the model is on the CPU goes over
+    gloo beside it.
 
     Args:
         ports: the range in which the seed's store listens; any free port by default. NCCL's own ports are not in it.
@@ -164,10 +168,14 @@ class NCCL(_Group):
         if "cpu" in devices:
             _need_gloo()
         version = list(torch.cuda.nccl.version()[:3])
-        return {"devices": devices, "gpus": [cuda.uuid(device) for device in gpus], "version": version}
+        process = _this_process + os.getpid().to_bytes(8, "little")
+        gpus = [cuda.uuid(device) for device in gpus]
+        return {"devices": devices, "gpus": gpus, "version": version, "process": process}
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
         """See `Transport.why_not`."""
+        if fork["process"] == seed["process"]:  # seen: a segmentation fault, while both ends make their communicator
+            return "both are one process, and NCCL may crash one that is both of its ends; use cuda_ipc, or gloo"
         if set(fork["gpus"]) & set(seed["gpus"]):
             return "both processes use the same GPU, which NCCL refuses; use cuda_ipc, or put the fork on another GPU"
         if fork["version"] != seed["version"]:

@@ -1,10 +1,8 @@
 """The lane between GPUs, over NCCL."""
 
-import atexit
-import threading
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,8 +11,11 @@ import torch
 from tensorfork.errors import TransferFailed
 from tensorfork.transports.nccl.lane import FORK, GREETING, SEED, Ctas, Lane, check_greeting, greeting, new_stream
 from tensorfork.transports.nccl.memory import Memory
+from tensorfork.transports.nccl.nursery import nursery
 from tensorfork.transports.nccl.parcels import Stretch
 from tensorfork.transports.nccl.rendezvous import Task, environment, span
+
+log = logging.getLogger("tensorfork")
 
 ABORTING = 5.0
 """Seconds that an abort may take before it is left to itself."""
@@ -34,57 +35,6 @@ _QUIET = {
     "TORCH_NCCL_USE_TENSOR_REGISTER_ALLOCATOR_HOOK": "0",  # would register the engine's memory with our communicator
 }
 """What torch reads when it constructs a ProcessGroupNCCL; see docs/nccl.md."""
-
-
-class _Nursery:
-    """Communicators are made several at once, but none while another's group is taken down: seen with torch 2.11, a
-    process that did both at a time ended with a segmentation fault.
-    """
-
-    def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._made = self._ended = self._waiting = 0
-
-    @contextmanager
-    def making(self, until: float) -> Iterator[None]:
-        """Round the making of one. Waits for a group that is being taken down, which takes half a second."""
-        with self._change:
-            if not self._change.wait_for(lambda: not self._ended, max(0.0, until - time.monotonic())):
-                raise TransferFailed("an earlier group has not ended by the deadline")
-            self._made += 1
-        try:
-            yield
-        finally:
-            with self._change:
-                self._made -= 1
-                self._change.notify_all()
-
-    def end(self, held: list[Any]) -> None:
-        """Let go of a group, held by nothing else, on a thread of its own when nobody makes one."""
-        with self._change:
-            self._waiting += 1
-        Task(lambda: self._end(held), lambda _: None, "tensorfork-close")
-
-    def settle(self) -> None:
-        """Wait for that, a moment: a thread that comes back from torch when Python has ended aborts the process."""
-        with self._change:
-            self._change.wait_for(lambda: not self._waiting, ABORTING)
-
-    def _end(self, held: list[Any]) -> None:
-        with self._change:
-            self._change.wait_for(lambda: not self._made and not self._ended)
-            self._ended += 1
-        try:
-            held.clear()
-        finally:
-            with self._change:
-                self._ended -= 1
-                self._waiting -= 1
-                self._change.notify_all()
-
-
-_nursery = _Nursery()
-atexit.register(_nursery.settle)
 
 
 class NcclLane(Lane):
@@ -131,10 +81,14 @@ class NcclLane(Lane):
             if packed and self.rank == FORK:
                 torch._foreach_copy_(views, list(bucket.split(sizes)))
             done.record()
-        return done, work
+        return done, work, moved  # whoever keeps this keeps the bucket that may be written to
 
     def finish(self, begun: Any, look: Callable[[], object]) -> None:
-        """See `Lane.finish`. The seed sleeps until the GPU has finished, and leaves the interpreter to the engine."""
+        """See `Lane.finish`. The seed sleeps until the GPU has finished, and leaves the interpreter to the engine.
+
+        A kernel that was aborted ends as if it had done its work. `abort` says so before it aborts, and here that is
+        looked at after the kernel's end: what is not known as aborted by then was not.
+        """
         done = begun[0]
         if self.rank == SEED:
             done.synchronize()
@@ -142,7 +96,7 @@ class NcclLane(Lane):
             while not done.query():
                 look()
                 time.sleep(POLL)
-        if self.aborted:  # a kernel that was aborted ends as if it had done its work
+        if self.aborted:
             raise TransferFailed("the communicator was aborted")
 
     def abort(self) -> None:
@@ -150,16 +104,8 @@ class NcclLane(Lane):
         group, again, self.aborted = self._group, self.aborted, True
         if group is None or again:
             return
-        patience = time.monotonic() + ABORTING
-
-        def look() -> None:
-            if time.monotonic() > patience:
-                raise TimeoutError
-
-        try:
-            Task(group.abort, lambda _: None, "tensorfork-abort").result(look)
-        except (RuntimeError, TimeoutError):
-            return  # `quiet` tells whether it has stopped all the same
+        with nursery.aborting():
+            _abort(group)
 
     def quiet(self, begun: Any) -> bool:
         """See `Lane.quiet`."""
@@ -170,7 +116,7 @@ class NcclLane(Lane):
 
     def greet(self, until: float) -> None:
         """See `Lane.greet`. Here NCCL makes its communicator, which takes most of a second."""
-        with torch.cuda.stream(self._before), _nursery.making(until):
+        with torch.cuda.stream(self._before), nursery.making(self._memory, until):
             come = self._make(len(GREETING)).copy_(greeting(self.rank))
             work = self._move([come])
         done = torch.cuda.Event()
@@ -187,12 +133,17 @@ class NcclLane(Lane):
         """See `Lane.prepare`."""
         self._before.wait_stream(torch.cuda.current_stream(self._device))
 
-    def close(self) -> None:
-        """See `Lane.close`. torch's own watchdog takes a moment to end: not at our caller's cost."""
-        self.abort()
-        held, self._group, self._slots = [self._group], None, []
+    def close(self, idle: bool = False) -> None:
+        """See `Lane.close`. An abort takes half a second, and torch's own watchdog a moment to end: where nothing is
+        under way, neither is at our caller's cost. The group and the buckets are kept until then.
+        """
+        if not idle:
+            self.abort()
+        stop = None if self.aborted else _quit
+        self.aborted = True
+        held, self._group, self._slots = [self._group, self._slots], None, []
         if held[0] is not None:
-            _nursery.end(held)
+            nursery.end(held, stop)
 
     def _move(self, tensors: Sequence[torch.Tensor]) -> Any:
         """One operation of NCCL's for all. What was begun must be ended, whatever happens: the thread may be the
@@ -210,6 +161,28 @@ class NcclLane(Lane):
     def _make(self, nbytes: int) -> torch.Tensor:
         with torch.cuda.stream(_shelf(self._device)):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+
+def _abort(group: Any) -> None:
+    """End what a group does, within `ABORTING`; whether it has stopped must be looked at all the same."""
+    patience = time.monotonic() + ABORTING
+
+    def look() -> None:
+        if time.monotonic() > patience:
+            raise TimeoutError
+
+    try:
+        Task(group.abort, lambda _: None, "tensorfork-abort").result(look)
+    except (RuntimeError, TimeoutError):
+        return
+
+
+def _quit(group: Any) -> None:
+    """Abort a group that does nothing; it is let go of next, however that ends. Takes as long as it takes."""
+    try:
+        group.abort()
+    except RuntimeError as error:
+        log.info("a group that did nothing could not be aborted: %s", error)
 
 
 @cache

@@ -22,8 +22,10 @@ from tensorfork.transports.nccl.memory import Memory, gather, scatter
 from tensorfork.transports.nccl.parcels import Stretch
 from tensorfork.transports.nccl.rendezvous import environment, span
 
-SLICE = datetime.timedelta(milliseconds=50)
-"""Of one wait; between two, whoever waits looks up."""
+SLICES = {SEED: datetime.timedelta(milliseconds=50), FORK: datetime.timedelta(milliseconds=5)}
+"""Of one wait; between two, whoever waits looks up. The fork has to hear the seed's words meanwhile."""
+PROBE = 0.05
+"""Seconds between two looks whether the connection is closed; each leaves something behind until the group ends."""
 
 _parked: list[tuple[Any, list[Any]]] = []
 """Groups that are closed, each with what its threads still wait for: to end one earlier would wait with them."""
@@ -67,10 +69,13 @@ class GlooLane(Lane):
     def finish(self, begun: Any, look: Callable[[], object]) -> None:
         """See `Lane.finish`."""
         works, stretches, bucket = begun
+        probe = time.monotonic() + PROBE
         for work in works:
             while not self._over(work):
                 look()
-                self._probe()
+                if time.monotonic() >= probe:
+                    self._probe()
+                    probe = time.monotonic() + PROBE
             self._under_way.remove(work)
         if self.aborted:
             raise TransferFailed("the transfer was aborted")
@@ -102,10 +107,10 @@ class GlooLane(Lane):
         self._under_way.remove(work)
         check_greeting(come)
 
-    def close(self) -> None:
+    def close(self, idle: bool = False) -> None:
         """See `Lane.close`."""
         group = self._group
-        super().close()
+        super().close(idle)
         if group is not None:
             with _parking:
                 _parked.append((group, self._under_way))
@@ -130,7 +135,7 @@ class GlooLane(Lane):
     def _over(self, work: Any) -> bool:
         """Whether it is, after a moment's wait. Raises RuntimeError, torch's, if it failed."""
         try:
-            work.wait(SLICE)
+            work.wait(SLICES[self.rank])
         except RuntimeError:
             if not work.is_completed():
                 return False

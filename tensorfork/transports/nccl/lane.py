@@ -1,9 +1,12 @@
 """A lane: a process group of two, for one device of the seed and one of the fork. Rank 0 is the seed, and sends.
 
 Groups are constructed directly, on a store of their own: torch's default group is neither used nor changed, and may be
-in use meanwhile. What both kinds promise: `begin` does not wait for the other side; `finish` returns when a parcel is
-where it should be, and raises when the lane was aborted; `abort` may be called from any thread, at any time, and when
-it returns nothing is sent or written any more, unless `quiet` says otherwise.
+in use meanwhile. What both kinds promise: `begin` does not wait for the other side; `finish` returns when a parcel has
+left, or come, and raises when the lane was aborted; `abort` may be called from any thread, at any time, and when it
+returns nothing is sent or written any more, unless `quiet` says otherwise.
+
+What they do not promise: that a parcel which came is whole, where it is the seed's lane that was aborted. NCCL's fork
+then sees its kernel end as if it had its data. That a parcel has left whole, the seed says (see `talk`).
 """
 
 import sys
@@ -97,8 +100,10 @@ class Lane(ABC):
     def prepare(self) -> None:
         """Before parcels are begun: what the caller's current stream still does with the memory comes first."""
 
-    def close(self) -> None:
-        """Let go of everything; nothing may be under way, or it is aborted."""
+    def close(self, idle: bool = False) -> None:
+        """Let go of everything. What is under way is aborted first; `idle` promises that nothing is, and that need not
+        be waited for.
+        """
         self.abort()
         self._group = None
         self._slots = []

@@ -20,8 +20,10 @@ from tensorfork.transports.nccl.parcels import Parcel, pages, schedule
 from tensorfork.transports.nccl.rendezvous import Task, Watch, local_address, reach_store, together
 from tensorfork.transports.nccl.talk import Talk
 
-LISTEN = 0.05
-"""Seconds between two looks at the channel while something is under way."""
+LISTEN = 0.002
+"""Seconds between two looks whether the seed has said something, while something is under way."""
+ATTEND = 0.05
+"""Seconds between two such looks that wait a moment: only those see that the seed is gone."""
 LATE = "not everything had arrived by the deadline"
 DRAINING = 2.0
 """Seconds for a GPU to stop writing after an abort."""
@@ -84,7 +86,7 @@ class GroupSession(Session):
             pull = _Pull(self._talk, watch, cancel, deadline, done)
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
-                    self._join(missing, deadline, pull.look)
+                    self._join(missing, deadline, pull.check)
                 numbers = [self._pairs.index(pair) for pair in pairs]
                 limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
                 pull.run(copies, schedule(copies, numbers, limits), self._lanes, window)
@@ -98,9 +100,9 @@ class GroupSession(Session):
     def close(self, deadline: float) -> None:
         """See `Session.close`."""
         lanes, self._lanes, self._store = self._lanes, [], None
-        self._broken = True
+        idle, self._broken = not self._broken, True  # the last pull was whole, or there was none
         for lane in lanes:
-            lane.close()
+            lane.close(idle)
 
     def _join(self, pairs: Sequence[tuple[str, str]], deadline: float, look: Callable[[], object]) -> None:
         """Make lanes for these pairs of devices, all at once. Raises `TransportUnavailable`, and leaves nothing."""
@@ -165,14 +167,19 @@ class GroupSession(Session):
 
 
 class _Pull:
-    """One pull, under way."""
+    """One pull, under way. A parcel counts when it has arrived here, and the seed has said that it left whole: of an
+    operation that the seed aborts, this side cannot tell that the bytes never came.
+    """
 
     def __init__(
         self, talk: Talk, watch: Watch, cancel: threading.Event, deadline: float, done: Callable[[int], None]
     ) -> None:
         self._talk, self._watch, self._cancel, self._deadline, self._done = talk, watch, cancel, deadline, done
-        self._listen = time.monotonic() + LISTEN
-        self._sent: int | None = None
+        self._listen = time.monotonic()
+        self._attend = self._listen + ATTEND
+        self._parcels: Sequence[Parcel] = ()
+        self._left: list[int] = []  # parcels that each copy still needs
+        self._arrived = self._sent = self._counted = 0  # parcels
         self._failed = ""
 
     def run(
@@ -183,11 +190,11 @@ class _Pull:
         window: deque[tuple[Parcel, Any]],
     ) -> None:
         """Receive all parcels. What is under way is in the window."""
-        left = [0] * len(copies)
+        self._parcels, self._left = parcels, [0] * len(copies)
         for parcel in parcels:
             for i in parcel.copies:
-                left[i] += 1
-        for i, count in enumerate(left):
+                self._left[i] += 1
+        for i, count in enumerate(self._left):
             if not count:
                 self._done(i)
         for lane in lanes:
@@ -201,55 +208,77 @@ class _Pull:
                 told += count
                 self._talk.say("parcels", turned == len(book), page, until=self._deadline)
             if len(window) == WINDOW:
-                self._finish(window, lanes, left)
+                self._finish(window, lanes)
             window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed, self._deadline)))
         while window:
-            self._finish(window, lanes, left)
-        while parcels and self._sent != len(parcels):  # the seed says so too: an aborted transfer is no success
-            self._note(self._talk.hear(self._deadline, self.look))
+            self._finish(window, lanes)
+        self._count(len(parcels))
+        while self._counted < len(parcels):
+            self._note(self._talk.hear(self._deadline, self.check))
+            self._count(len(parcels))
 
-    def look(self) -> None:
-        """Raise if it is over: cancelled, late, or the seed says that it failed."""
+    def check(self) -> None:
+        """Raise if it is over: cancelled, or late."""
         if self._cancel.is_set():
             raise TransferFailed("the transfer was cancelled")
         if self._watch.reason or time.monotonic() >= self._deadline:
             raise TransferFailed(self._watch.reason or LATE)
-        if time.monotonic() >= self._listen:
-            self._listen = time.monotonic() + LISTEN
-            if words := self._talk.overhear(time.monotonic() + 0.001):
+
+    def look(self) -> None:
+        """Raise if it is over; hear what the seed says, without waiting for it; and see to a parcel that counts now.
+
+        One at a time: what `done` does must not keep the next from being begun.
+        """
+        self.check()
+        now = time.monotonic()
+        if now >= self._listen:
+            until = now
+            if now >= self._attend:
+                self._attend, until = now + ATTEND, now + 0.001
+            while words := self._talk.overhear(until):
                 self._note(words)
+            self._listen = time.monotonic() + LISTEN
+        self._count(1)
 
     def reason(self, error: BaseException) -> str:
         """Why it failed: what we did ourselves, what the seed says, or what torch saw."""
         if self._watch.reason or self._failed or not isinstance(error, RuntimeError):
             return self._watch.reason or self._failed or str(error)
         try:
-            while words := self._talk.overhear(time.monotonic() + LISTEN):
+            while words := self._talk.overhear(time.monotonic() + ATTEND):
                 self._note(words)
         except (TransferFailed, ProtocolError, PeerUnreachable) as said:
             return f"{said} ({str(error).splitlines()[0]})"
         return f"the connection broke: {str(error).splitlines()[0]}"
 
-    def _finish(self, window: deque[tuple[Parcel, Any]], lanes: Sequence[Lane], left: list[int]) -> None:
+    def _finish(self, window: deque[tuple[Parcel, Any]], lanes: Sequence[Lane]) -> None:
         parcel, begun = window[0]
         lanes[parcel.lane].finish(begun, self.look)
         window.popleft()
-        for i in parcel.copies:
-            left[i] -= 1
-            if not left[i]:
-                self._done(i)
-                if self._cancel.is_set():
-                    raise TransferFailed("the transfer was cancelled")
+        self._arrived += 1
+        self.look()  # `finish` has not, where it had nothing to wait for
+        self._count(1)  # two for one, so as to catch up
+
+    def _count(self, most: int) -> None:
+        """Say `done` for copies that are whole now, by the next parcels that count, so many at most."""
+        for parcel in self._parcels[self._counted : min(self._counted + most, self._arrived, self._sent)]:
+            self._counted += 1
+            for i in parcel.copies:
+                self._left[i] -= 1
+                if not self._left[i]:
+                    self._done(i)
+                    if self._cancel.is_set():
+                        raise TransferFailed("the transfer was cancelled")
 
     def _note(self, words: Sequence[Any]) -> None:
         match words:
-            case ["sent", int(count)]:
+            case ["sent", int(count)] if self._sent < count <= len(self._parcels):
                 self._sent = count
             case ["failed", str(reason)]:
                 self._failed = f"the seed says: {reason}"
                 raise TransferFailed(self._failed)
             case _:
-                raise ProtocolError(f"the seed said {words[0][:20]!r} where nothing of the kind is expected")
+                raise ProtocolError(f"the seed said {str(words)[:40]} where nothing of the kind is expected")
 
 
 def _read_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]:

@@ -1,7 +1,8 @@
 """What the two sides of a lease say to one another on its channel, in msgpack.
 
 The fork says ``join, pairs, ctas, address`` and ``parcels, last, page``; the seed ``ready`` and ``joined``, ``sent,
-number`` once all parcels of a pull have left, and ``failed, reason``.
+number``, and ``failed, reason``. ``sent`` says how many of a pull's parcels, counted from its first, have left whole,
+by operations that nothing had aborted when they ended. It comes now and then, and at last for all of them.
 """
 
 import time
@@ -41,7 +42,9 @@ class Talk:
         return words
 
     def overhear(self, until: float) -> list[Any] | None:
-        """The next message if it comes by then. Raises `PeerUnreachable` if the other side is gone."""
+        """The next message if it comes by then; where that is past, if it is here. Raises `PeerUnreachable` if the
+        other side is gone, which only a wait can tell.
+        """
         try:
             message = self.channel.recv(until)
         except PeerUnreachable:
