@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tensorfork import cuda
 from tensorfork.errors import TransferFailed
 from tensorfork.transports.nccl.lane import FORK, GREETING, SEED, Ctas, Lane, check_greeting, greeting, new_stream
 from tensorfork.transports.nccl.memory import Memory
@@ -68,7 +69,7 @@ class NcclLane(Lane):
         """
         views = [self._memory.view(stretch) for stretch in stretches]
         moved = views
-        with torch.cuda.stream(self._before):
+        with cuda.on(self._before):
             if packed:
                 sizes = [nbytes for _, _, nbytes in stretches]
                 moved = [bucket := self._slot(sum(sizes), self._make)]
@@ -76,7 +77,7 @@ class NcclLane(Lane):
                     torch.cat(views, out=bucket)
             work = self._move(moved)
         done = torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._after):
+        with cuda.on(self._after):
             work.wait()
             if packed and self.rank == FORK:
                 torch._foreach_copy_(views, list(bucket.split(sizes)))
@@ -116,11 +117,11 @@ class NcclLane(Lane):
 
     def greet(self, until: float) -> None:
         """See `Lane.greet`. Here NCCL makes its communicator, which takes most of a second."""
-        with torch.cuda.stream(self._before), nursery.making(self._memory, until):
+        with cuda.on(self._before), nursery.making(self._memory, until):
             come = self._make(len(GREETING)).copy_(greeting(self.rank))
             work = self._move([come])
         done = torch.cuda.Event()
-        with torch.cuda.stream(self._after):
+        with cuda.on(self._after):
             work.wait()
             done.record()
         while not done.query():
@@ -159,7 +160,7 @@ class NcclLane(Lane):
         return work
 
     def _make(self, nbytes: int) -> torch.Tensor:
-        with torch.cuda.stream(_shelf(self._device)):
+        with cuda.on(_shelf(self._device)):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
 

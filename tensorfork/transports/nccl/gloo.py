@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tensorfork import cuda
 from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.transports.nccl.lane import FORK, SEED, WINDOW, Lane, check_greeting, greeting, new_stream
 from tensorfork.transports.nccl.memory import Memory, gather, scatter
@@ -157,7 +158,7 @@ class GlooLane(Lane):
         """Between a GPU and a bucket of the host."""
         assert self._stream is not None
         sizes = [nbytes for _, _, nbytes in stretches]
-        with torch.cuda.stream(self._stream):
+        with cuda.on(self._stream):
             for stretch, part in zip(stretches, bucket.split(sizes), strict=True):
                 if self.rank == SEED:
                     part.copy_(self._memory.view(stretch), non_blocking=True)
