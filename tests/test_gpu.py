@@ -195,6 +195,35 @@ def test_processes_that_see_one_gpu_each_fork_over_cuda_ipc(monkeypatch: pytest.
         seed.communicate(timeout=60)
 
 
+ALONE = textwrap.dedent(
+    """
+    import sys, torch, tensorfork
+    torch.empty(1, device="cuda:1")
+    assert not torch._C._cuda_hasPrimaryContext(0), "torch itself makes one"
+    got = tensorfork.fork(sys.argv[1], device="cuda:1", transport=sys.argv[2], timeout=60)
+    assert all(bool((got[str(i)] == float(i)).all()) for i in range(20))
+    print("another context" if torch._C._cuda_hasPrimaryContext(0) else "no other context")
+    """
+)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("transport", ["cuda_ipc", "transfer_engine:nvlink", "zeromq", "nccl"])
+def test_a_fork_makes_no_context_on_a_gpu_that_is_not_its_own(transport: str) -> None:
+    """Half a gigabyte of the seed's GPU. Nor does it where torch's current device is another than the fork's."""
+    model = {str(i): torch.full((1 << 18,), float(i), device="cuda:0") for i in range(20)}
+    with tensorfork.publish(model) as seed:
+        done = subprocess.run(
+            [sys.executable, "-c", ALONE, seed.address, transport],
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "no other context"
+
+
 EXPANDABLE = textwrap.dedent(
     """
     import torch, tensorfork
