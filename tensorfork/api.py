@@ -61,14 +61,15 @@ def publish(
         TransportUnavailable: one of the transports named cannot work here.
         OSError: the address cannot be listened on.
     """
-    ours = survey(model, Selection(include, exclude), identity, rank)
-    if lost := [name for name, tensor in ours.tensors.items() if tensor.is_meta]:
-        raise UnsupportedTensor(f"{lost[0]} is on the meta device and has no bytes to fork; load the model first")
-    gpus = {tensor.device for tensor in ours.tensors.values() if tensor.is_cuda}
-    for device in gpus:
-        torch.cuda.current_stream(device).synchronize()
-    warm_up(gpus)
-    return Seed(ours.layout, ours.tensors, ours.memory, _offered(transports), bind, advertise)
+    with put_off_collections():
+        ours = survey(model, Selection(include, exclude), identity, rank)
+        if lost := [name for name, tensor in ours.tensors.items() if tensor.is_meta]:
+            raise UnsupportedTensor(f"{lost[0]} is on the meta device and has no bytes to fork; load the model first")
+        gpus = {tensor.device for tensor in ours.tensors.values() if tensor.is_cuda}
+        for device in gpus:
+            torch.cuda.current_stream(device).synchronize()
+        warm_up(gpus)
+        return Seed(ours.layout, ours.tensors, ours.memory, _offered(transports), bind, advertise)
 
 
 def fork_into(

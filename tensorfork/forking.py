@@ -12,6 +12,7 @@ from attrs import frozen
 
 from tensorfork import digest, wire
 from tensorfork.bootstrap import Conversation, ForkChannel
+from tensorfork.collector import put_off_collections
 from tensorfork.errors import (
     IdentityMismatch,
     PeerUnreachable,
@@ -137,8 +138,9 @@ def lease(
     )
     taken, frames = peer.conversation.ask(request, wire.Leased, deadline, "lease")
     try:
-        remote, theirs = wire.unpack_places(frames)
-        _check_places(peer, target, remote, theirs)
+        with put_off_collections():
+            remote, theirs = wire.unpack_places(frames)
+            _check_places(peer, target, remote, theirs)
         enter("open")
         channel = ForkChannel(peer.conversation, taken.lease)
         host = peer.conversation.peer.host

@@ -21,7 +21,7 @@ from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.placement import Placement, sizes
 from tensorfork.selection import Selection
-from tensorfork.spans import Home, Span, home_of, spans_of
+from tensorfork.spans import Home, home_of, spans_of
 from tensorfork.transports.base import Region
 from tensorfork.walk import Found, walk
 
@@ -90,10 +90,12 @@ class TensorLayout:
     @property
     def extent(self) -> int:
         """Bytes from its first element's first byte to its last element's last, gaps included."""
-        if self.numel == 0:
-            return 0
-        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-        return (last + 1) * self.torch_dtype.itemsize
+        elements = 1
+        for size, step in zip(self.shape, self.stride, strict=True):
+            if not size:
+                return 0
+            elements += (size - 1) * step
+        return elements * self.torch_dtype.itemsize
 
     @property
     def is_dense(self) -> bool:
@@ -155,14 +157,15 @@ class ModelLayout:
     def __attrs_post_init__(self) -> None:
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
             raise ValueError("a name stands twice in the layout")
+        rooms = [storage.nbytes for storage in self.storages]
         for tensor in self.tensors:
             if len(tensor.shape) != len(tensor.stride):
                 raise ValueError(f"{tensor.name} has {len(tensor.shape)} sizes and {len(tensor.stride)} strides")
-            if tensor.storage >= len(self.storages):
-                raise ValueError(f"{tensor.name} lies in storage {tensor.storage} of {len(self.storages)}")
-            if tensor.offset + tensor.extent > self.storages[tensor.storage].nbytes:
+            if tensor.storage >= len(rooms):
+                raise ValueError(f"{tensor.name} lies in storage {tensor.storage} of {len(rooms)}")
+            if tensor.offset + tensor.extent > rooms[tensor.storage]:
                 raise ValueError(f"{tensor.name} reaches beyond its storage")
-            if tensor.offset % tensor.torch_dtype.itemsize:
+            if tensor.offset and tensor.offset % tensor.torch_dtype.itemsize:
                 raise ValueError(f"{tensor.name} does not begin at a multiple of its element's size")
 
     @property
@@ -235,7 +238,7 @@ def _survey(found: Found, identity: Identity | None, rank: Rank | None) -> Surve
     homes = [home_of(name, tensor) for name, tensor in found.tensors.items()]
     spans = spans_of(homes)
     layouts = tuple(
-        _describe(name, tensor, home, spans, found.placements.get(name))
+        _describe(name, tensor, home, found.placements.get(name))
         for (name, tensor), home in zip(found.tensors.items(), homes, strict=True)
     )
     storages = tuple(StorageLayout(span.end - span.start, span.device) for span in spans.values())
@@ -244,10 +247,8 @@ def _survey(found: Found, identity: Identity | None, rank: Rank | None) -> Surve
     return Survey(layout, found.tensors, found.wrappers, memory)
 
 
-def _describe(
-    name: str, tensor: torch.Tensor, home: Home, spans: Mapping[Any, Span], placement: Placement | None
-) -> TensorLayout:
-    span = spans[home.key]
+def _describe(name: str, tensor: torch.Tensor, home: Home, placement: Placement | None) -> TensorLayout:
+    span = home.span
     shape = tuple(tensor.shape)
     if (home.start - span.start) % tensor.element_size():
         raise UnsupportedTensor(

@@ -18,6 +18,7 @@ from attrs import define, field, frozen
 
 from tensorfork import cuda, digest, wire
 from tensorfork.bootstrap import Answer, Listener, SeedChannel
+from tensorfork.collector import put_off_collections
 from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
 from tensorfork.generation import Clock, DigestsOnce
 from tensorfork.layout import Memory, ModelLayout
@@ -298,10 +299,12 @@ class _Service:
     def _cover(self, transport: Transport) -> tuple[Sequence[Region], list[bytes]]:
         """The regions that a transport would rather touch, and what forks are told of them: the same for each lease."""
         if transport.name not in self._covered:
-            regions, places = transport.cover(self._regions)
-            remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
-            where = {region.id: place for region, place in zip(self._regions, places, strict=True)}
-            self._covered[transport.name] = regions, wire.pack_places(remote, where)
+            with put_off_collections():  # one that looks at everything would hold the engine up
+                regions, places = transport.cover(self._regions)
+                remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
+                where = {region.id: place for region, place in zip(self._regions, places, strict=True)}
+                self._covered[transport.name] = regions, wire.pack_places(remote, where)
+                del remote, places, where
         return self._covered[transport.name]
 
     def _serve(self, export: Export, lease: _Lease) -> None:

@@ -1,6 +1,7 @@
 """Where tensors lie: the allocations, and the stretches of them that tensors use."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,10 +13,15 @@ ALIGNMENT = 512
 """Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
+
 class Home:
     """Where one tensor lies: an allocation (its base address, or a number for a meta storage), and bytes in it."""
 
-    __slots__ = ("base", "device", "end", "key", "start", "storage")
+    __slots__ = ("base", "device", "end", "key", "span", "start", "storage")
+    span: "Span"
+    """The stretch that it is in, once `spans_of` has told."""
 
     def __init__(self, key: Any, base: int | None, device: str, start: int, end: int, storage: Any) -> None:
         self.key, self.base, self.device = key, base, device
@@ -39,7 +45,8 @@ class Span:
 
 def home_of(name: str, tensor: torch.Tensor) -> Home:
     """Where a tensor lies. Raises `UnsupportedTensor` for one that cannot be forked."""
-    if why := _why_not(tensor):
+    device = _device_name(tensor.device)
+    if why := _why_not(tensor, device):
         raise UnsupportedTensor(f"{name}: {why}")
     storage = tensor.untyped_storage()
     itemsize = tensor.element_size()
@@ -49,8 +56,7 @@ def home_of(name: str, tensor: torch.Tensor) -> Home:
         end += tensor.numel() * itemsize
     elif tensor.numel():
         end += (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * itemsize
-    device = str(tensor.device)
-    if tensor.is_meta:
+    if device == "meta":
         return Home((device, storage._cdata), None, device, start, end, storage)
     base = storage.data_ptr()
     if not tensor.numel():  # no memory to speak of; a home of its own keeps it out of everybody's span
@@ -58,8 +64,14 @@ def home_of(name: str, tensor: torch.Tensor) -> Home:
     return Home((device, base), base, device, start, end, storage)
 
 
-def _why_not(tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, UninitializedTensorMixin):
+@cache
+def _device_name(device: torch.device) -> str:
+    return str(device)
+
+
+def _why_not(tensor: torch.Tensor, device: str) -> str | None:
+    plain = type(tensor) in _PLAIN
+    if not plain and isinstance(tensor, UninitializedTensorMixin):
         return "it is not initialised yet; run the lazy module once first"
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -68,11 +80,10 @@ def _why_not(tensor: torch.Tensor) -> str | None:
         return "a torch.quantized tensor cannot be forked; publish its int_repr() and scales in a mapping"
     if tensor.is_conj() or tensor.is_neg():
         return "it is a lazy conjugate or negative; call .resolve_conj().resolve_neg() on it first"
-    if tensor.device.type not in ("cpu", "cuda", "meta"):
+    if not device.startswith(("cpu", "cuda", "meta")):
         return f"tensors on {tensor.device.type} cannot be forked; only cpu and cuda"
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        if not _is_plain(tensor):
-            return f"a {type(tensor).__name__} holds its bytes elsewhere; publish its inner tensors in a mapping"
+    if not plain and not _is_plain(tensor):
+        return f"a {type(tensor).__name__} holds its bytes elsewhere; publish its inner tensors in a mapping"
     return None
 
 
@@ -92,16 +103,18 @@ def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
     reach: dict[str, tuple[int, Home]] = {}
     whole: dict[Any, Home] = {}
     for home in homes:
-        known = whole.get(home.key)
-        if home.base and (known is None or home.storage.nbytes() > known.storage.nbytes()):
-            whole[home.key] = home
-    for home in sorted(whole.values(), key=lambda home: (home.device, home.base)):
+        if home.base:
+            known = whole.setdefault(home.key, home)
+            if known is not home and home.storage.nbytes() > known.storage.nbytes():
+                whole[home.key] = home
+    for key in sorted(whole):  # by device and base
+        home = whole[key]
         assert home.base is not None
         end, owner = reach.get(home.device, (0, home))
         if home.base >= end:
             owner = home
         alias[home.key] = owner
-        reach[home.device] = (max(end, home.base + home.storage.nbytes()), owner)
+        reach[home.device] = max(end, home.base + home.storage.nbytes()), owner
     spans: dict[Any, Span] = {}
     for home in homes:
         owner = alias.get(home.key, home)
@@ -110,11 +123,12 @@ def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
             home.start, home.end, home.key, home.base = home.start + shift, home.end + shift, owner.key, owner.base
         span = spans.get(home.key)
         if span is None:
-            spans[home.key] = Span(len(spans), home)
+            span = spans[home.key] = Span(len(spans), home)
         else:
             span.start, span.end = min(span.start, home.start), max(span.end, home.end)
             if span.keep[-1] is not home.storage:
                 span.keep.append(home.storage)
+        home.span = span
     for span in spans.values():
         span.start -= span.start % ALIGNMENT
     return spans

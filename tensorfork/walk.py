@@ -85,6 +85,7 @@ _EXACT = (list, tuple, dict, deque, set, frozenset)
 _INTERNAL = frozenset(torch.nn.Module().__dict__)
 """What `nn.Module` itself keeps on an instance: parameters, buffers and modules, which have their names, and hooks."""
 _LOCAL = frozenset({"_local_tensor"})
+_NONE: Mapping[str, Any] = {}
 _NEVER = (type, enum.Enum, BaseException, types.ModuleType, torch.optim.Optimizer)
 # fmt: off
 _MACHINERY = frozenset((
@@ -246,11 +247,15 @@ class _Walk:
             self._list_modules(path, root, order, set())
         homes: dict[int, tuple[torch.nn.Module, list[str]]] = {}
         for path, module in order:
-            homes.setdefault(id(module), (module, []))[1].append(path)
+            if id(module) in homes:
+                homes[id(module)][1].append(path)
+            else:
+                homes[id(module)] = module, [path]
         tensors: dict[int, tuple[torch.Tensor, list[str]]] = {}
         for kept in ("_parameters", "_buffers"):
             for path, module in order:
-                for key, tensor in list(module.__dict__.get(kept, {}).items()):
+                held = module.__dict__.get(kept)
+                for key, tensor in list(held.items()) if held else ():
                     if tensor is not None:
                         name = _join(path, key)
                         self.name((name,), tensor)
@@ -271,11 +276,12 @@ class _Walk:
             self.reach((path,), module)
             return
         order.append((path, module))
-        above.add(id(module))
-        for key, part in list(module.__dict__.get("_modules", {}).items()):
-            if part is not None:
-                self._list_modules(_join(path, key), part, order, above)
-        above.remove(id(module))
+        if parts := module.__dict__.get("_modules"):
+            above.add(id(module))
+            for key, part in list(parts.items()):
+                if part is not None:
+                    self._list_modules(_join(path, key), part, order, above)
+            above.remove(id(module))
 
     def _attributes_of_tensor(self, paths: Sequence[str], tensor: torch.Tensor) -> None:
         if (tensor.__dict__ or type(tensor) not in _PLAIN) and id(tensor) not in self._searched:
@@ -285,7 +291,9 @@ class _Walk:
     def _attributes(self, paths: Sequence[str], owner: Any, but: frozenset[str] = frozenset()) -> None:
         """What is in an object's dictionary and slots."""
         dictionary, slots = self._fields_of(type(owner))
-        values = [] if dictionary is None else list(dictionary.__get__(owner).items())  # at once: a model may be in use
+        held = _NONE if dictionary is None else dictionary.__get__(owner)
+        own = len(held) > len(but) or not but.issuperset(list(held))  # most modules have nothing of their own
+        values = list(held.items()) if own else ()  # a list, made at once: a model may be in use
         found = [(k, v) for k, v in values if type(v) not in _SIMPLE and isinstance(k, str) and k not in but]
         for key, slot in slots:
             if key not in but:
