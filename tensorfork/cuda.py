@@ -8,6 +8,7 @@ that torch, or somebody else in this process, allocated. Names and numbers are t
 import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -25,6 +26,7 @@ HANDLE = 64
 
 _BUFFER_ID, _ORDINAL, _LEGACY_IPC, _RANGE_START, _RANGE_SIZE = 7, 9, 10, 11, 12
 _LAZY_PEER_ACCESS = 1
+_NON_BLOCKING = 1
 _RELAXED = 2
 
 
@@ -150,21 +152,17 @@ def export_handle(of: Block) -> bytes:
     return bytes(handle)
 
 
-def open_handle(handle: bytes, device: int) -> int:
-    """The address, here, of another process's block, to be read from one of our GPUs. Raises `DriverError`."""
+def open_handle(handle: bytes) -> int:
+    """The address, for the GPU that is `current`, of another process's block. Raises `DriverError`."""
     address = ctypes.c_uint64()
-    with current(device), relaxed_capture():
-        opened = _driver().cuIpcOpenMemHandle_v2(
-            ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
-        )
-        _check(opened, "cuIpcOpenMemHandle")
+    opened = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
+    _check(opened, "cuIpcOpenMemHandle")
     return address.value
 
 
-def close_handle(address: int, device: int) -> None:
-    """Let go of what `open_handle` gave. Nothing may be reading it any more."""
-    with current(device), relaxed_capture():
-        _check(_driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
+def close_handle(address: int) -> None:
+    """Let go of what `open_handle` gave for the GPU that is `current`. Nothing may be reading it any more."""
+    _check(_driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
 
 
 @contextmanager
@@ -273,9 +271,31 @@ def host() -> str:
         return os.uname().nodename
 
 
+def own_stream(device: int) -> torch.cuda.Stream:
+    """A stream that nobody else has, for as long as it is referred to. Those of torch come from a pool of 32, which an
+    engine captures and computes on too, and which takes milliseconds to make.
+    """
+    idle = _idle_streams.setdefault(device, [])
+    try:
+        handle = idle.pop()
+    except IndexError:
+        made = ctypes.c_void_p()
+        with current(device), relaxed_capture():
+            _check(_driver().cuStreamCreate(ctypes.byref(made), _NON_BLOCKING), "cuStreamCreate")
+        assert made.value is not None
+        handle = made.value
+    stream = torch.cuda.ExternalStream(handle, torch.device("cuda", device))
+    weakref.finalize(stream, idle.append, handle).atexit = False
+    return stream
+
+
+_idle_streams: dict[int, list[int]] = {}
+"""By device; never destroyed, as torch's allocator remembers them."""
+
+
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return own_stream(device.index)
 
 
 @contextmanager

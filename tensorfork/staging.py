@@ -37,7 +37,7 @@ class Staging:
     """
 
     def __init__(self, devices: Iterable[str], slots: int, nbytes: int) -> None:
-        self._streams = {device: torch.cuda.Stream(device) for device in sorted(set(devices))}
+        self._streams = {device: cuda.own_stream(cuda.device_index(device)) for device in sorted(set(devices))}
         self.slots: deque[Slot] = deque()
         for _ in range(slots):
             tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

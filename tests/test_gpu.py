@@ -254,13 +254,13 @@ def test_handles_are_closed_when_the_lease_ends(monkeypatch: pytest.MonkeyPatch)
     closed: list[int] = []
     open_handle, close_handle = cuda.open_handle, cuda.close_handle
 
-    def counted_open(handle: bytes, device: int) -> int:
-        opened.append(open_handle(handle, device))
+    def counted_open(handle: bytes) -> int:
+        opened.append(open_handle(handle))
         return opened[-1]
 
-    def counted_close(address: int, device: int) -> None:
+    def counted_close(address: int) -> None:
         closed.append(address)
-        close_handle(address, device)
+        close_handle(address)
 
     monkeypatch.setattr(cuda, "open_handle", counted_open)
     monkeypatch.setattr(cuda, "close_handle", counted_close)
@@ -275,6 +275,18 @@ def test_handles_are_closed_when_the_lease_ends(monkeypatch: pytest.MonkeyPatch)
         seed.communicate(timeout=60)
     assert opened
     assert sorted(opened) == sorted(closed)
+
+
+@pytest.mark.gpu(1)
+def test_streams_of_our_own_are_used_again_and_are_nobody_elses() -> None:
+    first, second = cuda.own_stream(0), cuda.own_stream(0)
+    assert first.cuda_stream != second.cuda_stream
+    assert {first.cuda_stream, second.cuda_stream}.isdisjoint(torch.cuda.Stream().cuda_stream for _ in range(64))
+    handle = first.cuda_stream
+    del first
+    assert cuda.own_stream(0).cuda_stream == handle
+    with cuda.on(second):
+        assert int(torch.ones(10, device="cuda").sum()) == 10
 
 
 @pytest.mark.gpu(1)

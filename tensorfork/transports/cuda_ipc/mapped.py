@@ -60,27 +60,45 @@ class Mapped:
             opener = self._opener
         if opener is not None:
             opener.join()
-        for (id, device), address in self._found.items():
-            if self._sources[id].handle is not None:
-                cuda.close_handle(address, device)
-        self._found = {}
+        found, self._found = self._found, {}
+        for device in {device for _, device in found}:
+            with cuda.current(device), cuda.relaxed_capture():
+                for (id, on), address in found.items():
+                    if on == device and self._sources[id].handle is not None:
+                        cuda.close_handle(address)
 
     def _open(self) -> None:
         try:
-            while True:
-                with self._changed:
-                    if self._closed or not self._wanted:
-                        self._opener = None
-                        return
-                    id, device = next(iter(self._wanted))
-                    handle = self._sources[id].handle
-                assert handle is not None
-                address = cuda.open_handle(handle, device)
-                with self._changed:
-                    self._found[id, device] = address
-                    del self._wanted[id, device]  # wherever it stands by now
-                    self._changed.notify_all()
+            cuda.relax_capture()
+            while (device := self._next_device()) is not None:
+                with cuda.current(device):
+                    self._open_on(device)
         except Exception as error:
             with self._changed:
                 self._error, self._opener = error, None
+                self._changed.notify_all()
+
+    def _next_device(self) -> int | None:
+        """Where the first that is wanted is wanted; None when the thread is to end."""
+        with self._changed:
+            if self._closed or not self._wanted:
+                self._opener = None
+                return None
+            return next(iter(self._wanted))[1]
+
+    def _open_on(self, device: int) -> None:
+        """Open what is wanted, as long as it is for this GPU."""
+        while True:
+            with self._changed:
+                if self._closed or not self._wanted:
+                    return
+                id, on = next(iter(self._wanted))
+                handle = self._sources[id].handle
+            if on != device:
+                return
+            assert handle is not None
+            address = cuda.open_handle(handle)
+            with self._changed:
+                self._found[id, device] = address
+                del self._wanted[id, device]  # wherever it stands by now
                 self._changed.notify_all()

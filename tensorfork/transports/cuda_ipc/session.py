@@ -43,7 +43,7 @@ class IpcSession(Session):
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
-        self._streams = {device: torch.cuda.Stream(device) for device in devices}
+        self._streams = {device: cuda.own_stream(device) for device in devices}
         self._memory = Mapped(offered)
         try:
             if len(devices) == 1 and offered:

@@ -134,7 +134,7 @@ class NCCL(_Group):
         joining: seconds that the two sides may take to find one another, and NCCL to make a communicator.
         stall: seconds after which the seed ends a kernel of its own that still waits for the fork.
         parcel: bytes sent and waited for as one; four are under way.
-        bucket: bytes of small copies that are packed together; there are up to four buckets on each GPU.
+        bucket: bytes of small copies that are packed together; there are four buckets on each GPU.
         small: copies shorter than this are packed.
     """
 
@@ -150,8 +150,8 @@ class NCCL(_Group):
         cga_cluster_size: int | None = None,
         joining: float = 30.0,
         stall: float = 10.0,
-        parcel: int = 128 << 20,
-        bucket: int = 8 << 20,
+        parcel: int = 512 << 20,
+        bucket: int = 3 << 20,
         small: int = 1 << 20,
     ) -> None:
         settings = Settings(True, parcel, bucket, small, Ctas(min_ctas, max_ctas, cga_cluster_size))

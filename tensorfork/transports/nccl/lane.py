@@ -112,16 +112,9 @@ class Lane(ABC):
         """The next bucket. Parcels end in order and at most `WINDOW` are under way, so it is free."""
         turn = self._packed % WINDOW
         self._packed += 1
-        if turn == len(self._slots):
-            self._slots.append(make(self._bucket))
+        if not self._slots:  # in one piece: an allocator makes of each more than it asks for
+            self._slots = list(make(self._bucket * WINDOW).split(self._bucket))
         return self._slots[turn].narrow(0, 0, nbytes)
-
-
-def new_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of torch's high-priority pool. Its pools hand the same 32 streams out again and again, and one that
-    waits for a fork must not be one that an engine computes or captures on, which are of the other pool.
-    """
-    return torch.cuda.Stream(device, priority=-1)
 
 
 def greeting(rank: int) -> torch.Tensor:

@@ -16,6 +16,9 @@ from tensorfork.transports.base import Copy
 
 STRETCHES = 1024
 """Stretches in one parcel, at most."""
+FIRST, GROWTH = 32 << 20, 16
+"""Bytes of a lane's first parcel, at most, and how often that is doubled: while both sides begin the first, nothing
+moves, and later ones cost less the longer they are."""
 PAGE = 512 << 10
 """Bytes of parcels in one message; a message on a channel has at most 1 MiB."""
 
@@ -70,24 +73,28 @@ def schedule(copies: Sequence[Copy], lanes: Sequence[int], limits: Mapping[int, 
     """Parcels for all copies. `lanes[i]` is the lane of copies[i]; the lanes take turns, so that all are busy."""
     closed: dict[int, list[Parcel]] = defaultdict(list)
     filling: dict[tuple[int, bool], _Open] = defaultdict(_Open)
+    whole: dict[int, int] = defaultdict(int)  # parcels of each lane that are sent as they are
 
     def close(lane: int, packed: bool) -> None:
         full = filling.pop((lane, packed))
         closed[lane].append(Parcel(lane, packed, full.theirs, full.ours, full.copies))
+        whole[lane] += not packed
 
     for i, (copy, lane) in enumerate(zip(copies, lanes, strict=True)):
         packed = copy.nbytes < limits[lane].small
-        room = limits[lane].bucket if packed else limits[lane].parcel
-        for start in range(0, copy.nbytes, room):
+        start = 0
+        while start < copy.nbytes:
+            room = limits[lane].bucket if packed else min(limits[lane].parcel, FIRST << min(whole[lane], GROWTH))
             nbytes = min(room, copy.nbytes - start)
             parcel = filling[lane, packed]
             if parcel.copies and (parcel.nbytes + nbytes > room or len(parcel.copies) == STRETCHES):
                 close(lane, packed)
-                parcel = filling[lane, packed]
+                continue
             parcel.theirs.append((copy.region, copy.offset + start, nbytes))
             parcel.ours.append((copy.into, copy.at + start, nbytes))
             parcel.copies.append(i)
             parcel.nbytes += nbytes
+            start += nbytes
     for lane, packed in list(filling):
         close(lane, packed)
     return list(_in_turn(closed.values()))
