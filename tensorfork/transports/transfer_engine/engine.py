@@ -208,6 +208,26 @@ class Engine:
             )
         return number
 
+    def read_all(self, address: str, stretches: Sequence[tuple[int, int, int]], device: str, deadline: float) -> None:
+        """Read stretches (into, source, bytes) into one device, and wait for them. Raises `TransferFailed`; nothing is
+        written any more, then.
+        """
+        self._check_process()
+        if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TransferFailed("the engine is waiting for another peer, which does not answer")
+        into, sources, sizes = (list(column) for column in zip(*stretches, strict=True))
+        try:
+            with _gate, _on(device):
+                code = self._mooncake.batch_transfer_sync_read(address, into, sources, sizes)
+        finally:
+            self._turn.release()
+        if code:
+            self.settle([device])
+            raise TransferFailed(
+                f"Mooncake failed to read from {address} ({explain(code)}): its process died, or the memory is not "
+                "registered there any more"
+            )
+
     def outcome(self, number: int) -> Outcome:
         """What became of a read. Once it is over, it must not be asked again."""
         self._check_process()

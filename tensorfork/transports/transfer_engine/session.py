@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from threading import Event
 
@@ -31,20 +31,19 @@ SMALLEST = 64 << 10
 class Window:
     """How much is under way at once, and how long to wait before looking again.
 
-    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink all
-    reads of a thread go to one stream, and all are over when it is empty: so much at a time that this is rare.
+    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink it is
+    what one batch has: a read there is over when all of its thread's are, so they are begun and waited for together.
     """
 
     count: int
     nbytes: int
     pause: float
-    ordered: bool
 
 
 WINDOWS = {
-    "nvlink": Window(512, 8 << 30, 100e-6, True),
-    "rdma": Window(256, 1 << 30, 200e-6, False),
-    "tcp": Window(32, 256 << 20, 500e-6, False),
+    "nvlink": Window(512, 1 << 30, 100e-6),
+    "rdma": Window(256, 1 << 30, 200e-6),
+    "tcp": Window(32, 256 << 20, 500e-6),
 }
 
 
@@ -133,8 +132,9 @@ class EngineSession(Session):
         _check(deadline, cancel)
         self._engine.settle(self._gpus)  # nothing of this process may still be using what is written now
         flying: deque[Flight] = deque()
+        run = self._run_batches if self.fabric == "nvlink" else self._run
         try:
-            self._run(copies, flying, deadline, done, cancel)
+            run(copies, flying, deadline, done, cancel)
         except BaseException as error:
             left = self._drain(flying, deadline)
             if isinstance(error, TransferFailed):
@@ -198,6 +198,50 @@ class EngineSession(Session):
             elif not flying and jobs:
                 cancel.wait(min(0.1, max(self._window.pause, pace.wait(time.monotonic()))))
 
+    def _run_batches(
+        self,
+        copies: Sequence[Copy],
+        flying: deque[Flight],
+        deadline: float,
+        done: Callable[[int], None],
+        cancel: Event,
+    ) -> None:
+        """Over nvlink. Nothing of it flies: when a batch has failed, its GPU is waited for."""
+        pace, left = Pace(self._rate), [0] * len(copies)
+        batches = list(self._batches(self._jobs(copies, left, self._piece), self._rate))
+        for i, parts in enumerate(left):
+            if not parts:
+                done(i)
+        for batch in batches:
+            _check(deadline, cancel)
+            while early := pace.wait(time.monotonic()):
+                cancel.wait(min(early, 0.1))
+                _check(deadline, cancel)
+            pace.spend(sum(job.nbytes for job in batch), time.monotonic())
+            stretches = [(job.into, job.source, job.nbytes) for job in batch]
+            self._engine.read_all(self._address, stretches, batch[0].device, deadline)
+            for job in batch:
+                left[job.copy] -= 1
+                if not left[job.copy]:
+                    _check(deadline, cancel)
+                    done(job.copy)
+
+    def _batches(self, jobs: Iterable[_Job], rate: float | None) -> Iterator[list[_Job]]:
+        """Jobs of one device, as many as the window takes; with a rate, one at a time."""
+        batch: list[_Job] = []
+        room = 0
+        for job in jobs:
+            full = len(batch) == self._window.count or job.nbytes > room or rate is not None
+            if batch and (full or job.device != batch[0].device):
+                yield batch
+                batch = []
+            if not batch:
+                room = self._window.nbytes
+            batch.append(job)
+            room -= job.nbytes
+        if batch:
+            yield batch
+
     def _jobs(self, copies: Sequence[Copy], left: list[int], piece: int) -> Iterator[_Job]:
         """The copies in pieces that cross no registration; `left` counts those of each."""
         for i, copy in enumerate(copies):
@@ -226,8 +270,6 @@ class EngineSession(Session):
         for _ in range(len(flying)):
             outcome = flying[0].ask(self._engine.outcome)
             if outcome is Outcome.RUNNING:
-                if self._window.ordered:
-                    break
                 flying.rotate(-1)
             elif outcome is Outcome.DONE:
                 arrived.append(flying.popleft())
