@@ -12,6 +12,7 @@ from attrs import evolve, field, frozen
 
 from tensorfork.install import Installation, like, plain_mode
 from tensorfork.layout import ModelLayout, StorageLayout, Survey, TensorLayout
+from tensorfork.memory import prefer_huge_pages
 from tensorfork.plan import Pair
 from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
@@ -148,6 +149,8 @@ def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fr
         ends[on] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
     with torch.inference_mode(False):
         buffers = {on: torch.empty(max(end, ALIGNMENT), dtype=torch.uint8, device=on) for on, end in ends.items()}
+    for buffer in buffers.values():
+        prefer_huge_pages(buffer)
     return Fresh(buffers, spots, {on: buffer.untyped_storage() for on, buffer in buffers.items()})
 
 
