@@ -8,7 +8,6 @@ that torch, or somebody else in this process, allocated. Names and numbers are t
 import ctypes
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -271,31 +270,32 @@ def host() -> str:
         return os.uname().nodename
 
 
-def own_stream(device: int) -> torch.cuda.Stream:
-    """A stream that nobody else has, for as long as it is referred to. Those of torch come from a pool of 32, which an
-    engine captures and computes on too, and which takes milliseconds to make.
+def take_stream(device: int) -> torch.cuda.Stream:
+    """A stream that nobody else has until `give_stream`. torch's come from a pool of 32, which an engine captures and
+    computes on too, and which takes milliseconds to make.
     """
     idle = _idle_streams.setdefault(device, [])
     try:
-        handle = idle.pop()
+        return idle.pop()
     except IndexError:
         made = ctypes.c_void_p()
         with current(device), relaxed_capture():
             _check(_driver().cuStreamCreate(ctypes.byref(made), _NON_BLOCKING), "cuStreamCreate")
         assert made.value is not None
-        handle = made.value
-    stream = torch.cuda.ExternalStream(handle, torch.device("cuda", device))
-    weakref.finalize(stream, idle.append, handle).atexit = False
-    return stream
+        return torch.cuda.ExternalStream(made.value, torch.device("cuda", device))
 
 
-_idle_streams: dict[int, list[int]] = {}
-"""By device; never destroyed, as torch's allocator remembers them."""
+def give_stream(stream: torch.cuda.Stream) -> None:
+    """For the next who asks. It is never destroyed, as torch's allocator remembers it."""
+    _idle_streams[stream.device.index].append(stream)
+
+
+_idle_streams: dict[int, list[torch.cuda.Stream]] = {}
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return own_stream(device.index)
+    return take_stream(device.index)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Staging:
     """
 
     def __init__(self, devices: Iterable[str], slots: int, nbytes: int) -> None:
-        self._streams = {device: cuda.own_stream(cuda.device_index(device)) for device in sorted(set(devices))}
+        self._streams = {device: cuda.take_stream(cuda.device_index(device)) for device in sorted(set(devices))}
         self.slots: deque[Slot] = deque()
         for _ in range(slots):
             tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -67,6 +67,11 @@ class Staging:
         """Until nothing is under way."""
         for stream in self._streams.values():
             stream.synchronize()
+
+    def close(self) -> None:
+        """Give the streams back; nothing is to be begun any more."""
+        while self._streams:
+            cuda.give_stream(self._streams.popitem()[1])
 
 
 class RegionMemory:
@@ -145,6 +150,11 @@ class RegionMemory:
         """Until no GPU is written to any more."""
         if self._staging is not None:
             self._staging.synchronize()
+
+    def close(self) -> None:
+        """Nothing is to be read or written any more."""
+        if self._staging is not None:
+            self._staging.close()
 
 
 def keep_freed_memory(nbytes: int) -> None:

@@ -279,12 +279,11 @@ def test_handles_are_closed_when_the_lease_ends(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu(1)
 def test_streams_of_our_own_are_used_again_and_are_nobody_elses() -> None:
-    first, second = cuda.own_stream(0), cuda.own_stream(0)
+    first, second = cuda.take_stream(0), cuda.take_stream(0)
     assert first.cuda_stream != second.cuda_stream
     assert {first.cuda_stream, second.cuda_stream}.isdisjoint(torch.cuda.Stream().cuda_stream for _ in range(64))
-    handle = first.cuda_stream
-    del first
-    assert cuda.own_stream(0).cuda_stream == handle
+    cuda.give_stream(first)
+    assert cuda.take_stream(0) is first
     with cuda.on(second):
         assert int(torch.ones(10, device="cuda").sum()) == 10
 

@@ -146,6 +146,7 @@ class _Export(Export):
         served = self._serving.acquire(timeout=max(0.1, deadline - time.monotonic()))
         if served:
             self._context.destroy(linger=0)
+            self._memory.close()
             self._bell.close()
             self._serving.release()
         return served
@@ -291,6 +292,7 @@ class _Session(Session):
             if not line.socket.closed:
                 line.socket.disable_monitor()
         self._context.destroy(linger=0)
+        self._memory.close()
         self._lines = []
 
     def _connect(self, ahead: int) -> _Line:

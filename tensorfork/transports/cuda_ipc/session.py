@@ -43,7 +43,7 @@ class IpcSession(Session):
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
-        self._streams = {device: cuda.own_stream(device) for device in devices}
+        self._streams = {device: cuda.take_stream(device) for device in devices}
         self._memory = Mapped(offered)
         try:
             if len(devices) == 1 and offered:
@@ -91,6 +91,8 @@ class IpcSession(Session):
             return
         self._closed = True
         self._memory.close()
+        while self._streams:
+            cuda.give_stream(self._streams.popitem()[1])
         try:
             self._channel.send(b"", max(deadline, time.monotonic() + 1))
         except PeerUnreachable:

@@ -10,7 +10,7 @@ import torch
 
 from tensorfork import cuda
 from tensorfork.errors import TransferFailed
-from tensorfork.transports.nccl.lane import FORK, GREETING, SEED, Ctas, Lane, check_greeting, greeting
+from tensorfork.transports.nccl.lane import FORK, GREETING, SEED, Ctas, Lane, check_greeting, greeting, new_stream
 from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.nursery import nursery
 from tensorfork.transports.nccl.parcels import Stretch
@@ -59,7 +59,7 @@ class NcclLane(Lane):
         if ctas.cluster is not None:
             options.config.cga_cluster_size = ctas.cluster
         self._device = torch.device(device)
-        self._before, self._after = (cuda.own_stream(self._device.index) for _ in range(2))
+        self._before, self._after = new_stream(self._device), new_stream(self._device)
         with torch.cuda.device(self._device), environment(_QUIET):
             self._group = ProcessGroupNCCL(store, rank, 2, options)
 
@@ -191,4 +191,4 @@ def _shelf(device: torch.device) -> torch.cuda.Stream:
     """A stream that buckets are allocated for, and nothing runs on. torch keeps what is freed for the stream it was
     allocated for; so one lane's buckets become the next one's, instead of adding up.
     """
-    return cuda.own_stream(device.index)
+    return new_stream(device)

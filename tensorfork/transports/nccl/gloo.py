@@ -18,7 +18,7 @@ import torch
 
 from tensorfork import cuda
 from tensorfork.errors import TransferFailed, TransportUnavailable
-from tensorfork.transports.nccl.lane import FORK, SEED, WINDOW, Lane, check_greeting, greeting
+from tensorfork.transports.nccl.lane import FORK, SEED, WINDOW, Lane, check_greeting, greeting, new_stream
 from tensorfork.transports.nccl.memory import Memory, gather, scatter
 from tensorfork.transports.nccl.parcels import Stretch
 from tensorfork.transports.nccl.rendezvous import environment, span
@@ -50,7 +50,7 @@ class GlooLane(Lane):
                 options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         except RuntimeError as error:
             raise TransportUnavailable(f"gloo cannot listen at {address}: {error}. Check the interface.") from error
-        self._stream = cuda.own_stream(torch.device(device).index) if device != "cpu" else None
+        self._stream = new_stream(torch.device(device)) if device != "cpu" else None
         self._under_way: list[Any] = []
         self._group = ProcessGroupGloo(store, rank, 2, options)
 

@@ -117,6 +117,13 @@ class Lane(ABC):
         return self._slots[turn].narrow(0, 0, nbytes)
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of torch's high-priority pool. Its pools hand the same 32 streams out again and again, and one that
+    waits for a fork must not be one that an engine computes or captures on, which are of the other pool.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def greeting(rank: int) -> torch.Tensor:
     """What the seed sends first, or room for it."""
     return torch.tensor(list(GREETING if rank == SEED else bytes(len(GREETING))), dtype=torch.uint8)

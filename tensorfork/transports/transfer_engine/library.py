@@ -10,8 +10,10 @@ import importlib.util
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,6 +63,9 @@ def wheel() -> Wheel:
 
     Raises `TransportUnavailable`, with the command that mends it, where there is none, or more than one.
     """
+    module = sys.modules.get("mooncake.engine")
+    if module is not None and module in _wheel_of:
+        return _wheel_of[module]
     found = _wheels()
     if len(found) > 1:
         names = [one.name for one in found]
@@ -70,7 +75,13 @@ def wheel() -> Wheel:
         )
     if not found or importlib.util.find_spec("mooncake") is None:
         raise TransportUnavailable(f"Mooncake's TransferEngine is not installed: {_install()}")
+    if module is not None:
+        _wheel_of[module] = found[0]
     return found[0]
+
+
+_wheel_of: weakref.WeakKeyDictionary[ModuleType, Wheel] = weakref.WeakKeyDictionary()
+"""Once it is imported, nothing changes any more; and to look takes milliseconds, which a seed's steps would feel."""
 
 
 def load() -> Any:

@@ -8,7 +8,7 @@ must not cross from one into the next.
 import os
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -49,17 +49,19 @@ class Holding:
     """Regions that are registered for one user, until `release`."""
 
     def __init__(self, spans: "Spans", used: Sequence[_Span]) -> None:
-        self._spans, self._used = spans, list(used)
+        self._spans, self._used = spans, sorted(used, key=lambda span: span.start)
+        self._starts = [span.start for span in self._used]
 
     def cuts(self, region: Region) -> list[int]:
         """Offsets in a region at which one registration ends and the next begins."""
-        end = region.address + region.nbytes
-        return sorted(span.start - region.address for span in self._used if region.address < span.start < end)
+        first = bisect_right(self._starts, region.address)
+        last = bisect_left(self._starts, region.address + region.nbytes)
+        return [start - region.address for start in self._starts[first:last]]
 
     def serial(self, *, by_mapping: bool) -> bytes:
         """Equal for two holdings of the same registrations; or, `by_mapping`, of the same memory."""
         digest = blake2b(digest_size=8)
-        for span in sorted(self._used, key=lambda one: one.start):
+        for span in self._used:
             digest.update(f"{span.start} {span.end} {span.mapping if by_mapping else span.number};".encode())
         return digest.digest()
 
