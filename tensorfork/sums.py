@@ -3,6 +3,7 @@
 A segment's sums stand side by side as slots, in that order; `digest` says what they are for and why these widths.
 """
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
@@ -33,16 +34,13 @@ class Sums:
             return
         head = min(n, -at % OTHER_WIDTH)  # to where the columns of the other width begin anew
         full, full_other = n // WIDTH, (n - head) // OTHER_WIDTH
-        summed, summed_other = 0, 0
-        if x.numel() > self._block:
-            summed, summed_other = self._add_blocks(x, head, slots, at)
         row = COLUMNS + at // WIDTH
-        if summed < full:
-            rows = _cut(x, summed * WIDTH, full - summed, WIDTH)
-            torch.sum(rows, 2, out=_cut(slots, row + summed, full - summed))
+        if x.numel() > self._block:
+            self._add_blocks(x[0], head, slots[0], row)
+        else:
+            rows, others = _cut(x, 0, full, WIDTH), _cut(x, head, full_other, OTHER_WIDTH)
+            torch.sum(rows, 2, out=_cut(slots, row, full))
             _cut(slots, 0, WIDTH).add_(rows.sum(1))
-        if summed_other < full_other:
-            others = _cut(x, head + summed_other * OTHER_WIDTH, full_other - summed_other, OTHER_WIDTH)
             _cut(slots, WIDTH, OTHER_WIDTH).add_(others.sum(1))
         if head:
             _cut(slots, WIDTH + at % OTHER_WIDTH, head).add_(_cut(x, 0, head))
@@ -53,47 +51,49 @@ class Sums:
         if rest := n - head - full_other * OTHER_WIDTH:
             _cut(slots, WIDTH, rest).add_(_cut(x, n - rest, rest))
 
-    def _add_blocks(self, x: torch.Tensor, head: int, slots: torch.Tensor, at: int) -> tuple[int, int]:
-        """Add whole blocks of one segment, all three sums of one while it is in the cache; how many rows of either
-        width that were.
+    def _add_blocks(self, words: torch.Tensor, head: int, slots: torch.Tensor, row: int) -> None:
+        """Add the whole rows of either width of one segment, block by block: all three sums of one while it is in the
+        cache, and the columns of several kept apart, to be added together.
         """
         if self._apart is None:
             self._apart = _Apart(self._block // WIDTH)
-        step = self._apart.rows
-        words = x[0]
-        blocks = words.shape[0] // (step * WIDTH)
-        other_blocks = (words.shape[0] - head) // (step * OTHER_WIDTH)
-        rows = words[: blocks * step * WIDTH].view(-1, WIDTH)
-        others = words[head:][: other_blocks * step * OTHER_WIDTH].view(-1, OTHER_WIDTH)
-        row_slots = slots[0, COLUMNS + at // WIDTH :]
-        for start in range(0, blocks * step, step * step):
-            part = rows[start : start + step * step]
-            self._apart.add(part, others[start : start + step * step], slots[0], row_slots[start : start + len(part)])
-        return blocks * step, other_blocks * step
+        step = self._apart.blocks
+        full, full_other = words.shape[0] // WIDTH, (words.shape[0] - head) // OTHER_WIDTH
+        blocks = words[: full * WIDTH].view(full, WIDTH).split(step)
+        others = words[head : head + full_other * OTHER_WIDTH].view(full_other, OTHER_WIDTH).split(step)
+        into = slots[row : row + full].split(step)
+        for start in range(0, len(blocks), step):
+            end = start + step
+            self._apart.add(blocks[start:end], others[start:end], into[start:end], slots)
 
 
 class _Apart:
-    """Sums of several blocks, kept apart to be added together. Made once: a view costs as much as a block's sum."""
+    """Columns of several blocks, kept apart to be added together. Made once: a view costs as much as a block's sum."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        """Of one block; and so many blocks are kept apart."""
-        self._sums = [torch.empty(rows, width, dtype=torch.int64, device="cpu") for width in (rows, WIDTH, OTHER_WIDTH)]
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        """So many, each of as many rows."""
+        self._sums = [torch.empty(blocks, width, dtype=torch.int64, device="cpu") for width in (WIDTH, OTHER_WIDTH)]
         self._outs = [sums.unbind() for sums in self._sums]
 
-    def add(self, rows: torch.Tensor, others: torch.Tensor, slots: torch.Tensor, row_slots: torch.Tensor) -> None:
-        """Add the sums of rows [i, WIDTH] and others [i, OTHER_WIDTH] to the slots of one segment."""
-        blocks, other_blocks = rows.split(self.rows), others.split(self.rows) if len(others) else ()
-        for block, other, row_sums, sums, other_sums in zip_longest(blocks, other_blocks, *self._outs):
-            if block is None:
-                break
-            torch.sum(block, 1, out=row_sums)
-            torch.sum(block, 0, out=sums)
+    def add(
+        self,
+        blocks: Sequence[torch.Tensor],
+        others: Sequence[torch.Tensor],
+        into: Sequence[torch.Tensor],
+        slots: torch.Tensor,
+    ) -> None:
+        """Add blocks [i, WIDTH] and others [i, OTHER_WIDTH] to the slots of one segment; set those of the rows."""
+        for block, other, rows, columns, other_columns in zip_longest(blocks, others, into, *self._outs):
+            if block is not None:
+                torch.sum(block, 1, out=rows)
+                torch.sum(block, 0, out=columns)
             if other is not None:
-                torch.sum(other, 0, out=other_sums)
-        row_slots.copy_(self._sums[0][: len(blocks)].view(-1))
-        slots[:WIDTH].add_(self._sums[1][: len(blocks)].sum(0))
-        slots[WIDTH:COLUMNS].add_(self._sums[2][: len(other_blocks)].sum(0))
+                torch.sum(other, 0, out=other_columns)
+            elif block is None:
+                break
+        slots[:WIDTH].add_(self._sums[0][: len(blocks)].sum(0))
+        slots[WIDTH:COLUMNS].add_(self._sums[1][: len(others)].sum(0))
 
 
 def _cut(matrix: torch.Tensor, start: int, *shape: int) -> torch.Tensor:
