@@ -66,10 +66,12 @@ def publish(
         if lost := [name for name, tensor in ours.tensors.items() if tensor.is_meta]:
             raise UnsupportedTensor(f"{lost[0]} is on the meta device and has no bytes to fork; load the model first")
         gpus = {tensor.device for tensor in ours.tensors.values() if tensor.is_cuda}
-        for device in gpus:
-            torch.cuda.current_stream(device).synchronize()
-        warm_up(gpus)
-        return Seed(ours.layout, ours.tensors, ours.memory, _offered(transports), bind, advertise)
+    for device in gpus:
+        torch.cuda.current_stream(device).synchronize()
+    warm_up(gpus)
+    offered = _offered(transports)
+    with put_off_collections():
+        return Seed(ours.layout, ours.tensors, ours.memory, offered, bind, advertise)
 
 
 def fork_into(
@@ -185,8 +187,8 @@ def _fork(
         seed.greet(deadline)
         not_compared = seed.compare(terms.identity, terms.rank)
         watch.enter("layout")
+        theirs = seed.layout(deadline)
         with put_off_collections():
-            theirs = seed.layout(deadline)
             taken, left_out = theirs.only(terms.selection.takes)
             into = prepare(taken, watch.enter)
         if terms.verify:

@@ -40,11 +40,14 @@ class Checksums:
     _general: dict[int, torch.Tensor]
     _tables: dict[torch.device, "array[int]"]
     _by_kernel: dict[torch.device, dict[int, torch.Tensor]]
+    _addresses: dict[int, int]
+    """Of the tensors that are the kernel's."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Checksums":
         """For all these tensors."""
         known: dict[int, int] = {}
+        addresses: dict[int, int] = {}
         names: list[list[str]] = []
         general: dict[int, torch.Tensor] = {}
         tables: dict[torch.device, array[int]] = defaultdict(lambda: array("Q"))
@@ -59,6 +62,7 @@ class Checksums:
             names.append([name])
             if tensor.is_cuda and _is_dense(tensor) and (nbytes := tensor.nbytes) and not tensor.data_ptr() % 8:
                 device, address = tensor.device, tensor.data_ptr()
+                addresses[number] = address
                 by_kernel[device][number] = tensor
                 if nbytes <= SEGMENT:
                     tables[device].extend((address, nbytes | number << 32, 0))
@@ -67,7 +71,7 @@ class Checksums:
                     tables[device].extend((address + start, min(SEGMENT, nbytes - start) | number << 32, segment))
             else:
                 general[number] = tensor
-        return cls(names, general, dict(tables), dict(by_kernel))
+        return cls(names, general, dict(tables), dict(by_kernel), addresses)
 
     def compute(self, cancelled: Callable[[], bool] = lambda: False, *, gentle: bool = False) -> dict[str, int]:
         """Each digest by name, as an unsigned 64-bit integer; nothing once `cancelled()`.
@@ -81,6 +85,12 @@ class Checksums:
         for device, table in self._tables.items():
             if cancelled():
                 return {}
+            for number, tensor in self._by_kernel[device].items():
+                if tensor.data_ptr() != self._addresses[number]:
+                    raise RuntimeError(
+                        f"{self._names[number][0]} was given other memory; what is published is changed in place, or "
+                        "published again"
+                    )
             if _ready(device):
                 found = _run(device, table, len(self._names), gentle)
                 values.update((number, found[number]) for number in self._by_kernel[device])

@@ -70,7 +70,8 @@ class Peer:
     def layout(self, deadline: float) -> ModelLayout:
         """Every tensor it has."""
         pages, frames = self.conversation.ask(wire.GetLayout(), wire.Pages, deadline, "layout")
-        layout = wire.unpack_layout(pages, frames, self.welcome)
+        with put_off_collections():
+            layout = wire.unpack_layout(pages, frames, self.welcome)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:
             raise ProtocolError(f"{self.address}: the layout is not the one that its welcome announced")
         return layout

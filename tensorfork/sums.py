@@ -35,7 +35,7 @@ class Sums:
         head = min(n, -at % OTHER_WIDTH)  # to where the columns of the other width begin anew
         full, full_other = n // WIDTH, (n - head) // OTHER_WIDTH
         row = COLUMNS + at // WIDTH
-        if x.numel() > self._block:
+        if n > self._block:
             self._add_blocks(x[0], head, slots[0], row)
         else:
             rows, others = _cut(x, 0, full, WIDTH), _cut(x, head, full_other, OTHER_WIDTH)

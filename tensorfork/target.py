@@ -66,6 +66,7 @@ def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: De
     if not meta:
         return Target(pairs, tensors, regions, Installation([], []), wrappers, [ours.memory])
     fresh = allocate(theirs, sorted({pair.theirs.storage for pair in meta}), device)
+    fresh.expect(sum(pair.theirs.nbytes for pair in meta))
     ready = dict(tensors)
     made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
     with plain_mode():
@@ -90,6 +91,7 @@ def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: De
 def build(theirs: ModelLayout, device: Device) -> Target:
     """Make room for a whole copy of the seed's tensors; ties become one tensor under several names."""
     fresh = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
+    fresh.expect(sum(tensor.nbytes for tensor in theirs.tensors))
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
     with plain_mode():
@@ -121,6 +123,12 @@ class Fresh:
             if nbytes
         ]
 
+    def expect(self, nbytes: int) -> None:
+        """So much of it will be filled: if that is most of it, huge pages are the cheaper ones to fill."""
+        if 2 * nbytes > sum(buffer.nbytes for buffer in self.buffers.values()):
+            for buffer in self.buffers.values():
+                prefer_huge_pages(buffer)
+
     def tensor(self, layout: TensorLayout, stride: Sequence[int] | None = None) -> torch.Tensor:
         """A tensor in its storage, with a version counter of its own. To be called in `plain_mode`.
 
@@ -149,8 +157,6 @@ def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Fr
         ends[on] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
     with torch.inference_mode(False):
         buffers = {on: torch.empty(max(end, ALIGNMENT), dtype=torch.uint8, device=on) for on, end in ends.items()}
-    for buffer in buffers.values():
-        prefer_huge_pages(buffer)
     return Fresh(buffers, spots, {on: buffer.untyped_storage() for on, buffer in buffers.items()})
 
 

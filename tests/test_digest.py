@@ -441,3 +441,12 @@ def test_a_transposed_copy_is_seen(shape: tuple[int, int]) -> None:
 def test_a_constant_tensor_of_another_value_or_length_is_seen() -> None:
     constants = {f"{n} {value}": torch.full((n,), value) for n in (1, 2, 1024, 9999) for value in (1.0, 2.0, -1.0)}
     assert len(set(digests(constants).values())) == len(constants)
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(64, 128 << 10), (128, 64 << 10), (33, 128 << 10), (500, 9000)])
+def test_tensors_that_are_summed_together_are_each_summed_whole(count: int, nbytes: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = {str(i): torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator) for i in range(count)}
+    expected = {name: digest.digest(tensor) for name, tensor in tensors.items()}
+    with paced("cuda"):
+        assert digests(tensors) == expected

@@ -15,6 +15,7 @@ from torch import nn
 
 import tensorfork
 from tensorfork import LayoutMismatch, UnsupportedTensor
+from tensorfork.bootstrap import Conversation
 from tensorfork.strided import SCRATCH
 
 SECONDS = 60.0
@@ -542,3 +543,21 @@ def test_twenty_thousand_tensors_are_published_and_described_in_time() -> None:
         report = tensorfork.fork_into(model, seed.address, timeout=SECONDS)
     assert published < 5 * 0.5
     assert report.seconds["layout"] < 5 * 0.5
+
+
+def test_nobody_s_garbage_waits_for_a_seed_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collections are put off while objects are made, never while a fork waits for the network or moves bytes."""
+    on: list[bool] = []
+    ask = Conversation.ask
+
+    def watched(conversation: Conversation, *args: Any) -> Any:
+        on.append(gc.isenabled())
+        return ask(conversation, *args)
+
+    monkeypatch.setattr(Conversation, "ask", watched)
+    with tensorfork.publish({"x": torch.arange(10)}) as seed:
+        copy = {"x": torch.zeros(10, dtype=torch.int64)}
+        tensorfork.fork_into(copy, seed.address, progress=lambda done, total: on.append(gc.isenabled()))
+    assert len(on) > 4
+    assert all(on)
+    assert gc.isenabled()

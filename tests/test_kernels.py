@@ -70,3 +70,13 @@ def test_tensors_over_the_whole_of_an_allocation_are_told_apart() -> None:
         name: digest.digest(view.cpu() if name != "transposed" else memory.cpu()) for name, view in views.items()
     }
     assert checksum.Checksums.of(views).compute() == expected
+
+
+@pytest.mark.gpu(1)
+def test_a_tensor_that_was_given_other_memory_is_not_taken_for_what_was_published() -> None:
+    tensor = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    checksums = checksum.Checksums.of({"w": tensor})
+    checksums.compute()
+    tensor.data = torch.zeros(1000, device="cuda")
+    with pytest.raises(RuntimeError, match="w was given other memory"):
+        checksums.compute()

@@ -22,6 +22,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             except KeyError:
                 raise importlib.metadata.PackageNotFoundError(name) from None
 
+        monkeypatch.setattr(library, "_wheel_of", {})
         monkeypatch.setattr(importlib.metadata, "version", version)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 

@@ -43,7 +43,7 @@ SLOTS = 16
 """Pinned buffers in a seed with GPUs, of a frame each; a fork has half as many."""
 STRETCHES = 64
 """Stretches in one request."""
-FREED = 16 << 20
+FREED = 4 << 20
 """Bytes of freed memory that the C library is to keep in a fork: what libzmq receives into, again and again."""
 SEND_BUFFER = 256 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
@@ -109,9 +109,13 @@ class ZeroMQ(Transport):
 
 class _Export(Export):
     def __init__(self, regions: Sequence[Region], host: str, ports: range | None, *, on_host: bool) -> None:
-        self._memory = RegionMemory(regions, SLOTS, FRAME)
         self._token = secrets.token_bytes(16)
         self._context = _context(2)
+        try:
+            self._memory = RegionMemory(regions, SLOTS, FRAME)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
         self._socket.router_mandatory = True
         if on_host:
@@ -241,8 +245,12 @@ class _Session(Session):
 
     def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
         self._token, self._seed = token, seed
-        self._memory = RegionMemory(regions, SLOTS // 2, FRAME)
         self._context = _context(min(connections, 4))
+        try:
+            self._memory = RegionMemory(regions, SLOTS // 2, FRAME)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         keep_freed_memory(FREED)
         ahead = max(1, min(AHEAD, 4 * AHEAD // connections))
         self._lines = [self._connect(ahead) for _ in range(connections)]
@@ -328,7 +336,10 @@ class _Session(Session):
             if request is None:
                 return any(line.waiting for line in self._lines)
             self._number += 1
-            line.socket.send(_HEAD.pack(self._token, self._number) + request.asked, zmq.NOBLOCK)
+            try:
+                line.socket.send(_HEAD.pack(self._token, self._number) + request.asked, zmq.NOBLOCK)
+            except zmq.Again as error:  # the window is never what libzmq holds at most
+                raise TransferFailed(f"{self._seed} closed the connection, or died") from error
             line.waiting.append((self._number, request))
 
     def _receive(self, line: _Line, left: list[int], done: Callable[[int], None]) -> None:

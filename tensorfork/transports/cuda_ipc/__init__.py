@@ -104,7 +104,7 @@ class CudaIpc(Transport):
         deadline: float,
     ) -> IpcSession:
         """See `Transport.open`."""
-        return IpcSession(offer, remote, regions, channel, self._rate_limit)
+        return IpcSession(offer, remote, regions, channel, self._rate_limit, deadline)
 
 
 class IpcExport(Export):

@@ -1,11 +1,18 @@
 """Handles, opened on a thread of their own."""
 
+import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 
 from tensorfork import cuda
-from tensorfork.errors import TransportUnavailable
+from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.transports.cuda_ipc.offer import Source
+
+log = logging.getLogger("tensorfork")
+
+_Pair = tuple[int, int]
+"""A remote region's id, and one of our GPUs."""
 
 
 class Mapped:
@@ -15,17 +22,17 @@ class Mapped:
 
     def __init__(self, sources: Mapping[int, Source]) -> None:
         self._sources = sources
-        self._found: dict[tuple[int, int], int] = {}
-        self._wanted: dict[tuple[int, int], None] = {}
+        self._found: dict[_Pair, int] = {}
+        self._failed: dict[_Pair, Exception] = {}
+        self._wanted: dict[_Pair, None] = {}
         self._changed = threading.Condition()
         self._opener: threading.Thread | None = None
-        self._error: Exception | None = None
         self._closed = False
 
-    def want(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Have these remote regions opened, each for one of our GPUs, before those that were wanted earlier."""
+    def want(self, pairs: Iterable[_Pair]) -> None:
+        """Have these opened, before those that were wanted earlier."""
         with self._changed:
-            first: dict[tuple[int, int], None] = {}
+            first: dict[_Pair, None] = {}
             for id, device in pairs:
                 if (id, device) in self._found:
                     continue
@@ -39,66 +46,78 @@ class Mapped:
                 self._opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
                 self._opener.start()
 
-    def address(self, id: int, device: int) -> int:
-        """Where one that is wanted is; waits for it. Raises `TransportUnavailable`."""
-        address = self._found.get((id, device))
-        if address is None:
-            with self._changed:
-                self._changed.wait_for(lambda: self._error is not None or (id, device) in self._found)
-            if (id, device) not in self._found:
-                raise TransportUnavailable(
-                    f"cuda_ipc: the seed's memory cannot be opened on cuda:{device}: {self._error}. The GPUs may not "
-                    "reach one another, or a container does not share the host's IPC and PID namespaces"
-                ) from self._error
-            address = self._found[id, device]
-        return address
+    def address(self, id: int, device: int, deadline: float) -> int:
+        """Where one that is wanted is; waits for it.
 
-    def close(self) -> None:
-        """Close all of them; nothing may be reading any more."""
+        Raises `TransportUnavailable` where it cannot be opened, `TransferFailed` at the deadline.
+        """
+        pair = id, device
+        address = self._found.get(pair)
+        if address is not None:
+            return address
+        with self._changed:
+            over = self._changed.wait_for(
+                lambda: pair in self._found or pair in self._failed, max(0.0, deadline - time.monotonic())
+            )
+            if not over:
+                raise TransferFailed("CUDA had not opened the seed's memory by the deadline")
+            if pair in self._found:
+                return self._found[pair]
+            error = self._failed[pair]
+        raise TransportUnavailable(
+            f"cuda_ipc: the seed's memory cannot be opened on cuda:{device}: {error}. The GPUs may not reach one "
+            "another, or a container does not share the host's IPC and PID namespaces"
+        ) from error
+
+    def close(self, deadline: float) -> None:
+        """Close all of them; nothing may be reading any more. One that is still being opened is closed when it is."""
         with self._changed:
             self._closed = True
             opener = self._opener
         if opener is not None:
-            opener.join()
-        found, self._found = self._found, {}
+            opener.join(max(0.1, deadline - time.monotonic()))
+        with self._changed:
+            found, self._found = self._found, {}
         for device in {device for _, device in found}:
             with cuda.current(device), cuda.relaxed_capture():
                 for (id, on), address in found.items():
                     if on == device and self._sources[id].handle is not None:
-                        cuda.close_handle(address)
+                        _close(address)
 
     def _open(self) -> None:
-        try:
-            cuda.relax_capture()
-            while (device := self._next_device()) is not None:
-                with cuda.current(device):
-                    self._open_on(device)
-        except Exception as error:
+        cuda.relax_capture()
+        while (pair := self._next()) is not None:
+            handle = self._sources[pair[0]].handle
+            assert handle is not None
+            address, error = 0, None
+            try:
+                with cuda.current(pair[1]):
+                    address = cuda.open_handle(handle)
+            except Exception as failed:  # of the driver, or of its absence: for who asks
+                error = failed
             with self._changed:
-                self._error, self._opener = error, None
+                late = self._closed
+                if error is not None:
+                    self._failed[pair] = error
+                elif not late:
+                    self._found[pair] = address
+                self._wanted.pop(pair, None)  # wherever it stands by now
                 self._changed.notify_all()
+            if late and error is None:
+                with cuda.current(pair[1]):
+                    _close(address)
 
-    def _next_device(self) -> int | None:
-        """Where the first that is wanted is wanted; None when the thread is to end."""
+    def _next(self) -> _Pair | None:
+        """The first that is wanted; None when the thread is to end."""
         with self._changed:
             if self._closed or not self._wanted:
                 self._opener = None
                 return None
-            return next(iter(self._wanted))[1]
+            return next(iter(self._wanted))
 
-    def _open_on(self, device: int) -> None:
-        """Open what is wanted, as long as it is for this GPU."""
-        while True:
-            with self._changed:
-                if self._closed or not self._wanted:
-                    return
-                id, on = next(iter(self._wanted))
-                handle = self._sources[id].handle
-            if on != device:
-                return
-            assert handle is not None
-            address = cuda.open_handle(handle)
-            with self._changed:
-                self._found[id, device] = address
-                del self._wanted[id, device]  # wherever it stands by now
-                self._changed.notify_all()
+
+def _close(address: int) -> None:
+    try:
+        cuda.close_handle(address)
+    except cuda.DriverError as error:
+        log.warning("a CUDA IPC handle could not be closed: %s", error)

@@ -35,11 +35,13 @@ class IpcSession(Session):
         regions: Sequence[Region],
         channel: Channel,
         rate_limit: float | None,
+        deadline: float,
     ) -> None:
         within, offered = read_offer(offer, remote)
         self.fabric = "same process" if within else "cuda ipc"
         self._channel, self._closed = channel, False
         self._rate_limit, self._began, self._launched = rate_limit, 0.0, 0
+        self._deadline = deadline
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
@@ -48,7 +50,7 @@ class IpcSession(Session):
         try:
             if len(devices) == 1 and offered:
                 self._memory.want([(id, devices[0]) for id in offered])
-                self._memory.address(next(iter(offered)), devices[0])  # now, to know that it can be done
+                self._memory.address(next(iter(offered)), devices[0], deadline)  # now, to know that it can be done
         except BaseException:
             self.close(time.monotonic())
             raise
@@ -63,7 +65,7 @@ class IpcSession(Session):
             stream.wait_stream(torch.cuda.current_stream(device))
             self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
             pending.append((device, _batches(copies, mine, self._rate_limit)))
-        self._began, self._launched = time.monotonic(), 0
+        self._began, self._launched, self._deadline = time.monotonic(), 0, deadline
         flying: deque[tuple[torch.cuda.Event, list[int]]] = deque()
         try:
             while pending or flying:
@@ -90,7 +92,7 @@ class IpcSession(Session):
         if self._closed:
             return
         self._closed = True
-        self._memory.close()
+        self._memory.close(deadline)
         while self._streams:
             cuda.give_stream(self._streams.popitem()[1])
         try:
@@ -116,7 +118,11 @@ class IpcSession(Session):
                     copy = copies[i]
                     to = self._regions[copy.into]
                     self._launched += copy.nbytes
-                    enqueue(to.address + copy.at, self._memory.address(copy.region, device) + copy.offset, copy.nbytes)
+                    enqueue(
+                        to.address + copy.at,
+                        self._memory.address(copy.region, device, self._deadline) + copy.offset,
+                        copy.nbytes,
+                    )
                 event = torch.cuda.Event()
                 event.record(stream)
                 flying.append((event, batch))

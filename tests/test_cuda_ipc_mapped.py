@@ -1,0 +1,124 @@
+"""Handles of CUDA IPC are opened on a thread, by whom they are wanted first; the driver is a fake."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from attrs import define, field
+
+import tensorfork
+from tensorfork import cuda
+from tensorfork.transports.cuda_ipc.mapped import Mapped
+from tensorfork.transports.cuda_ipc.offer import Source
+
+SOON = 20.0
+
+
+@define
+class Driver:
+    """Opens handle ``b"7"`` at address 1007, when `gate` is open."""
+
+    bad: set[int] = field(factory=set)
+    opened: list[int] = field(factory=list)
+    closed: list[int] = field(factory=list)
+    refuses: set[int] = field(factory=set)
+    gate: threading.Event = field(factory=threading.Event)
+    reached: threading.Event = field(factory=threading.Event)
+
+    def open_handle(self, handle: bytes) -> int:
+        number = int(handle)
+        self.reached.set()
+        assert self.gate.wait(SOON)
+        if number in self.bad:
+            raise cuda.DriverError(f"no {number}")
+        self.opened.append(1000 + number)
+        return 1000 + number
+
+    def close_handle(self, address: int) -> None:
+        self.closed.append(address)
+        if address in self.refuses:
+            raise cuda.DriverError(f"not {address}")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    fake = Driver()
+    for name, value in {
+        "open_handle": fake.open_handle,
+        "close_handle": fake.close_handle,
+        "current": lambda device: nullcontext(),
+        "relaxed_capture": nullcontext,
+        "relax_capture": lambda: None,
+    }.items():
+        monkeypatch.setattr(cuda, name, value)
+    yield fake
+    fake.gate.set()
+
+
+def sources(count: int) -> dict[int, Source]:
+    return {i: Source(i, 1, str(i).encode()) for i in range(count)}
+
+
+def soon() -> float:
+    return time.monotonic() + SOON
+
+
+def test_all_that_are_wanted_are_opened_once_and_closed(driver: Driver) -> None:
+    driver.gate.set()
+    mapped = Mapped(sources(20))
+    mapped.want([(i, 0) for i in range(20)])
+    assert [mapped.address(i, 0, soon()) for i in range(20)] == [1000 + i for i in range(20)]
+    mapped.want([(i, 0) for i in range(20)])
+    mapped.close(soon())
+    assert driver.opened == [1000 + i for i in range(20)]
+    assert sorted(driver.closed) == driver.opened
+
+
+def test_what_is_wanted_last_is_opened_first(driver: Driver) -> None:
+    mapped = Mapped(sources(6))
+    mapped.want([(i, 0) for i in range(6)])
+    assert driver.reached.wait(SOON)
+    mapped.want([(5, 0), (4, 0)])
+    driver.gate.set()
+    mapped.address(3, 0, soon())
+    assert driver.opened[:3] == [1000, 1005, 1004]
+    mapped.close(soon())
+
+
+def test_what_cannot_be_opened_hurts_only_who_asks_for_it(driver: Driver) -> None:
+    driver.bad.add(1)
+    driver.gate.set()
+    mapped = Mapped(sources(4))
+    mapped.want([(i, 0) for i in range(4)])
+    assert mapped.address(3, 0, soon()) == 1003
+    with pytest.raises(tensorfork.TransportUnavailable, match="cannot be opened on cuda:0: no 1"):
+        mapped.address(1, 0, soon())
+    mapped.close(soon())
+    assert sorted(driver.closed) == [1000, 1002, 1003]
+
+
+def test_a_driver_that_hangs_costs_the_deadline_and_what_it_opens_late_is_closed(driver: Driver) -> None:
+    mapped = Mapped(sources(3))
+    mapped.want([(i, 0) for i in range(3)])
+    with pytest.raises(tensorfork.TransferFailed, match="by the deadline"):
+        mapped.address(0, 0, time.monotonic() + 0.05)
+    opener: Any = mapped._opener
+    mapped.close(time.monotonic())
+    assert not driver.closed
+    driver.gate.set()
+    opener.join(SOON)
+    assert driver.closed == driver.opened == [1000]
+
+
+def test_one_that_does_not_close_leaves_the_others_closed(driver: Driver) -> None:
+    driver.refuses.add(1000)
+    driver.gate.set()
+    mapped = Mapped(sources(3))
+    mapped.want([(i, 0) for i in range(3)])
+    for i in range(3):
+        mapped.address(i, 0, soon())
+    mapped.close(soon())
+    assert sorted(driver.closed) == [1000, 1001, 1002]
