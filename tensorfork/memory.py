@@ -4,15 +4,12 @@ Through DLPack, the exchange protocol for arrays, by ctypes: it serves CPU and C
 """
 
 import ctypes
-import sys
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 
 _CPU, _CUDA = 1, 2
-_MADV_HUGEPAGE = 14
-_HUGE = 2 << 20
 _UINT = 1
 
 
@@ -62,17 +59,3 @@ def as_tensor(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
     _lent[where] = managed, shape
     tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(where, b"dltensor", None))
     return tensor
-
-
-def prefer_huge_pages(tensor: torch.Tensor) -> None:
-    """Have Linux back memory of a CPU, not yet touched, with huge pages, if it is set to do that for who asks: to touch
-    small ones for the first time costs more than to receive what is written there.
-    """
-    start = -(-tensor.data_ptr() // _HUGE) * _HUGE
-    nbytes = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE * _HUGE
-    if nbytes > 0 and tensor.device.type == "cpu" and sys.platform == "linux":
-        _libc.madvise(start, nbytes, _MADV_HUGEPAGE)  # advice: what it answers does not matter
-
-
-_libc = ctypes.CDLL(None)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

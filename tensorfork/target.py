@@ -12,7 +12,6 @@ from attrs import evolve, field, frozen
 
 from tensorfork.install import Installation, like, plain_mode
 from tensorfork.layout import ModelLayout, StorageLayout, Survey, TensorLayout
-from tensorfork.memory import prefer_huge_pages
 from tensorfork.plan import Pair
 from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
@@ -66,7 +65,6 @@ def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: De
     if not meta:
         return Target(pairs, tensors, regions, Installation([], []), wrappers, [ours.memory])
     fresh = allocate(theirs, sorted({pair.theirs.storage for pair in meta}), device)
-    fresh.expect(sum(pair.theirs.nbytes for pair in meta))
     ready = dict(tensors)
     made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
     with plain_mode():
@@ -91,7 +89,6 @@ def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: De
 def build(theirs: ModelLayout, device: Device) -> Target:
     """Make room for a whole copy of the seed's tensors; ties become one tensor under several names."""
     fresh = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
-    fresh.expect(sum(tensor.nbytes for tensor in theirs.tensors))
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
     with plain_mode():
@@ -122,12 +119,6 @@ class Fresh:
             for storage, (device, start, nbytes) in self.spots.items()
             if nbytes
         ]
-
-    def expect(self, nbytes: int) -> None:
-        """So much of it will be filled: if that is most of it, huge pages are the cheaper ones to fill."""
-        if 2 * nbytes > sum(buffer.nbytes for buffer in self.buffers.values()):
-            for buffer in self.buffers.values():
-                prefer_huge_pages(buffer)
 
     def tensor(self, layout: TensorLayout, stride: Sequence[int] | None = None) -> torch.Tensor:
         """A tensor in its storage, with a version counter of its own. To be called in `plain_mode`.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ZOO, Tied, tensors_of
 
-from tensorfork import ModelLayout, StorageLayout, TensorLayout, target
+from tensorfork import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.layout import survey
 from tensorfork.plan import match
 from tensorfork.spans import ALIGNMENT
@@ -178,18 +178,3 @@ def test_a_layout_s_tensor_is_made_at_its_own_place() -> None:
     tensor = fresh.tensor(layout.tensors[0])
     assert tensor.data_ptr() - fresh.buffers[torch.device("cpu")].data_ptr() == ALIGNMENT + 6
     assert (tensor.shape, tensor.stride()) == ((2, 2), (4, 1))
-
-
-# Huge pages.
-
-
-@pytest.mark.parametrize(("filled", "asked"), [(1 << 20, False), (5 << 20, True)])
-def test_huge_pages_are_asked_for_where_most_of_the_memory_is_filled(
-    filled: int, asked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(target, "prefer_huge_pages", seen.append)
-    whole = torch.zeros(8 << 20, dtype=torch.uint8)
-    seed = {"part": whole[:filled], "end": whole[-1:]}
-    build(survey(seed).layout, None)
-    assert bool(seen) is asked
