@@ -27,13 +27,15 @@ Plain torch, nothing compiled: a kernel that must be built first costs more than
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 
 from tensorfork.elements import as_bytes, as_integers, by_stride, fill, gather_on_device, gather_on_host
 from tensorfork.sums import COLUMNS, OTHER_WIDTH, WIDTH, Sums
+from tensorfork.threads import alone
 
 SEGMENT = 1024 * WIDTH * 8
 """Bytes of a tensor that are summed together."""
@@ -64,12 +66,16 @@ def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] =
     found: dict[str, int] = {}
     with torch.inference_mode():
         for device, unique in by_device.items():
-            summing = _Summing(device, _PACES.get(device.type, _PACES["cuda"]))
-            for _ in summing.groups(unique):
-                if cancelled():
-                    return {}
-            for key, value in summing.finish().items():
-                found.update(dict.fromkeys(names[key], value))
+            with ExitStack() as stack:
+                pace = _PACES.get(device.type, _PACES["cuda"])
+                if device.type == "cpu" and stack.enter_context(alone()):
+                    pace = evolve(pace, block=pace.alone)
+                summing = _Summing(device, pace)
+                for _ in summing.groups(unique):
+                    if cancelled():
+                        return {}
+                for key, value in summing.finish().items():
+                    found.update(dict.fromkeys(names[key], value))
     return found
 
 
@@ -85,6 +91,8 @@ class _Pace:
     block: int
     """Summed at a time, and the longest operation: what a core's cache holds, and below 32,768 elements, where torch
     would wake its other threads; a whole segment where the launch is what costs."""
+    alone: int
+    """The same where torch is kept from waking them: calls cost as much as sums."""
     stage: int
     """Scratch for tensors that are copied to be summed: misaligned, with gaps, or too small to go alone."""
     small: int
@@ -95,8 +103,8 @@ class _Pace:
 
 
 _PACES = {
-    "cpu": _Pace(31 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, gather_on_host),
-    "cuda": _Pace(_WORDS, 1 << 20, 1 << 14, 320 << 10, gather_on_device),
+    "cpu": _Pace(31 * WIDTH, 110 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, gather_on_host),
+    "cuda": _Pace(_WORDS, _WORDS, 1 << 20, 1 << 14, 320 << 10, gather_on_device),
 }
 
 

@@ -1,8 +1,10 @@
 """The digest: what the definition says, for every kind of tensor; and no accident with the bytes goes unseen."""
 
+import contextlib
 import ctypes
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tensorfork import digest
 from tensorfork.digest import OTHER_WIDTH, WIDTH, digest_of_words, digests
+from tensorfork.threads import alone
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -285,8 +288,15 @@ def all_sorts() -> dict[str, torch.Tensor]:
     }
 
 
-def test_no_operation_on_the_cpu_is_so_large_that_torch_wakes_its_other_threads() -> None:
-    """Threads of torch's, woken beside an engine's, were seen to make both wait for seconds."""
+@pytest.mark.parametrize("kept_alone", [True, False])
+def test_no_operation_on_the_cpu_wakes_torch_s_other_threads(kept_alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of torch's, woken beside an engine's, were seen to make both wait for seconds. They are not where torch
+    has one for ours, nor by an operation on less than 32,768 elements.
+    """
+    if not kept_alone:
+        monkeypatch.setattr(digest, "alone", lambda: contextlib.nullcontext(False))
+    before = torch.get_num_threads()
+    threads: set[int] = set()
     free = ("aten::empty", "aten::set_")
     largest = 0
 
@@ -294,11 +304,13 @@ def test_no_operation_on_the_cpu_is_so_large_that_torch_wakes_its_other_threads(
         nonlocal largest
         if not function.is_view and not function.name().startswith(free):
             largest = max(largest, *(tensor.numel() for tensor in tensors), 0)
+            threads.add(torch.get_num_threads())
 
     tensors = all_sorts()
     with watched(see):
         digests(tensors)
-    assert 30_000 < largest < 32_768
+    assert threads == {1} if kept_alone else 30_000 < largest < 32_768
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("pace", PACES)
@@ -450,3 +462,15 @@ def test_tensors_that_are_summed_together_are_each_summed_whole(count: int, nbyt
     expected = {name: digest.digest(tensor) for name, tensor in tensors.items()}
     with paced("cuda"):
         assert digests(tensors) == expected
+
+
+def test_the_process_s_number_of_threads_is_nobody_s_business_but_ours() -> None:
+    """What keeps one thread alone does so for that thread, and while it lasts."""
+    usual, seen = torch.get_num_threads(), list[int]()
+    with alone() as kept:
+        assert kept == (torch.get_num_threads() == 1)
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+    assert seen == [usual]
+    assert torch.get_num_threads() == usual
