@@ -19,10 +19,11 @@ from attrs import define
 
 from tensorfork import cuda, digest, kernels
 from tensorfork.digest import SEGMENT
-from tensorfork.elements import by_stride
+from tensorfork.elements import is_dense
 from tensorfork.errors import TensorForkError
 
 _THREADS = 512
+"""Of a block, as in digest.cu."""
 _ENTRY = 3
 """64-bit words of a segment's entry in the kernel's table."""
 
@@ -60,7 +61,7 @@ class Checksums:
                 names[number].append(name)
                 continue
             names.append([name])
-            if tensor.is_cuda and _is_dense(tensor) and (nbytes := tensor.nbytes) and not tensor.data_ptr() % 8:
+            if tensor.is_cuda and is_dense(tensor) and (nbytes := tensor.nbytes) and not tensor.data_ptr() % 8:
                 device, address = tensor.device, tensor.data_ptr()
                 addresses[number] = address
                 by_kernel[device][number] = tensor
@@ -101,10 +102,6 @@ class Checksums:
             return {}
         values.update((int(number), value) for number, value in rest.items())
         return {name: values[i] % (1 << 64) for i, names in enumerate(self._names) for name in names}
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() or by_stride(tensor).is_contiguous()
 
 
 def _run(device: torch.device, table: "array[int]", count: int, gentle: bool) -> Sequence[int]:

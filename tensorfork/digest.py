@@ -22,7 +22,7 @@ two words of a row, and no two of a column, share one of its sums. What remains 
 more changes that cancel out in all three families; across segments, nothing cancels out. That both widths are odd
 keeps torch from splitting the sums of columns over blocks, which takes 16 MiB of scratch and more.
 
-Plain torch, nothing compiled: a kernel that must be built first costs more than the copy it checks.
+This is the definition, in plain torch for any device; on NVIDIA GPUs `checksum` has a kernel that computes the same.
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ from functools import cache
 import torch
 from attrs import evolve, frozen
 
-from tensorfork.elements import as_bytes, as_integers, by_stride, fill, gather_on_device, gather_on_host
+from tensorfork.elements import as_bytes, as_integers, by_stride, fill, gather_on_device, gather_on_host, is_dense
 from tensorfork.sums import COLUMNS, OTHER_WIDTH, WIDTH, Sums
 from tensorfork.threads import alone
 
@@ -134,7 +134,7 @@ class _Summing:
             nbytes = tensor.nbytes
             if not nbytes:
                 self._empty.append(key)
-            elif tensor.is_contiguous() or by_stride(tensor).is_contiguous():
+            elif is_dense(tensor):
                 dense[nbytes].append((key, tensor))
             else:
                 gapped.append((key, tensor))
@@ -329,11 +329,6 @@ def weights(slots: int) -> torch.Tensor:
     """The odd weights of the first slots' halves: the low one's, then the high one's, of each."""
     state = torch.arange(1, 2 * slots + 1, dtype=torch.int64, device="cpu") * _signed(_GOLDEN)
     return mix_(state) | 1
-
-
-def combine(values: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """What segments of given digests and numbers add to their tensors' digests. On the CPU."""
-    return mix_(values.clone()).mul_(weights(int(numbers.max()) // 2 + 1)[numbers])
 
 
 def digest_of_words(words: Sequence[int]) -> int:

@@ -58,6 +58,11 @@ def by_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-stride[i], -shape[i])))
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill a stretch of memory, in whatever order of dimensions."""
+    return tensor.is_contiguous() or by_stride(tensor).is_contiguous()
+
+
 def slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
     """Cut along the leading dimensions into parts of at most `most` elements, in order."""
     if tensor.numel() <= most:

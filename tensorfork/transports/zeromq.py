@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from threading import Event
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ import zmq
 from attrs import define, frozen
 from zmq.utils.monitor import recv_monitor_message
 
+from tensorfork import cuda
 from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
 from tensorfork.sockets import Address, Bell, Lender, bind, connect, context, make, milliseconds, resolve
 from tensorfork.staging import RegionMemory, Slot, keep_freed_memory
@@ -48,8 +48,6 @@ FREED = 4 << 20
 SEND_BUFFER = 256 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel knows better."""
-
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 _HEAD = struct.Struct("<16sQ")
 _STRETCH = struct.Struct("<QQQ")
@@ -79,12 +77,11 @@ class ZeroMQ(Transport):
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`: which host this is."""
-        host = _host()
-        return {} if host is None else {"host": host}
+        return {"host": cuda.host()}
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "_Export":
         """See `Transport.export`."""
-        return _Export(regions, site.bind, self._ports, on_host="host" in fork and fork["host"] == _host())
+        return _Export(regions, site.bind, self._ports, on_host=fork.get("host") == cuda.host())
 
     def open(
         self,
@@ -405,14 +402,6 @@ class _Session(Session):
     def _notice(self, line: _Line) -> None:
         recv_monitor_message(line.monitor)
         raise TransferFailed(f"{self._seed} closed the connection, or died")
-
-
-def _host() -> str | None:
-    """Which host this is; None where that cannot be told."""
-    try:
-        return BOOT.read_text().strip()
-    except OSError:
-        return None
 
 
 def _context(io_threads: int) -> "zmq.Context[zmq.Socket[bytes]]":

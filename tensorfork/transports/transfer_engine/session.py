@@ -131,10 +131,12 @@ class EngineSession(Session):
         quarantine.wait(targets, deadline, cancel.is_set)
         _check(deadline, cancel)
         self._engine.settle(self._gpus)  # nothing of this process may still be using what is written now
+        if self.fabric == "nvlink":
+            self._run_batches(copies, deadline, done, cancel)
+            return
         flying: deque[Flight] = deque()
-        run = self._run_batches if self.fabric == "nvlink" else self._run
         try:
-            run(copies, flying, deadline, done, cancel)
+            self._run(copies, flying, deadline, done, cancel)
         except BaseException as error:
             left = self._drain(flying, deadline)
             if isinstance(error, TransferFailed):
@@ -198,14 +200,7 @@ class EngineSession(Session):
             elif not flying and jobs:
                 cancel.wait(min(0.1, max(self._window.pause, pace.wait(time.monotonic()))))
 
-    def _run_batches(
-        self,
-        copies: Sequence[Copy],
-        flying: deque[Flight],
-        deadline: float,
-        done: Callable[[int], None],
-        cancel: Event,
-    ) -> None:
+    def _run_batches(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """Over nvlink. Nothing of it flies: when a batch has failed, its GPU is waited for."""
         pace, left = Pace(self._rate), [0] * len(copies)
         batches = list(self._batches(self._jobs(copies, left, self._piece), self._rate))
