@@ -392,7 +392,7 @@ def test_a_cover_beside_its_regions_fails_the_suite() -> None:
 
 def test_faults_of_memory_on_other_devices_need_a_way_there() -> None:
     with pytest.raises(ValueError, match="give FaultyTransport a memory="):
-        faults.host_memory(Region(0, 1, 1, "cuda:0"))
+        faults.bytes_of(Region(0, 1, 1, "xpu:0"))
 
 
 def test_a_faulty_transport_goes_by_the_name_of_the_one_it_wraps() -> None:

@@ -23,15 +23,25 @@ from tensorfork import (
     TransportUnavailable,
 )
 
-Host = Callable[[Region], torch.Tensor]
+Reach = Callable[[Region], torch.Tensor]
 """The bytes of a region, as a uint8 tensor over the same memory."""
 
 
-def host_memory(region: Region) -> torch.Tensor:
-    """The bytes of a region in host memory."""
-    if region.device != "cpu":
-        raise ValueError(f"give FaultyTransport a memory= that reaches {region.device}")
-    return torch.frombuffer((ctypes.c_char * region.nbytes).from_address(region.address), dtype=torch.uint8)
+def bytes_of(region: Region) -> torch.Tensor:
+    """The bytes of a region in the host's memory, or a GPU's."""
+    if region.device == "cpu":
+        return torch.frombuffer((ctypes.c_char * region.nbytes).from_address(region.address), dtype=torch.uint8)
+    if region.device.startswith("cuda"):
+        return torch.as_tensor(_OnAGpu(region), device=region.device)
+    raise ValueError(f"give FaultyTransport a memory= that reaches {region.device}")
+
+
+class _OnAGpu:
+    """What torch makes a tensor of: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
+
+    def __init__(self, region: Region) -> None:
+        place = (region.address, False)
+        self.__cuda_array_interface__ = {"shape": (region.nbytes,), "typestr": "|u1", "data": place, "version": 2}
 
 
 @frozen
@@ -54,6 +64,11 @@ class Job:
         """The destination of a copy."""
         copy = self.copies[i]
         return self.memory[copy.into][copy.at : copy.at + copy.nbytes]
+
+    def settle(self) -> None:
+        """Wait until what was done to the destinations can be seen by all: what is reported as done has arrived."""
+        for device in {memory.device for memory in self.memory.values() if memory.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def run(self, which: Sequence[int], done: Callable[[int], None]) -> None:
         """Make some of the copies."""
@@ -142,6 +157,7 @@ class Spoiled(Fault):
         try:
             job.run(range(len(job.copies)), arrived.append)
             self.spoil(job)
+            job.settle()
         finally:
             for i in arrived:
                 job.done(i)
@@ -267,10 +283,10 @@ class FaultyTransport(Transport):
         inner: what does the work.
         fault: what goes wrong; one of this module's, or a `Fault` of your own.
         piece: the longest copy to be asked for, in bytes; as the inner one's, by default.
-        memory: reaches the bytes of a region; needed where they are not in host memory.
+        memory: reaches the bytes of a region; needed where they are neither in the host's nor in a GPU's.
     """
 
-    def __init__(self, inner: Transport, fault: Fault, *, piece: int | None = None, memory: Host = host_memory) -> None:
+    def __init__(self, inner: Transport, fault: Fault, *, piece: int | None = None, memory: Reach = bytes_of) -> None:
         self.name = inner.name  # type: ignore[misc]  # a seed knows the inner one by it
         self.piece = inner.piece if piece is None else piece
         self._inner, self._fault, self._memory = inner, fault, memory
