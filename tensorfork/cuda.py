@@ -1,6 +1,6 @@
 """The CUDA driver, by ctypes: what torch does not tell of memory, and what must not wait for an allocation.
 
-Which block an address lies in, whether another process may open it, handles for that, copies between raw addresses.
+Handles by which another process opens memory, copies between raw addresses, kernels, streams, contexts.
 torch stays in charge of devices, contexts and streams: nothing here creates a context, and an address is only ever one
 that torch, or somebody else in this process, allocated. Names and numbers are those of the CUDA driver API.
 """
@@ -8,50 +8,22 @@ that torch, or somebody else in this process, allocated. Names and numbers are t
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-from attrs import evolve, frozen
 
 from tensorfork import memory
 from tensorfork.errors import TransportUnavailable
-from tensorfork.transports.base import Place, Region
 
 HANDLE = 64
 """Bytes of a CUDA IPC handle."""
 
-_BUFFER_ID, _ORDINAL, _LEGACY_IPC, _RANGE_START, _RANGE_SIZE = 7, 9, 10, 11, 12
 _LAZY_PEER_ACCESS = 1
 _NON_BLOCKING = 1
 _RELAXED = 2
-
-
-@frozen
-class Block:
-    """One allocation of device memory, as the driver knows it.
-
-    Attributes:
-        start: its address.
-        nbytes: its size.
-        device: the ordinal of its GPU in this process.
-        buffer_id: changes when memory is mapped here anew.
-        exportable: whether a CUDA IPC handle can be had for it; not for memory of `cuMemCreate`, which torch uses
-            under ``expandable_segments``.
-    """
-
-    start: int
-    nbytes: int
-    device: int
-    buffer_id: int
-    exportable: bool
-
-    @property
-    def end(self) -> int:
-        """The address behind its last byte."""
-        return self.start + self.nbytes
 
 
 class _Handle(ctypes.Structure):
@@ -59,21 +31,22 @@ class _Handle(ctypes.Structure):
 
 
 @cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The driver's library. Raises `TransportUnavailable` where there is none."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        found = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise TransportUnavailable(f"there is no NVIDIA driver here ({error}); this needs one") from error
-    driver.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    driver.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
-    driver.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), ctypes.c_uint64]
-    driver.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
-    driver.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
-    driver.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
-    driver.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
-    driver.cuMemsetD8Async.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
-    driver.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
-    return driver
+    found.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    found.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
+    found.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), ctypes.c_uint64]
+    found.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
+    found.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+    found.cuCtxPushCurrent_v2.argtypes = [ctypes.c_void_p]
+    found.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+    found.cuMemsetD8Async.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
+    found.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    return found
 
 
 class DriverError(Exception):
@@ -83,91 +56,35 @@ class DriverError(Exception):
 def _check(code: int, what: str) -> None:
     if code:
         name = ctypes.c_char_p()
-        _driver().cuGetErrorName(code, ctypes.byref(name))
+        driver().cuGetErrorName(code, ctypes.byref(name))
         raise DriverError(f"{what}: {(name.value or b'unknown error').decode()} ({code})")
 
 
-def block(address: int) -> Block:
-    """The block an address lies in. Raises `TransportUnavailable` for what is not device memory of this process."""
-    kinds = (ctypes.c_int * 5)(_BUFFER_ID, _ORDINAL, _LEGACY_IPC, _RANGE_START, _RANGE_SIZE)
-    buffer, ordinal, legacy = ctypes.c_uint64(), ctypes.c_int(), ctypes.c_int()
-    start, nbytes = ctypes.c_uint64(), ctypes.c_size_t()
-    values = (ctypes.c_void_p * 5)(*(ctypes.addressof(one) for one in (buffer, ordinal, legacy, start, nbytes)))
-    code = _driver().cuPointerGetAttributes(5, kinds, values, address)
-    if code or not nbytes.value:
-        raise TransportUnavailable(f"{address:#x} is not memory that this process has on a GPU (driver error {code})")
-    return Block(start.value, nbytes.value, ordinal.value, buffer.value, bool(legacy.value))
-
-
-def blocks(regions: Sequence[Region]) -> list[Block]:
-    """For each region of a GPU, in order of address, its block; looked up once for each block."""
-    found: list[Block] = []
-    for region in sorted((one for one in regions if one.device != "cpu"), key=lambda one: one.address):
-        if not found or not found[-1].start <= region.address < found[-1].end:
-            found.append(block(region.address))
-    return found
-
-
-def cover(regions: Sequence[Region]) -> tuple[list[Region], list[Place]]:
-    """The blocks that the regions lie in, and where in them each begins. What is not a GPU's, or lies in more than one
-    block, stays as it is. Region ids are new ones.
-    """
-    covering: list[Region] = []
-    places: dict[int, Place] = {}
-    last: Block | None = None
-    for region in sorted(regions, key=lambda one: (one.device == "cpu", one.address)):
-        if region.device == "cpu":
-            last = None
-        elif last is None or not last.start <= region.address < last.end:
-            last = block(region.address)
-            if region.address + region.nbytes <= last.end:
-                covering.append(Region(len(covering), last.start, last.nbytes, region.device))
-        if last is None or region.address + region.nbytes > last.end:
-            covering.append(evolve(region, id=len(covering)))
-            places[region.id] = Place(covering[-1].id, 0)
-            last = None
-        else:
-            places[region.id] = Place(covering[-1].id, region.address - last.start)
-    return covering, [places[region.id] for region in regions]
-
-
-def why_not_exportable(regions: Sequence[Region]) -> str | None:
-    """Why another process could not open the regions' memory, with the remedy; None where it can."""
-    closed = [one for one in blocks(regions) if not one.exportable]
-    if not closed:
-        return None
-    return (
-        f"{sum(one.nbytes for one in closed) / 1e9:.1f} GB of the model on cuda:{closed[0].device} is memory that CUDA "
-        "IPC cannot export: torch's expandable_segments, cuMemCreate, or a memory saver. Unset expandable_segments in "
-        "PYTORCH_CUDA_ALLOC_CONF, or use another transport"
-    )
-
-
-def export_handle(of: Block) -> bytes:
-    """A handle by which another process of this host can open a block."""
+def export_handle(address: int, device: int) -> bytes:
+    """A handle by which another process of this host can open the block that begins there."""
     handle = _Handle()
-    with current(of.device), relaxed_capture():
-        _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), of.start), "cuIpcGetMemHandle")
+    with current(device), relaxed_capture():
+        _check(driver().cuIpcGetMemHandle(ctypes.byref(handle), address), "cuIpcGetMemHandle")
     return bytes(handle)
 
 
 def open_handle(handle: bytes) -> int:
     """The address, for the GPU that is `current`, of another process's block. Raises `DriverError`."""
     address = ctypes.c_uint64()
-    opened = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
+    opened = driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
     _check(opened, "cuIpcOpenMemHandle")
     return address.value
 
 
 def close_handle(address: int) -> None:
     """Let go of what `open_handle` gave for the GPU that is `current`. Nothing may be reading it any more."""
-    _check(_driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
+    _check(driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
 
 
 @contextmanager
 def copying(stream: "torch.cuda.Stream") -> Iterator[Callable[[int, int, int], None]]:
     """Inside, ``copy(to, source, nbytes)`` enqueues copies between addresses on a stream; about 2 µs each."""
-    memcpy, handle = _driver().cuMemcpyAsync, ctypes.c_void_p(stream.cuda_stream)
+    memcpy, handle = driver().cuMemcpyAsync, ctypes.c_void_p(stream.cuda_stream)
 
     def copy(to: int, source: int, nbytes: int) -> None:
         code = memcpy(to, source, nbytes, handle)
@@ -200,10 +117,10 @@ class Kernel:
                 module, function = ctypes.c_void_p(), ctypes.c_void_p()
                 with current(device), relaxed_capture():
                     for image in self._images(device):
-                        if not (code := _driver().cuModuleLoadData(ctypes.byref(module), image)):
+                        if not (code := driver().cuModuleLoadData(ctypes.byref(module), image)):
                             break
                     _check(code, "cuModuleLoadData")
-                    found = _driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
+                    found = driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
                     _check(found, "cuModuleGetFunction")
                 self._functions[device] = function
             return self._functions[device]
@@ -222,14 +139,14 @@ class Kernel:
         function = self.load(stream.device.index)
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         with current(stream.device.index):
-            code = _driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream.cuda_stream, places, None)
+            code = driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream.cuda_stream, places, None)
         _check(code, "cuLaunchKernel")
 
 
 def clear(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> None:
     """Enqueue zeros for a dense tensor, without a kernel."""
     with current(stream.device.index):
-        code = _driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, stream.cuda_stream)
+        code = driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, stream.cuda_stream)
     _check(code, "cuMemsetD8Async")
 
 
@@ -237,18 +154,18 @@ def clear(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> None:
 def relaxed_capture() -> Iterator[None]:
     """Inside, this thread's calls do not break a graph that another thread is capturing."""
     mode = ctypes.c_int(_RELAXED)
-    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         yield
     finally:
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def relax_capture() -> None:
     """For the rest of its life, this thread breaks no graph that another captures. Nothing while no GPU is in use."""
     if torch.cuda.is_initialized():
         mode = ctypes.c_int(_RELAXED)
-        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def device_index(device: str) -> int:
@@ -280,7 +197,7 @@ def take_stream(device: int) -> torch.cuda.Stream:
     except IndexError:
         made = ctypes.c_void_p()
         with current(device), relaxed_capture():
-            _check(_driver().cuStreamCreate(ctypes.byref(made), _NON_BLOCKING), "cuStreamCreate")
+            _check(driver().cuStreamCreate(ctypes.byref(made), _NON_BLOCKING), "cuStreamCreate")
         assert made.value is not None
         return torch.cuda.ExternalStream(made.value, torch.device("cuda", device))
 
@@ -326,19 +243,18 @@ _contexts_lock = threading.Lock()
 @contextmanager
 def current(device: int) -> Iterator[None]:
     """The device's primary context, which torch uses too, as this thread's current one."""
-    driver = _driver()
     with _contexts_lock:
         if device not in _contexts:
             torch.cuda.init()
             context, handle = ctypes.c_void_p(), ctypes.c_int()
-            _check(driver.cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
-            _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+            _check(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+            _check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
             _contexts[device] = context
-    _check(driver.cuCtxPushCurrent_v2(_contexts[device]), "cuCtxPushCurrent")
+    _check(driver().cuCtxPushCurrent_v2(_contexts[device]), "cuCtxPushCurrent")
     try:
         yield
     finally:
-        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        driver().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
 def as_tensor(address: int, nbytes: int, device: int) -> torch.Tensor:

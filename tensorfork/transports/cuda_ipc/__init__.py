@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from threading import Event
 from typing import ClassVar
 
-from tensorfork import cuda
+from tensorfork import blocks, cuda
+from tensorfork.blocks import Block, Published
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
 from tensorfork.transports.base import Channel, Export, Facts, Place, Region, RemoteRegion, Site, Transport
 from tensorfork.transports.cuda_ipc.offer import ASKED, EXPORTED, OFFER, SAID, this_process
@@ -37,20 +38,20 @@ class CudaIpc(Transport):
         self._rate_limit = rate_limit
         if rate_limit is not None:
             self.piece = SMALL_BATCH
-        self._published: dict[int, int] = {}
-        self._handles: dict[cuda.Block, bytes] = {}
+        self._published = Published()
+        self._handles: dict[tuple[int, int], bytes] = {}  # of blocks, by their addresses and buffer ids
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
         devices = sorted({region.device for region in regions if region.device != "cpu"})
         if not devices:
             raise TransportUnavailable("cuda_ipc moves GPU memory, and there is none in this model")
-        self._published |= {one.start: one.buffer_id for one in cuda.blocks(regions)}
+        found = self._published.add(regions)
         return {
             "host": cuda.host(),
             "process": this_process(),
             "gpus": [cuda.uuid(device) for device in devices],
-            "closed": cuda.why_not_exportable(regions),
+            "closed": blocks.why_not_exportable(found),
         }
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
@@ -64,35 +65,25 @@ class CudaIpc(Transport):
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """See `Transport.cover`: handles are for whole allocations."""
-        return cuda.cover(regions)
+        return blocks.cover(regions)
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "IpcExport":
         """See `Transport.export`."""
-        blocks = {one.start: one for one in cuda.blocks(regions)}
-        for one in blocks.values():
-            if self._published.get(one.start, one.buffer_id) != one.buffer_id:
-                raise TransportUnavailable(
-                    f"memory of the model at {one.start:#x} was freed and mapped anew since it was "
-                    "published; publish again"
-                )
+        found = self._published.check(regions)
         if fork.get("process") == this_process():
             return IpcExport(regions, {})
         try:
-            for one in blocks.values():
-                if one not in self._handles:
-                    self._handles[one] = cuda.export_handle(one)
+            return IpcExport(regions, {one.start: self._handle(one) for one in found})
         except cuda.DriverError as error:
             raise TransportUnavailable(
                 f"cuda_ipc: the seed's memory cannot be exported: {error}. Publish memory of cudaMalloc, and "
                 "see that the container shares the host's IPC namespace"
             ) from error
-        return IpcExport(regions, {start: self._handles[one] for start, one in blocks.items()})
 
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`."""
-        gone = {region.address for region in self.cover(regions)[0]}
-        self._handles = {one: handle for one, handle in self._handles.items() if one.start not in gone}
-        self._published = {start: id for start, id in self._published.items() if start not in gone}
+        for one in self._published.forget(regions):
+            self._handles.pop((one.start, one.buffer_id), None)
 
     def open(
         self,
@@ -105,6 +96,13 @@ class CudaIpc(Transport):
     ) -> IpcSession:
         """See `Transport.open`."""
         return IpcSession(offer, remote, regions, channel, self._rate_limit, deadline)
+
+    def _handle(self, of: Block) -> bytes:
+        key = of.start, of.buffer_id
+        handle = self._handles.get(key)
+        if handle is None:
+            handle = self._handles[key] = cuda.export_handle(of.start, of.device)
+        return handle
 
 
 class IpcExport(Export):

@@ -18,10 +18,16 @@ _Pair = tuple[int, int]
 class Mapped:
     """The seed's memory, as our GPUs see it. A thread opens the handles in the order in which they are wanted, while
     whoever wants them draws up plans, and while bytes move already.
+
+    Attributes:
+        pause: seconds from one handle to the next, where nobody waits: the driver has one lock for those who open and
+            those who copy.
     """
 
     def __init__(self, sources: Mapping[int, Source]) -> None:
+        self.pause = 0.0
         self._sources = sources
+        self._waiting = 0
         self._found: dict[_Pair, int] = {}
         self._failed: dict[_Pair, Exception] = {}
         self._wanted: dict[_Pair, None] = {}
@@ -56,9 +62,11 @@ class Mapped:
         if address is not None:
             return address
         with self._changed:
+            self._waiting += 1
             over = self._changed.wait_for(
                 lambda: pair in self._found or pair in self._failed, max(0.0, deadline - time.monotonic())
             )
+            self._waiting -= 1
             if not over:
                 raise TransferFailed("CUDA had not opened the seed's memory by the deadline")
             if pair in self._found:
@@ -106,6 +114,8 @@ class Mapped:
             if late and error is None:
                 with cuda.current(pair[1]):
                     _close(address)
+            if self.pause and not self._waiting:
+                time.sleep(self.pause)
 
     def _next(self) -> _Pair | None:
         """The first that is wanted; None when the thread is to end."""

@@ -21,6 +21,11 @@ SMALL_BATCH = 32 << 20
 """The same for models of less than some of these, so that they too are seen to arrive."""
 WINDOW = 3
 """Batches under way on a device."""
+PAUSE = 100e-6
+"""Seconds between two handles that are opened while bytes move."""
+WORTH = 40 << 20
+"""Bytes behind a handle, in the mean, from which on it opens faster than its bytes cross NVLink: from there on handles
+are opened while bytes move. Below that all are opened first, as both at once take longer than one after the other."""
 POLL = 50e-6
 """Seconds between two looks at the events."""
 
@@ -50,7 +55,9 @@ class IpcSession(Session):
         try:
             if len(devices) == 1 and offered:
                 self._memory.want([(id, devices[0]) for id in offered])
-                self._memory.address(next(iter(offered)), devices[0], deadline)  # now, to know that it can be done
+                few = sum(source.nbytes for source in offered.values()) < WORTH * len(offered)
+                for id in offered if few else list(offered)[:1]:  # one, at least, to know that it can be done
+                    self._memory.address(id, devices[0], deadline)
         except BaseException:
             self.close(time.monotonic())
             raise
@@ -66,6 +73,7 @@ class IpcSession(Session):
             self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
             pending.append((device, _batches(copies, mine, self._rate_limit)))
         self._began, self._launched, self._deadline = time.monotonic(), 0, deadline
+        self._memory.pause = PAUSE
         flying: deque[tuple[torch.cuda.Event, list[int]]] = deque()
         try:
             while pending or flying:

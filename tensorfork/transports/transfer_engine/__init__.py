@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from attrs import define
 
-from tensorfork import cuda
+from tensorfork.blocks import Block, Published
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.sockets import Address, resolve
 from tensorfork.transports.base import (
@@ -26,7 +26,7 @@ from tensorfork.transports.base import (
 )
 from tensorfork.transports.transfer_engine import agree, engine
 from tensorfork.transports.transfer_engine.engine import FABRICS, Engine, Peer
-from tensorfork.transports.transfer_engine.export import EngineExport, Offer
+from tensorfork.transports.transfer_engine.export import EngineExport, Offer, offer
 from tensorfork.transports.transfer_engine.quarantine import quarantine
 from tensorfork.transports.transfer_engine.regions import cover
 from tensorfork.transports.transfer_engine.session import EngineSession, Pace
@@ -76,15 +76,13 @@ class TransferEngine(Transport):
         self._fabrics, self._nics = fabrics, tuple(nics)
         self._rate, self._keep = rate_limit, keep_registered
         self.piece = Pace(rate_limit).piece(piece or ((32 << 20) if fabrics == ("tcp",) else (256 << 20)))
-        self._published: dict[int, int] = {}
+        self._published = Published()
         self._kept: list[_Kept] = []
         weakref.finalize(self, _release, self._kept).atexit = False
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
-        said = agree.facts(regions, self._fabrics, self._nics)
-        self._published |= {block.start: block.buffer_id for block in _blocks(regions)}
-        return said
+        return agree.facts(regions, self._published.add(regions), self._fabrics, self._nics)
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
         """See `Transport.why_not`."""
@@ -100,26 +98,23 @@ class TransferEngine(Transport):
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> EngineExport:
         """See `Transport.export`."""
-        for block in _blocks(regions):
-            if self._published.get(block.start, block.buffer_id) != block.buffer_id:
-                raise TransportUnavailable(
-                    f"memory of the model at {block.start:#x} was freed and mapped anew since it was published; "
-                    "publish again"
-                )
-        fabric = agree.choose(fork, agree.facts(regions, self._fabrics, self._nics))
+        found = self._published.check(regions)
+        fabric = agree.choose(fork, agree.facts(regions, found, self._fabrics, self._nics))
         try:
             quarantine.wait([(one.address, one.nbytes) for one in regions], time.monotonic(), lambda: False)
         except TransferFailed as error:
             raise TransportUnavailable(str(error)) from error
         made = engine.engine(fabric, site.host, self._nics)
-        keep = fabric != "tcp" if self._keep is None else self._keep
-        if keep:
-            self._keep_registered(made, regions, deadline)
-        return EngineExport(made, made.spans.hold(regions, deadline), regions, kept=keep)
+        if fabric != "tcp" if self._keep is None else self._keep:
+            kept = self._keep_registered(made, regions, found, deadline)
+            return EngineExport(made, kept.holding.shared(), kept.offer, kept=True)
+        holding = made.spans.hold(regions, deadline)
+        return EngineExport(made, holding, offer(made, holding, regions), kept=False)
 
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`: nothing stays registered for a seed that is closed."""
         _release(self._kept, regions)
+        self._published.forget(regions)
 
     def open(
         self,
@@ -148,38 +143,43 @@ class TransferEngine(Transport):
         made.start(deadline)
         return made
 
-    def _keep_registered(self, made: Engine, regions: Sequence[Region], deadline: float) -> None:
-        """Hold these regions until `forget`, too; and let go of what was held and has been mapped anew since."""
+    def _keep_registered(
+        self, made: Engine, regions: Sequence[Region], blocks: Sequence[Block], deadline: float
+    ) -> "_Kept":
+        """Regions held until `forget`, as one lease after another finds them; and let go of what has been mapped anew
+        since.
+        """
+        for kept in self._kept:
+            if kept.engine is made and kept.regions is regions and kept.blocks == blocks:
+                return kept
         for kept in list(self._kept):
             if kept.holding.is_stale():
                 self._kept.remove(kept)
                 kept.holding.release()
-        here = frozenset((region.address, region.nbytes) for region in regions)
-        if not any(kept.engine is made and kept.where == here for kept in self._kept):
-            self._kept.append(_Kept(made, here, made.spans.hold(regions, deadline)))
+        holding = made.spans.hold(regions, deadline)
+        self._kept.append(_Kept(made, regions, blocks, holding, offer(made, holding, regions)))
+        return self._kept[-1]
 
 
 @define(eq=False)
 class _Kept:
-    """What stays registered beyond its lease, with which engine, and where it is."""
+    """What stays registered beyond its lease, with which engine, and what each fork is told of it."""
 
     engine: Engine
-    where: frozenset[tuple[int, int]]
+    regions: Sequence[Region]
+    blocks: Sequence[Block]
     holding: Holding
+    offer: bytes
 
 
 def _release(kept: list[_Kept], regions: Sequence[Region] | None = None) -> None:
     """Release what was kept for these regions; all, by default."""
     for one in list(kept):
         if regions is None or any(
-            address <= region.address < address + nbytes for region in regions for address, nbytes in one.where
+            held.address <= region.address < held.address + held.nbytes for region in regions for held in one.regions
         ):
             kept.remove(one)
             one.holding.release()
-
-
-def _blocks(regions: Sequence[Region]) -> Sequence[cuda.Block]:
-    return cuda.blocks(regions) if any(region.device != "cpu" for region in regions) else []
 
 
 def _reached_by(peer: Address) -> str:

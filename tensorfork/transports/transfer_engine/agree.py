@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorfork import cuda
+from tensorfork.blocks import Block, why_not_exportable
 from tensorfork.errors import TransportUnavailable
 from tensorfork.transports.base import Facts, Region
 from tensorfork.transports.transfer_engine import library
@@ -16,11 +16,13 @@ INFINIBAND = Path("/sys/class/infiniband")
 _this_process = secrets.token_bytes(8)
 
 
-def facts(regions: Sequence[Region], fabrics: Sequence[str], nics: Sequence[str]) -> Facts:
-    """What this side can do. Raises `TransportUnavailable` where Mooncake is not installed as it should be."""
+def facts(regions: Sequence[Region], blocks: Sequence[Block], fabrics: Sequence[str], nics: Sequence[str]) -> Facts:
+    """What this side can do with regions, and the blocks that those of GPUs lie in.
+
+    Raises `TransportUnavailable` where Mooncake is not installed as it should be.
+    """
     wheel = library.wheel()
     devices = sorted({region.device for region in regions})
-    gpus = [device for device in devices if device != "cpu"]
     return {
         "wheel": str(wheel),
         "cuda": wheel.cuda,
@@ -29,7 +31,7 @@ def facts(regions: Sequence[Region], fabrics: Sequence[str], nics: Sequence[str]
         "process": _this_process + os.getpid().to_bytes(8, "little"),
         "devices": devices,
         "nics": [name for name in found_nics() if not nics or name in nics],
-        "closed": cuda.why_not_exportable(regions) if gpus else None,
+        "closed": why_not_exportable(blocks),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 from attrs import frozen
 
-from tensorfork import cuda
+from tensorfork import blocks, cuda
 from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.transports.base import Region
 from tensorfork.transports.transfer_engine import library
@@ -266,7 +266,7 @@ class Engine:
             log.warning("Mooncake did not unregister %d regions: %s", len(regions), explain(code))
 
     def _identify(self, region: Region) -> int:
-        return 0 if region.device == "cpu" else cuda.block(region.address).buffer_id
+        return 0 if region.device == "cpu" else blocks.block(region.address).buffer_id
 
     def _check_process(self) -> None:
         if self._forks != _forks:

@@ -71,14 +71,19 @@ class Offer:
             ) from error
 
 
-class EngineExport(Export):
-    """One lease. `kept` says that the registration outlives it."""
+def offer(engine: Engine, holding: Holding, regions: Sequence[Region]) -> bytes:
+    """What forks are told of regions that are held."""
+    serial = b"" if engine.fabric == "tcp" else holding.serial(by_mapping=engine.fabric == "nvlink")
+    offered = {region.id: OfferedRegion(region.address, tuple(holding.cuts(region))) for region in regions}
+    return Offer(engine.fabric, engine.nonce, serial.ljust(8, b"\0"), engine.port, offered).pack()
 
-    def __init__(self, engine: Engine, holding: Holding, regions: Sequence[Region], *, kept: bool) -> None:
+
+class EngineExport(Export):
+    """One lease, which releases `holding`. `kept` says that the registration outlives it."""
+
+    def __init__(self, engine: Engine, holding: Holding, offer: bytes, *, kept: bool) -> None:
+        self.offer = offer
         self._engine, self._holding, self._kept = engine, holding, kept
-        serial = b"" if engine.fabric == "tcp" else holding.serial(by_mapping=engine.fabric == "nvlink")
-        offered = {region.id: OfferedRegion(region.address, tuple(holding.cuts(region))) for region in regions}
-        self.offer = Offer(engine.fabric, engine.nonce, serial.ljust(8, b"\0"), engine.port, offered).pack()
         self._ended, self._serving = threading.Event(), threading.Event()
         self._served = threading.Event()
         self._quiet = False

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from attrs import evolve
 
-from tensorfork import cuda
+from tensorfork import blocks
 from tensorfork.transports.base import Place, Region
 
 FEW = 1024
@@ -23,11 +23,11 @@ GAP = 64 << 10
 def cover(regions: Sequence[Region]) -> tuple[list[Region], list[Place]]:
     """Regions that contain the given ones, and where in them each begins; no two of them overlap. Ids are new ones."""
     gpus = [region for region in regions if region.device != "cpu"]
-    blocks, in_blocks = cuda.cover(gpus) if gpus else ([], [])
+    whole, in_blocks = blocks.cover(gpus)
     owners: dict[int, dict[int, object]] = defaultdict(dict)
     for region, place in zip(gpus, in_blocks, strict=True):
         owners[place.region][id(region.owner)] = region.owner
-    covering = [evolve(block, owner=tuple(owners[block.id].values())) for block in blocks]
+    covering = [evolve(block, owner=tuple(owners[block.id].values())) for block in whole]
     places = {region.id: place for region, place in zip(gpus, in_blocks, strict=True)}
     for group, end in _grouped([region for region in regions if region.device == "cpu"]):
         start, number = group[0].address, len(covering)

@@ -1,8 +1,10 @@
 """The fork's side of a lease: reads in a bounded window, looked at again and again until all are over."""
 
+import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import Event
 
@@ -23,6 +25,8 @@ GRACE = 0.5
 """Seconds, beyond the deadline, that a failed pull waits for its reads to be over."""
 PATIENCE = 2.0
 """The same within the deadline."""
+LOOK = 0.05
+"""Seconds between two looks at the deadline, while a batch is under way."""
 SMALLEST = 64 << 10
 """Bytes of a read, at least, where a rate is to be kept."""
 
@@ -41,7 +45,7 @@ class Window:
 
 
 WINDOWS = {
-    "nvlink": Window(512, 1 << 30, 100e-6),
+    "nvlink": Window(4096, 4 << 30, 100e-6),
     "rdma": Window(256, 1 << 30, 200e-6),
     "tcp": Window(32, 256 << 20, 500e-6),
 }
@@ -201,37 +205,79 @@ class EngineSession(Session):
                 cancel.wait(min(0.1, max(self._window.pause, pace.wait(time.monotonic()))))
 
     def _run_batches(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
-        """Over nvlink. Nothing of it flies: when a batch has failed, its GPU is waited for."""
-        pace, left = Pace(self._rate), [0] * len(copies)
-        batches = list(self._batches(self._jobs(copies, left, self._piece), self._rate))
+        """Over nvlink. A thread reads one batch after another, so that what `done` does costs the link no time. Nothing
+        of it flies: a batch is over when the call is, and when one has failed, its GPU is waited for.
+        """
+        left = [0] * len(copies)
+        batches = list(self._batches(list(self._jobs(copies, left, self._piece))))
         for i, parts in enumerate(left):
             if not parts:
                 done(i)
-        for batch in batches:
-            _check(deadline, cancel)
-            while early := pace.wait(time.monotonic()):
-                cancel.wait(min(early, 0.1))
-                _check(deadline, cancel)
-            pace.spend(sum(job.nbytes for job in batch), time.monotonic())
-            stretches = [(job.into, job.source, job.nbytes) for job in batch]
-            self._engine.read_all(self._address, stretches, batch[0].device, deadline)
-            for job in batch:
-                left[job.copy] -= 1
-                if not left[job.copy]:
-                    _check(deadline, cancel)
-                    done(job.copy)
+        over: queue.SimpleQueue[Sequence[_Job] | BaseException] = queue.SimpleQueue()
+        enough = Event()
+        reader = threading.Thread(
+            target=self._read_batches, args=(batches, deadline, over.put, enough), name="tensorfork-read", daemon=True
+        )
+        reader.start()
+        try:
+            for _ in batches:
+                for job in self._next(over, deadline, cancel):
+                    left[job.copy] -= 1
+                    if not left[job.copy]:
+                        _check(deadline, cancel)
+                        done(job.copy)
+        finally:
+            enough.set()
+            reader.join()
 
-    def _batches(self, jobs: Iterable[_Job], rate: float | None) -> Iterator[list[_Job]]:
-        """Jobs of one device, as many as the window takes; with a rate, one at a time."""
+    def _read_batches(
+        self,
+        batches: Sequence[Sequence[_Job]],
+        deadline: float,
+        say: Callable[[Sequence[_Job] | BaseException], None],
+        enough: Event,
+    ) -> None:
+        """On its thread: says each batch that has arrived, or why one has not."""
+        pace = Pace(self._rate)
+        try:
+            for batch in batches:
+                _on_our_device(batch[0].device)
+                while early := pace.wait(time.monotonic()):
+                    if enough.wait(early):
+                        return
+                if enough.is_set():
+                    return
+                pace.spend(sum(job.nbytes for job in batch), time.monotonic())
+                stretches = [(job.into, job.source, job.nbytes) for job in batch]
+                self._engine.read_all(self._address, stretches, batch[0].device, deadline)
+                say(batch)
+        except BaseException as error:  # for whoever waits for the batch
+            say(error)
+
+    def _next(
+        self, over: "queue.SimpleQueue[Sequence[_Job] | BaseException]", deadline: float, cancel: Event
+    ) -> Sequence[_Job]:
+        while True:
+            _check(deadline, cancel)
+            try:
+                said = over.get(timeout=min(LOOK, max(0.0, deadline - time.monotonic())))
+            except queue.Empty:
+                continue
+            if isinstance(said, BaseException):
+                raise said
+            return said
+
+    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """Jobs of one device, as many as the window takes, in four batches or more; with a rate, one at a time."""
         batch: list[_Job] = []
-        room = 0
+        room, most = 0, min(self._window.nbytes, sum(job.nbytes for job in jobs) // 4)
         for job in jobs:
-            full = len(batch) == self._window.count or job.nbytes > room or rate is not None
+            full = len(batch) == self._window.count or job.nbytes > room or self._rate is not None
             if batch and (full or job.device != batch[0].device):
                 yield batch
                 batch = []
             if not batch:
-                room = self._window.nbytes
+                room = most
             batch.append(job)
             room -= job.nbytes
         if batch:
@@ -303,12 +349,8 @@ class EngineSession(Session):
         return Outcome.DONE
 
     def _try(self, source: int, device: str, deadline: float) -> None:
-        """Read one byte into memory of our own. Runs on a thread that lasts until that is over.
-
-        At the end of a thread, Mooncake returns to what was the thread's device, and makes a context there.
-        """
-        if device != "cpu":
-            torch.cuda.set_device(device)
+        """Read one byte into memory of our own. Runs on a thread that lasts until that is over."""
+        _on_our_device(device)
         scratch = torch.empty(64, dtype=torch.uint8, device=device)
         region = Region(0, scratch.data_ptr(), scratch.nbytes, device, scratch)
         holding = self._engine.spans.hold(cover([region])[0], deadline) if self.fabric == "rdma" else None
@@ -337,6 +379,14 @@ class EngineSession(Session):
             raise TransferFailed(f"{copy} lies outside the leased regions")
         if copy.offset + copy.nbytes > remote.nbytes or copy.at + copy.nbytes > ours.nbytes:
             raise TransferFailed(f"{copy} lies outside the leased regions")
+
+
+def _on_our_device(device: str) -> None:
+    """For the rest of this thread. At its end, Mooncake returns to what was the thread's device, and makes a context
+    there.
+    """
+    if device != "cpu":
+        torch.cuda.set_device(device)
 
 
 def _check(deadline: float, cancel: Event) -> None:

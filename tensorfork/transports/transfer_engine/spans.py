@@ -58,6 +58,10 @@ class Holding:
         last = bisect_left(self._starts, region.address + region.nbytes)
         return [start - region.address for start in self._starts[first:last]]
 
+    def shared(self) -> "Holding":
+        """The same regions, held for one more user."""
+        return self._spans.share(self._used)
+
     def serial(self, *, by_mapping: bool) -> bytes:
         """Equal for two holdings of the same registrations; or, `by_mapping`, of the same memory."""
         digest = blake2b(digest_size=8)
@@ -127,6 +131,13 @@ class Spans:
             for span in used.values():
                 span.users += 1
             return Holding(self, list(used.values()))
+
+    def share(self, used: Sequence[_Span]) -> Holding:
+        """See `Holding.shared`."""
+        with self._lock:
+            for span in used:
+                span.users += 1
+        return Holding(self, used)
 
     def release(self, used: Sequence[_Span]) -> None:
         """See `Holding.release`."""
