@@ -23,9 +23,9 @@ WINDOW = 3
 """Batches under way on a device."""
 PAUSE = 100e-6
 """Seconds between two handles that are opened while bytes move."""
-WORTH = 40 << 20
-"""Bytes behind a handle, in the mean, from which on it opens faster than its bytes cross NVLink: from there on handles
-are opened while bytes move. Below that all are opened first, as both at once take longer than one after the other."""
+BESIDE = 120 << 20
+"""Bytes that cross NVLink while one handle is opened beside them, which takes 0.2 ms and more, and 0.06 while nothing
+moves: so many handles are opened first that the others keep ahead of the copies."""
 POLL = 50e-6
 """Seconds between two looks at the events."""
 
@@ -55,8 +55,9 @@ class IpcSession(Session):
         try:
             if len(devices) == 1 and offered:
                 self._memory.want([(id, devices[0]) for id in offered])
-                few = sum(source.nbytes for source in offered.values()) < WORTH * len(offered)
-                for id in offered if few else list(offered)[:1]:  # one, at least, to know that it can be done
+                beside = sum(source.nbytes for source in offered.values()) // BESIDE
+                first = max(1, len(offered) - beside)  # one, at least, to know that it can be done
+                for id in list(offered)[:first]:
                     self._memory.address(id, devices[0], deadline)
         except BaseException:
             self.close(time.monotonic())
