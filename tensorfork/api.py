@@ -24,6 +24,8 @@ from tensorfork.verify import Verification, warm_up
 
 TIMEOUT = 300.0
 """Seconds a fork may take, unless told otherwise."""
+UNCOLLECTED = 2.0
+"""Seconds of a fork in which no garbage is collected: those that go over NVLink are over by then."""
 
 
 def publish(
@@ -115,10 +117,15 @@ def fork_into(
         TypeError, ValueError: bad arguments; nothing was touched.
     """
     terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    with put_off_collections(UNCOLLECTED):
+        return _fork_into(model, peer, device, terms)
+
+
+def _fork_into(model: Any, peer: str, device: Device, terms: "_Terms") -> ForkReport:
     watch = Stopwatch()
     watch.enter("survey")
     ours = survey(model, terms.selection)
-    if verify:
+    if terms.verify:
         warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
 
     def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
@@ -159,7 +166,8 @@ def fork(
         enter("allocate")
         return target.build(theirs, device)
 
-    return dict(_fork(peer, prepare, terms, Stopwatch())[1].tensors)
+    with put_off_collections(UNCOLLECTED):
+        return dict(_fork(peer, prepare, terms, Stopwatch())[1].tensors)
 
 
 @frozen
@@ -188,9 +196,8 @@ def _fork(
         not_compared = seed.compare(terms.identity, terms.rank)
         watch.enter("layout")
         theirs = seed.layout(deadline)
-        with put_off_collections():
-            taken, left_out = theirs.only(terms.selection.takes)
-            into = prepare(taken, watch.enter)
+        taken, left_out = theirs.only(terms.selection.takes)
+        into = prepare(taken, watch.enter)
         if terms.verify:
             warm_up({tensor.device for tensor in into.tensors.values()})
         for attempt in range(terms.restarts + 1):
@@ -203,8 +210,7 @@ def _fork(
                 pause = 0.01 * 2 ** min(attempt, 5)  # a change takes its time, and restarts are counted
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     watch.enter("install")
-    with put_off_collections():
-        into.install()
+    into.install()
     return evolve(
         report,
         seconds=dict(watch.stop()),
@@ -232,19 +238,18 @@ def _copy(
         if why_not is None:
             try:
                 with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
-                    with put_off_collections():
-                        watch.enter("match")
-                        plan = forking.plan(held, into)
-                        watch.enter("verify")
-                        verification = (
-                            Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
-                        )
+                    watch.enter("match")
+                    plan = forking.plan(held, into)
+                    watch.enter("verify")
+                    verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
                     try:
+                        watch.enter("open")
+                        held.session.ready(deadline)
                         watch.enter("transfer")
                         nbytes = forking.pull(held, plan, into, seed, deadline, terms.progress, verification)
+                        watch.enter("verify")
                         forking.check(held, seed, deadline)
                         if verification is not None:
-                            watch.enter("verify")
                             forking.verify(held, seed, theirs, verification, deadline)
                     finally:
                         into.touch()  # whether all of it came or some

@@ -12,7 +12,6 @@ from attrs import frozen
 
 from tensorfork import digest, wire
 from tensorfork.bootstrap import Conversation, ForkChannel
-from tensorfork.collector import put_off_collections
 from tensorfork.errors import (
     IdentityMismatch,
     PeerUnreachable,
@@ -70,8 +69,7 @@ class Peer:
     def layout(self, deadline: float) -> ModelLayout:
         """Every tensor it has."""
         pages, frames = self.conversation.ask(wire.GetLayout(), wire.Pages, deadline, "layout")
-        with put_off_collections():
-            layout = wire.unpack_layout(pages, frames, self.welcome)
+        layout = wire.unpack_layout(pages, frames, self.welcome)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:
             raise ProtocolError(f"{self.address}: the layout is not the one that its welcome announced")
         return layout
@@ -139,9 +137,8 @@ def lease(
     )
     taken, frames = peer.conversation.ask(request, wire.Leased, deadline, "lease")
     try:
-        with put_off_collections():
-            remote, theirs = wire.unpack_places(frames)
-            _check_places(peer, target, remote, theirs)
+        remote, theirs = wire.unpack_places(frames)
+        _check_places(peer, target, remote, theirs)
         enter("open")
         channel = ForkChannel(peer.conversation, taken.lease)
         host = peer.conversation.peer.host

@@ -122,3 +122,26 @@ def test_one_that_does_not_close_leaves_the_others_closed(driver: Driver) -> Non
         mapped.address(i, 0, soon())
     mapped.close(soon())
     assert sorted(driver.closed) == [1000, 1001, 1002]
+
+
+def test_the_first_that_is_wanted_can_be_waited_for(driver: Driver) -> None:
+    mapped = Mapped({i: Source(1, 1, b"%d" % i) for i in range(3)})
+    mapped.first(time.monotonic() + SOON)  # nothing is wanted yet
+    mapped.want([(2, 0), (1, 0)])
+    with pytest.raises(tensorfork.TransferFailed):
+        mapped.first(time.monotonic() + 0.05)
+    driver.gate.set()
+    mapped.first(time.monotonic() + SOON)
+    assert driver.opened[0] == 1002
+    mapped.close(time.monotonic() + SOON)
+
+
+def test_a_first_that_cannot_be_opened_says_why(driver: Driver) -> None:
+    driver.bad.add(2)
+    driver.gate.set()
+    mapped = Mapped({2: Source(1, 1, b"2")})
+    mapped.want([(2, 0)])
+    for _ in range(2):  # whether it is known by now or not
+        with pytest.raises(tensorfork.TransportUnavailable, match="no 2"):
+            mapped.first(time.monotonic() + SOON)
+    mapped.close(time.monotonic() + SOON)

@@ -14,9 +14,10 @@ from processes import Child
 from torch import nn
 
 import tensorfork
-from tensorfork import LayoutMismatch, UnsupportedTensor
+from tensorfork import LayoutMismatch, Session, UnsupportedTensor, api, forking
 from tensorfork.bootstrap import Conversation
 from tensorfork.strided import SCRATCH
+from tensorfork.transports.zeromq import ZeroMQ
 
 SECONDS = 60.0
 
@@ -545,19 +546,58 @@ def test_twenty_thousand_tensors_are_published_and_described_in_time() -> None:
     assert report.seconds["layout"] < 5 * 0.5
 
 
-def test_nobody_s_garbage_waits_for_a_seed_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collections are put off while objects are made, never while a fork waits for the network or moves bytes."""
-    on: list[bool] = []
+def test_garbage_waits_for_a_fork_and_not_for_a_seed_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collections are put off for the first seconds of a fork, however long it then waits."""
+    off: list[bool] = []
     ask = Conversation.ask
 
-    def watched(conversation: Conversation, *args: Any) -> Any:
-        on.append(gc.isenabled())
+    def slow(conversation: Conversation, *args: Any) -> Any:
+        off.append(not gc.isenabled())
+        end = time.monotonic() + SECONDS
+        while not gc.isenabled():
+            assert time.monotonic() < end
+            time.sleep(0.001)
         return ask(conversation, *args)
 
-    monkeypatch.setattr(Conversation, "ask", watched)
+    monkeypatch.setattr(Conversation, "ask", slow)
+    monkeypatch.setattr(api, "UNCOLLECTED", 0.5)
     with tensorfork.publish({"x": torch.arange(10)}) as seed:
-        copy = {"x": torch.zeros(10, dtype=torch.int64)}
-        tensorfork.fork_into(copy, seed.address, progress=lambda done, total: on.append(gc.isenabled()))
-    assert len(on) > 4
-    assert all(on)
+        tensorfork.fork_into({"x": torch.zeros(10, dtype=torch.int64)}, seed.address)
+    assert off[0]
+    assert not any(off[1:])
     assert gc.isenabled()
+
+
+def test_nobody_who_switched_collections_off_finds_them_on_after_a_fork() -> None:
+    gc.disable()
+    try:
+        with tensorfork.publish({"x": torch.arange(10)}) as seed:
+            tensorfork.fork_into({"x": torch.zeros(10, dtype=torch.int64)}, seed.address)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_what_turns_out_not_to_work_when_it_is_to_be_ready_is_no_transport(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the plans have been drawn up by then: that is what a transport's preparations may overlap with."""
+    steps: list[str] = []
+    made = forking.plan
+    monkeypatch.setattr(forking, "plan", lambda *args: (steps.append("plan"), made(*args))[1])
+
+    class Late(ZeroMQ):
+        def open(self, *args: Any) -> Session:
+            session = super().open(*args)
+
+            def ready(deadline: float) -> None:
+                steps.append("ready")
+                raise tensorfork.TransportUnavailable("too late for this")
+
+            monkeypatch.setattr(session, "ready", ready)
+            return session
+
+    with tensorfork.publish({"x": torch.arange(10)}) as seed:
+        ours = {"x": torch.zeros(10, dtype=torch.int64)}
+        with pytest.raises(tensorfork.TransportUnavailable, match="too late for this"):
+            tensorfork.fork_into(ours, seed.address, transport=Late())
+    assert steps == ["plan", "ready"]
+    assert not ours["x"].any()

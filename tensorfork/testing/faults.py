@@ -331,6 +331,9 @@ class _FaultySession(Session):
         self.fabric = inner.fabric
         self._inner, self._fault, self._memory, self._number = inner, fault, memory, 0
 
+    def ready(self, deadline: float) -> None:
+        self._inner.ready(deadline)
+
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         job = Job(self._inner, self._memory, copies, deadline, done, cancel, self._number)
         self._number += len(copies)

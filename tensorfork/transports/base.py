@@ -107,6 +107,11 @@ class Session(ABC):
     fabric: str
     """What the bytes travel over, for the report: tcp, nvlink, rdma, ..."""
 
+    def ready(self, deadline: float) -> None:  # noqa: B027  # most are, once they are open
+        """Called once, before the first pull, when the plans for it have been drawn up: wait for what was begun in
+        `Transport.open` and can go on meanwhile. Raises as that does.
+        """
+
     @abstractmethod
     def pull(
         self,

@@ -18,16 +18,10 @@ _Pair = tuple[int, int]
 class Mapped:
     """The seed's memory, as our GPUs see it. A thread opens the handles in the order in which they are wanted, while
     whoever wants them draws up plans, and while bytes move already.
-
-    Attributes:
-        pause: seconds from one handle to the next, where nobody waits: the driver has one lock for those who open and
-            those who copy.
     """
 
     def __init__(self, sources: Mapping[int, Source]) -> None:
-        self.pause = 0.0
         self._sources = sources
-        self._waiting = 0
         self._found: dict[_Pair, int] = {}
         self._failed: dict[_Pair, Exception] = {}
         self._wanted: dict[_Pair, None] = {}
@@ -52,6 +46,13 @@ class Mapped:
                 self._opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
                 self._opener.start()
 
+    def first(self, deadline: float) -> None:
+        """Wait for the next that is wanted, if any is; raises as `address` does, for one that failed before too."""
+        with self._changed:
+            pair = next(iter([*self._failed, *self._wanted]), None)
+        if pair is not None:
+            self.address(*pair, deadline)
+
     def address(self, id: int, device: int, deadline: float) -> int:
         """Where one that is wanted is; waits for it.
 
@@ -62,11 +63,9 @@ class Mapped:
         if address is not None:
             return address
         with self._changed:
-            self._waiting += 1
             over = self._changed.wait_for(
                 lambda: pair in self._found or pair in self._failed, max(0.0, deadline - time.monotonic())
             )
-            self._waiting -= 1
             if not over:
                 raise TransferFailed("CUDA had not opened the seed's memory by the deadline")
             if pair in self._found:
@@ -114,8 +113,6 @@ class Mapped:
             if late and error is None:
                 with cuda.current(pair[1]):
                     _close(address)
-            if self.pause and not self._waiting:
-                time.sleep(self.pause)
 
     def _next(self) -> _Pair | None:
         """The first that is wanted; None when the thread is to end."""

@@ -21,11 +21,6 @@ SMALL_BATCH = 32 << 20
 """The same for models of less than some of these, so that they too are seen to arrive."""
 WINDOW = 3
 """Batches under way on a device."""
-PAUSE = 100e-6
-"""Seconds between two handles that are opened while bytes move."""
-BESIDE = 120 << 20
-"""Bytes that cross NVLink while one handle is opened beside them, which takes 0.2 ms and more, and 0.06 while nothing
-moves: so many handles are opened first that the others keep ahead of the copies."""
 POLL = 50e-6
 """Seconds between two looks at the events."""
 
@@ -52,16 +47,14 @@ class IpcSession(Session):
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
         self._streams = {device: cuda.take_stream(device) for device in devices}
         self._memory = Mapped(offered)
-        try:
-            if len(devices) == 1 and offered:
-                self._memory.want([(id, devices[0]) for id in offered])
-                beside = sum(source.nbytes for source in offered.values()) // BESIDE
-                first = max(1, len(offered) - beside)  # one, at least, to know that it can be done
-                for id in list(offered)[:first]:
-                    self._memory.address(id, devices[0], deadline)
-        except BaseException:
-            self.close(time.monotonic())
-            raise
+        if len(devices) == 1 and offered:
+            self._memory.want([(id, devices[0]) for id in offered])
+
+    def ready(self, deadline: float) -> None:
+        """See `Session.ready`: the first handle takes 10 ms, while CUDA learns of the other GPU. Those that follow are
+        opened while bytes move: that slows both down, and takes less time than one after the other.
+        """
+        self._memory.first(deadline)
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
@@ -74,7 +67,6 @@ class IpcSession(Session):
             self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
             pending.append((device, _batches(copies, mine, self._rate_limit)))
         self._began, self._launched, self._deadline = time.monotonic(), 0, deadline
-        self._memory.pause = PAUSE
         flying: deque[tuple[torch.cuda.Event, list[int]]] = deque()
         try:
             while pending or flying:
@@ -171,7 +163,7 @@ class IpcSession(Session):
 def _batches(copies: Sequence[Copy], indices: Sequence[int], rate_limit: float | None) -> Iterator[list[int]]:
     batch: list[int] = []
     nbytes = 0
-    size = min(BATCH, max(SMALL_BATCH, sum(copies[i].nbytes for i in indices) // 16))
+    size = min(BATCH, max(SMALL_BATCH, sum(copies[i].nbytes for i in indices) // 8))
     if rate_limit is not None:
         size = min(size, SMALL_BATCH)
     for i in indices:

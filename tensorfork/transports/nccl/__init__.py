@@ -150,7 +150,7 @@ class NCCL(_Group):
         cga_cluster_size: int | None = None,
         joining: float = 30.0,
         stall: float = 10.0,
-        parcel: int = 512 << 20,
+        parcel: int = 1 << 30,
         bucket: int = 3 << 20,
         small: int = 1 << 20,
     ) -> None:

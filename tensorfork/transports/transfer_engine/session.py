@@ -270,7 +270,7 @@ class EngineSession(Session):
     def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
         """Jobs of one device, as many as the window takes, in four batches or more; with a rate, one at a time."""
         batch: list[_Job] = []
-        room, most = 0, min(self._window.nbytes, sum(job.nbytes for job in jobs) // 4)
+        room, most = 0, min(self._window.nbytes, sum(job.nbytes for job in jobs) // 4 + self._piece)
         for job in jobs:
             full = len(batch) == self._window.count or job.nbytes > room or self._rate is not None
             if batch and (full or job.device != batch[0].device):
