@@ -33,8 +33,11 @@ class Span:
 
     __slots__ = ("base", "device", "end", "index", "keep", "start")
 
-    def __init__(self, index: int, home: Home) -> None:
-        self.index, self.base, self.device = index, home.base, home.device
+    index: int
+    """Its number among all of a model's."""
+
+    def __init__(self, home: Home) -> None:
+        self.base, self.device = home.base, home.device
         self.start, self.end, self.keep = home.start, home.end, [home.storage]
 
     @property
@@ -95,7 +98,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
-    """The span of each allocation, numbered in the order in which the model's tensors first use them.
+    """The span of each allocation, numbered in order of address (on the meta device: of first use), so that what a fork
+    makes room for in this order has the same neighbours.
 
     Two storages over the same memory (made through DLPack or a raw pointer) are one allocation.
     """
@@ -123,7 +127,7 @@ def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
             home.start, home.end, home.key, home.base = home.start + shift, home.end + shift, owner.key, owner.base
         span = spans.get(home.key)
         if span is None:
-            span = spans[home.key] = Span(len(spans), home)
+            span = spans[home.key] = Span(home)
         else:
             span.start, span.end = min(span.start, home.start), max(span.end, home.end)
             if span.keep[-1] is not home.storage:
@@ -131,4 +135,7 @@ def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
         home.span = span
     for span in spans.values():
         span.start -= span.start % ALIGNMENT
-    return spans
+    in_order = dict(sorted(spans.items(), key=lambda one: (one[1].device, one[1].address or 0)))
+    for index, span in enumerate(in_order.values()):
+        span.index = index
+    return in_order

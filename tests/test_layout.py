@@ -1,5 +1,6 @@
 """Layouts: what a model is made of, and where each tensor lies in its storages."""
 
+import ctypes
 import itertools
 from typing import Any
 
@@ -14,6 +15,7 @@ from tensorfork import LayoutMismatch, ModelLayout, StorageLayout, TensorLayout,
 from tensorfork.layout import plain_stride, survey
 from tensorfork.plan import match
 from tensorfork.spans import ALIGNMENT
+from tensorfork.target import build
 
 
 def elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
@@ -113,6 +115,18 @@ def test_storages_over_the_same_memory_are_one(order: tuple[str, ...]) -> None:
     layout = survey({name: tensors[name] for name in (*order, "early")}).layout
     assert len(layout.storages) == 1
     assert one(layout, "middle").offset == 1024
+
+
+def test_storages_are_in_order_of_address_so_that_a_fork_makes_room_with_the_same_neighbours() -> None:
+    memory = bytearray(3 * 1024 + 512)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 512
+    high, low, middle = (
+        torch.frombuffer(memory, dtype=torch.uint8, offset=start + 1024 * i, count=1024) for i in (2, 0, 1)
+    )
+    layout = survey({"high": high, "low": low, "middle": middle}).layout
+    assert [tensor.storage for tensor in layout.tensors] == [2, 0, 1]
+    room = build(layout, "cpu").tensors
+    assert [room[name].data_ptr() - room["low"].data_ptr() for name in ("low", "middle", "high")] == [0, 1024, 2048]
 
 
 def test_every_storage_over_the_same_memory_is_kept_alive() -> None:

@@ -16,7 +16,7 @@ from tensorfork.transports.transfer_engine import TransferEngine, agree, regions
 from tensorfork.transports.transfer_engine.engine import Outcome
 from tensorfork.transports.transfer_engine.export import Offer, OfferedRegion
 from tensorfork.transports.transfer_engine.quarantine import Flight, Quarantine
-from tensorfork.transports.transfer_engine.session import Pace
+from tensorfork.transports.transfer_engine.reads import Pace
 from tensorfork.transports.transfer_engine.spans import MOST, Spans
 
 NEVER, SOON = 0.0, 30.0

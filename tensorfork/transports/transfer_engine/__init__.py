@@ -28,8 +28,9 @@ from tensorfork.transports.transfer_engine import agree, engine
 from tensorfork.transports.transfer_engine.engine import FABRICS, Engine, Peer
 from tensorfork.transports.transfer_engine.export import EngineExport, Offer, offer
 from tensorfork.transports.transfer_engine.quarantine import quarantine
+from tensorfork.transports.transfer_engine.reads import Pace
 from tensorfork.transports.transfer_engine.regions import cover
-from tensorfork.transports.transfer_engine.session import EngineSession, Pace
+from tensorfork.transports.transfer_engine.session import EngineSession
 from tensorfork.transports.transfer_engine.spans import Holding
 
 __all__ = ["TransferEngine"]

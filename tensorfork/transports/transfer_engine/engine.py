@@ -137,6 +137,7 @@ class Engine:
         self.nonce, self.broken = secrets.token_bytes(8), False
         self._forks, self._turn = _forks, threading.Lock()
         self._seen: dict[tuple[str, int], dict[bytes, int]] = {}
+        self._read_whole: set[str] = set()
         lanes = {_LANES[0]: os.environ.get(*_LANES)}
         with _gate, library.environment(_ENVIRONMENT[fabric] | lanes):
             self._mooncake: Any = module.TransferEngine()
@@ -164,33 +165,16 @@ class Engine:
             zeros = seen.setdefault(peer.nonce + peer.serial, len(seen))
         return self._join(peer.host, "0" * zeros + str(peer.port))
 
-    def meet(self, work: Callable[[], Any], deadline: float) -> Any:
-        """Do `work`, which reads from a peer for the first time, on another thread, for at most until the deadline.
+    def meet(self, work: Callable[[], Any]) -> "Meeting":
+        """Do `work`, which reads from a peer for the first time, on another thread.
 
-        Mooncake asks for the peer's description inside that first read, and waits 60 s for one that is stopped. If it
-        hangs, raises `TransferFailed`, and the engine is broken.
+        Mooncake asks for the peer's description inside that first read, and waits 60 s for one that is stopped.
         """
-        found: list[Any] = []
-        over = threading.Event()
+        return Meeting(self, work)
 
-        def run() -> None:
-            try:
-                found.append(work())
-            except Exception as error:
-                found.append(error)
-            finally:
-                over.set()
-
-        threading.Thread(target=run, name="tensorfork-meet", daemon=True).start()
-        try:
-            if not over.wait(max(0.0, deadline - time.monotonic())):
-                raise TransferFailed("the seed's engine did not answer by the deadline: it is stopped, or unreachable")
-        finally:
-            if not over.is_set():
-                self.broken = True
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
+    def is_new(self, address: str) -> bool:
+        """Whether `read_all` has never been told this address."""
+        return address not in self._read_whole
 
     def read(self, address: str, into: int, source: int, nbytes: int, device: str, deadline: float) -> int:
         """Begin to read; a number for `outcome`, which must be asked until it is over. Raises `TransferFailed`."""
@@ -227,6 +211,7 @@ class Engine:
                 f"Mooncake failed to read from {address} ({explain(code)}): its process died, or the memory is not "
                 "registered there any more"
             )
+        self._read_whole.add(address)
 
     def outcome(self, number: int) -> Outcome:
         """What became of a read. Once it is over, it must not be asked again."""
@@ -278,6 +263,35 @@ class Engine:
 
     def __repr__(self) -> str:
         return f"<Engine {self.fabric} {self._join(self.host, str(self.port))}{' broken' * self.broken}>"
+
+
+class Meeting:
+    """What `Engine.meet` does, under way. Whoever begins one waits for it."""
+
+    def __init__(self, engine: Engine, work: Callable[[], Any]) -> None:
+        self._engine, self._work = engine, work
+        self._error: Exception | None = None
+        self._over = threading.Event()
+        threading.Thread(target=self._run, name="tensorfork-meet", daemon=True).start()
+
+    def wait(self, deadline: float) -> None:
+        """Raises what `work` raised. If it hangs, raises `TransferFailed`, and the engine is broken."""
+        try:
+            if not self._over.wait(max(0.0, deadline - time.monotonic())):
+                raise TransferFailed("the seed's engine did not answer by the deadline: it is stopped, or unreachable")
+        finally:
+            if not self._over.is_set():
+                self._engine.broken = True
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._over.set()
 
 
 def engine(fabric: str, host: str, nics: Sequence[str] = ()) -> Engine:

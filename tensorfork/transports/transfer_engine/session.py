@@ -5,17 +5,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Event
 
 import torch
-from attrs import define, frozen
 
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
-from tensorfork.transports.transfer_engine.engine import Engine, Outcome
+from tensorfork.transports.transfer_engine.engine import Engine, Meeting, Outcome
 from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
 from tensorfork.transports.transfer_engine.quarantine import Flight, quarantine
+from tensorfork.transports.transfer_engine.reads import WINDOWS, Job, Pace, in_batches, jobs_of
 from tensorfork.transports.transfer_engine.regions import cover
 from tensorfork.transports.transfer_engine.spans import Holding
 
@@ -27,59 +28,6 @@ PATIENCE = 2.0
 """The same within the deadline."""
 LOOK = 0.05
 """Seconds between two looks at the deadline, while a batch is under way."""
-SMALLEST = 64 << 10
-"""Bytes of a read, at least, where a rate is to be kept."""
-
-
-@frozen
-class Window:
-    """How much is under way at once, and how long to wait before looking again.
-
-    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink it is
-    what one batch has: a read there is over when all of its thread's are, so they are begun and waited for together.
-    """
-
-    count: int
-    nbytes: int
-    pause: float
-
-
-WINDOWS = {
-    "nvlink": Window(4096, 4 << 30, 100e-6),
-    "rdma": Window(256, 1 << 30, 200e-6),
-    "tcp": Window(32, 256 << 20, 500e-6),
-}
-
-
-class Pace:
-    """Says when the next read may begin, so that no more than `rate` bytes a second are asked for on average."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate, self._next = rate, 0.0
-
-    def wait(self, now: float) -> float:
-        """Seconds until a read may begin; 0 for at once."""
-        return max(0.0, self._next - now) if self._rate else 0.0
-
-    def spend(self, nbytes: int, now: float) -> None:
-        """A read begins."""
-        if self._rate:
-            self._next = max(self._next, now) + nbytes / self._rate
-
-    def piece(self, nbytes: int) -> int:
-        """The longest read, where `nbytes` would be the longest without a rate: a tenth of a second's bytes."""
-        return nbytes if not self._rate else max(SMALLEST, min(nbytes, int(self._rate / 10)))
-
-
-@define
-class _Job:
-    """A read that is still to be begun."""
-
-    copy: int
-    into: int
-    source: int
-    nbytes: int
-    device: str
 
 
 class EngineSession(Session):
@@ -106,29 +54,36 @@ class EngineSession(Session):
         self._window, self._rate, self._piece = WINDOWS[engine.fabric], rate, piece
         self._holding: Holding | None = None
         self._closed = self._unquiet = False
+        self._meeting: Meeting | None = None
 
     def start(self, deadline: float) -> None:
-        """Register what is to be written, where the fabric needs that, and read a byte to see that it works.
+        """Register what is to be written, where the fabric needs that, and read a byte to see that it works; over
+        nvlink, begin to.
 
         Raises `TransportUnavailable`, and leaves nothing registered, where it does not.
         """
         soon = min(deadline, time.monotonic() + OPENING)
-        try:
+        with self._opening(deadline):
             if self.fabric == "rdma":
                 self._holding = self._engine.spans.hold(list(self._regions.values()), deadline)
+            if self.fabric == "nvlink":
+                self._meeting = self._engine.meet(partial(self._map, soon))
+                return
             for remote in {region.device: region for region in self._remote.values() if region.nbytes}.values():
                 for device in sorted({region.device for region in self._regions.values()}):
                     source = self._offered[remote.id].address
-                    self._engine.meet(partial(self._try, source, device, soon), soon)
-        except BaseException as error:
-            self._unquiet = self._engine.broken
-            self.close(deadline)
-            if isinstance(error, TransferFailed):
-                raise TransportUnavailable(f"transfer_engine over {self.fabric} does not work here: {error}") from error
-            raise
+                    self._engine.meet(partial(self._try, source, device, soon)).wait(soon)
+
+    def ready(self, deadline: float) -> None:
+        """See `Session.ready`."""
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            with self._opening(deadline):
+                meeting.wait(min(deadline, time.monotonic() + OPENING))
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
+        self.ready(deadline)
         for copy in copies:
             self._check_bounds(copy)
         targets = [(self._regions[copy.into].address + copy.at, copy.nbytes) for copy in copies]
@@ -152,6 +107,9 @@ class EngineSession(Session):
         if self._closed:
             return
         self._closed = True
+        if self._meeting is not None:
+            with suppress(TransferFailed):
+                self._meeting.wait(deadline)
         if self._holding is not None:
             self._holding.release()
         if not self._unquiet:
@@ -159,6 +117,18 @@ class EngineSession(Session):
                 self._channel.send(QUIET, max(deadline, time.monotonic() + 0.2))
             except PeerUnreachable:
                 return  # a seed that is gone needs not be told
+
+    @contextmanager
+    def _opening(self, deadline: float) -> Iterator[None]:
+        """Inside, a failure closes the session; one to transfer means that this transport does not work here."""
+        try:
+            yield
+        except BaseException as error:
+            self._unquiet = self._engine.broken
+            self.close(deadline)
+            if isinstance(error, TransferFailed):
+                raise TransportUnavailable(f"transfer_engine over {self.fabric} does not work here: {error}") from error
+            raise
 
     def _run(
         self,
@@ -170,7 +140,7 @@ class EngineSession(Session):
     ) -> None:
         pace = Pace(self._rate)
         left = [0] * len(copies)
-        jobs = deque(self._jobs(copies, left, self._piece))
+        jobs = deque(self._jobs(copies, left))
         for i, parts in enumerate(left):
             if not parts:
                 done(i)
@@ -209,11 +179,11 @@ class EngineSession(Session):
         of it flies: a batch is over when the call is, and when one has failed, its GPU is waited for.
         """
         left = [0] * len(copies)
-        batches = list(self._batches(list(self._jobs(copies, left, self._piece))))
+        batches = list(in_batches(self._jobs(copies, left), self._window, self._piece, self._rate))
         for i, parts in enumerate(left):
             if not parts:
                 done(i)
-        over: queue.SimpleQueue[Sequence[_Job] | BaseException] = queue.SimpleQueue()
+        over: queue.SimpleQueue[Sequence[Job] | BaseException] = queue.SimpleQueue()
         enough = Event()
         reader = threading.Thread(
             target=self._read_batches, args=(batches, deadline, over.put, enough), name="tensorfork-read", daemon=True
@@ -232,9 +202,9 @@ class EngineSession(Session):
 
     def _read_batches(
         self,
-        batches: Sequence[Sequence[_Job]],
+        batches: Sequence[Sequence[Job]],
         deadline: float,
-        say: Callable[[Sequence[_Job] | BaseException], None],
+        say: Callable[[Sequence[Job] | BaseException], None],
         enough: Event,
     ) -> None:
         """On its thread: says each batch that has arrived, or why one has not."""
@@ -255,8 +225,8 @@ class EngineSession(Session):
             say(error)
 
     def _next(
-        self, over: "queue.SimpleQueue[Sequence[_Job] | BaseException]", deadline: float, cancel: Event
-    ) -> Sequence[_Job]:
+        self, over: "queue.SimpleQueue[Sequence[Job] | BaseException]", deadline: float, cancel: Event
+    ) -> Sequence[Job]:
         while True:
             _check(deadline, cancel)
             try:
@@ -267,36 +237,10 @@ class EngineSession(Session):
                 raise said
             return said
 
-    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[_Job]]:
-        """Jobs of one device, as many as the window takes, in four batches or more; with a rate, one at a time."""
-        batch: list[_Job] = []
-        room, most = 0, min(self._window.nbytes, sum(job.nbytes for job in jobs) // 4 + self._piece)
-        for job in jobs:
-            full = len(batch) == self._window.count or job.nbytes > room or self._rate is not None
-            if batch and (full or job.device != batch[0].device):
-                yield batch
-                batch = []
-            if not batch:
-                room = most
-            batch.append(job)
-            room -= job.nbytes
-        if batch:
-            yield batch
+    def _jobs(self, copies: Sequence[Copy], left: list[int]) -> list[Job]:
+        return jobs_of(copies, self._regions, self._offered, self._piece, left)
 
-    def _jobs(self, copies: Sequence[Copy], left: list[int], piece: int) -> Iterator[_Job]:
-        """The copies in pieces that cross no registration; `left` counts those of each."""
-        for i, copy in enumerate(copies):
-            ours, offered = self._regions[copy.into], self._offered[copy.region]
-            at, end = copy.offset, copy.offset + copy.nbytes
-            for cut in [*(cut for cut in offered.cuts if at < cut < end), end]:
-                while at < cut:
-                    nbytes = min(piece, cut - at)
-                    into = ours.address + copy.at + at - copy.offset
-                    yield _Job(i, into, offered.address + at, nbytes, ours.device)
-                    left[i] += 1
-                    at += nbytes
-
-    def _begin(self, job: _Job, flying: deque[Flight], deadline: float) -> None:
+    def _begin(self, job: Job, flying: deque[Flight], deadline: float) -> None:
         flight = Flight(job.copy, job.into, job.nbytes)
         flying.append(flight)  # first: an interrupt between the two must not lose sight of it
         try:
@@ -347,6 +291,20 @@ class EngineSession(Session):
             return self._engine.outcome(number)
         self._engine.settle(self._gpus)
         return Outcome.DONE
+
+    def _map(self, deadline: float) -> None:
+        """Over nvlink, read a byte of each region, whose handle Mooncake then opens and keeps; of one alone, if that
+        was done before. Amid long reads, it would take three times as long.
+        """
+        sources = [self._offered[region.id].address for region in self._remote.values() if region.nbytes]
+        if not self._engine.is_new(self._address):
+            sources = sources[:1]
+        for device in self._gpus:
+            _on_our_device(device)
+            scratch = torch.empty(max(1, len(sources)), dtype=torch.uint8, device=device)
+            stretches = [(scratch.data_ptr() + i, source, 1) for i, source in enumerate(sources)]
+            if stretches:
+                self._engine.read_all(self._address, stretches, device, deadline)
 
     def _try(self, source: int, device: str, deadline: float) -> None:
         """Read one byte into memory of our own. Runs on a thread that lasts until that is over."""

@@ -1,0 +1,102 @@
+"""Copies into reads: how long each is, how many are under way at once, and how fast they follow one another."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import define, frozen
+
+from tensorfork.transports.base import Copy, Region
+from tensorfork.transports.transfer_engine.export import OfferedRegion
+
+SMALLEST = 64 << 10
+"""Bytes of a read, at least, where a rate is to be kept."""
+BATCHES = 4
+"""At least so many are made of what is read in batches, so that there is progress."""
+
+
+@frozen
+class Window:
+    """How much is under way at once, and how long to wait before looking again.
+
+    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink it is
+    what one batch has: a read there is over when all of its thread's are, so they are begun and waited for together.
+    """
+
+    count: int
+    nbytes: int
+    pause: float
+
+
+WINDOWS = {
+    "nvlink": Window(4096, 4 << 30, 100e-6),
+    "rdma": Window(256, 1 << 30, 200e-6),
+    "tcp": Window(32, 256 << 20, 500e-6),
+}
+
+
+class Pace:
+    """Says when the next read may begin, so that no more than `rate` bytes a second are asked for on average."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._next = rate, 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds until a read may begin; 0 for at once."""
+        return max(0.0, self._next - now) if self._rate else 0.0
+
+    def spend(self, nbytes: int, now: float) -> None:
+        """A read begins."""
+        if self._rate:
+            self._next = max(self._next, now) + nbytes / self._rate
+
+    def piece(self, nbytes: int) -> int:
+        """The longest read, where `nbytes` would be the longest without a rate: a tenth of a second's bytes."""
+        return nbytes if not self._rate else max(SMALLEST, min(nbytes, int(self._rate / 10)))
+
+
+@define
+class Job:
+    """A read that is still to be begun, of the copy of that number."""
+
+    copy: int
+    into: int
+    source: int
+    nbytes: int
+    device: str
+
+
+def jobs_of(
+    copies: Sequence[Copy],
+    regions: Mapping[int, Region],
+    offered: Mapping[int, OfferedRegion],
+    piece: int,
+    left: list[int],
+) -> list[Job]:
+    """The copies in pieces that cross no registration; `left` counts those of each."""
+    jobs = []
+    for i, copy in enumerate(copies):
+        ours, theirs = regions[copy.into], offered[copy.region]
+        at, end = copy.offset, copy.offset + copy.nbytes
+        for cut in [*(cut for cut in theirs.cuts if at < cut < end), end]:
+            while at < cut:
+                nbytes = min(piece, cut - at)
+                jobs.append(Job(i, ours.address + copy.at + at - copy.offset, theirs.address + at, nbytes, ours.device))
+                left[i] += 1
+                at += nbytes
+    return jobs
+
+
+def in_batches(jobs: Sequence[Job], window: Window, piece: int, rate: float | None) -> Iterator[list[Job]]:
+    """Jobs of one device, as many as the window takes; with a rate, one at a time."""
+    batch: list[Job] = []
+    room, most = 0, min(window.nbytes, sum(job.nbytes for job in jobs) // BATCHES + piece)
+    for job in jobs:
+        full = len(batch) == window.count or job.nbytes > room or rate is not None
+        if batch and (full or job.device != batch[0].device):
+            yield batch
+            batch = []
+        if not batch:
+            room = most
+        batch.append(job)
+        room -= job.nbytes
+    if batch:
+        yield batch
