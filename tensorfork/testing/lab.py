@@ -151,6 +151,7 @@ class Lab:
                 offer.offer, SITE.host, offer.remote, regions, speaker, time.monotonic() + seconds
             )
             try:
+                lease.session.ready(time.monotonic() + seconds)
                 yield lease
             finally:
                 lease.session.close(time.monotonic() + seconds)

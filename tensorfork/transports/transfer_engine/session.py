@@ -83,6 +83,7 @@ class EngineSession(Session):
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
+        _check(deadline, cancel)
         self.ready(deadline)
         for copy in copies:
             self._check_bounds(copy)
@@ -109,7 +110,7 @@ class EngineSession(Session):
         self._closed = True
         if self._meeting is not None:
             with suppress(TransferFailed):
-                self._meeting.wait(deadline)
+                self._meeting.wait(max(deadline, time.monotonic() + GRACE))
         if self._holding is not None:
             self._holding.release()
         if not self._unquiet:
