@@ -18,7 +18,6 @@ from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed import Seed
 from tensorfork.selection import Patterns, Selection
 from tensorfork.target import Device, Target
-from tensorfork.threads import short_turns
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
 from tensorfork.verify import Verification, warm_up
@@ -239,13 +238,10 @@ def _copy(
         if why_not is None:
             try:
                 with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
-                    with short_turns:  # the transport may be at work meanwhile, on a thread of its own
-                        watch.enter("match")
-                        plan = forking.plan(held, into)
-                        watch.enter("verify")
-                        verification = (
-                            Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
-                        )
+                    watch.enter("match")
+                    plan = forking.plan(held, into)
+                    watch.enter("verify")
+                    verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
                     try:
                         watch.enter("open")
                         held.session.ready(deadline)
