@@ -190,15 +190,17 @@ def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     """Tensors that share memory here, and not (or not so) in the seed: no bytes could be right for both."""
     suspects: dict[str, Pair] = {}
     by_name = {pair.name: pair for pair in pairs}
+    order = {name: i for i, name in enumerate(by_name)}
     for one, other in _clashes([_extent(pair) for pair in pairs if pair.ours.numel]):
         suspects[one.name], suspects[other.name] = by_name[one.name], by_name[other.name]
     if not suspects:
         return []
     exact = [run for pair in suspects.values() for run in _few_runs(pair, MAX_RUNS_COMPARED)]
+    clashing = [sorted((one.name, other.name), key=order.__getitem__) for one, other in _clashes(exact)]
     return sorted(
         {
-            other.name: f"shares memory with {one.name} here, and not so in the seed; untie them, or tie the seed's"
-            for one, other in _clashes(exact)
+            later: f"shares memory with {earlier} here, and not so in the seed; untie them, or tie the seed's"
+            for earlier, later in clashing
         }.items()
     )
 
