@@ -46,6 +46,10 @@ class Span:
         return None if self.base is None else self.base + self.start
 
 
+def _place(span: Span) -> tuple[str, int]:
+    return (span.device, span.address or 0) if span.device.startswith("cuda") else ("", 0)
+
+
 def home_of(name: str, tensor: torch.Tensor) -> Home:
     """Where a tensor lies. Raises `UnsupportedTensor` for one that cannot be forked."""
     device = _device_name(tensor.device)
@@ -98,8 +102,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
-    """The span of each allocation, numbered in order of address (on the meta device: of first use), so that what a fork
-    makes room for in this order has the same neighbours.
+    """The span of each allocation, numbered in the order in which the model's tensors first use them; those of GPUs
+    behind the others, by address: many lie in one allocation of the driver's, and what a fork makes room for in this
+    order has the same neighbours.
 
     Two storages over the same memory (made through DLPack or a raw pointer) are one allocation.
     """
@@ -135,7 +140,7 @@ def spans_of(homes: Sequence[Home]) -> dict[Any, Span]:
         home.span = span
     for span in spans.values():
         span.start -= span.start % ALIGNMENT
-    in_order = dict(sorted(spans.items(), key=lambda one: (one[1].device, one[1].address or 0)))
+    in_order = dict(sorted(spans.items(), key=lambda one: _place(one[1])))
     for index, span in enumerate(in_order.values()):
         span.index = index
     return in_order

@@ -1,6 +1,5 @@
 """Layouts: what a model is made of, and where each tensor lies in its storages."""
 
-import ctypes
 import itertools
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tensorfork import LayoutMismatch, ModelLayout, StorageLayout, TensorLayout, UnsupportedTensor
 from tensorfork.layout import plain_stride, survey
 from tensorfork.plan import match
-from tensorfork.spans import ALIGNMENT
-from tensorfork.target import build
+from tensorfork.spans import ALIGNMENT, Home, spans_of
 
 
 def elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
@@ -117,16 +115,25 @@ def test_storages_over_the_same_memory_are_one(order: tuple[str, ...]) -> None:
     assert one(layout, "middle").offset == 1024
 
 
-def test_storages_are_in_order_of_address_so_that_a_fork_makes_room_with_the_same_neighbours() -> None:
-    memory = bytearray(3 * 1024 + 512)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % 512
-    high, low, middle = (
-        torch.frombuffer(memory, dtype=torch.uint8, offset=start + 1024 * i, count=1024) for i in (2, 0, 1)
-    )
-    layout = survey({"high": high, "low": low, "middle": middle}).layout
-    assert [tensor.storage for tensor in layout.tensors] == [2, 0, 1]
-    room = build(layout, "cpu").tensors
-    assert [room[name].data_ptr() - room["low"].data_ptr() for name in ("low", "middle", "high")] == [0, 1024, 2048]
+def test_storages_of_a_gpu_are_in_order_of_address_so_that_a_fork_makes_room_with_the_same_neighbours() -> None:
+    class Storage:
+        def nbytes(self) -> int:
+            return 1024
+
+    def home(device: str, base: int) -> Home:
+        return Home((device, base), base, device, 0, 1024, Storage())
+
+    given = [home("cuda:1", 1024), home("cuda:0", 8192), home("cpu", 4096), home("cuda:0", 6144), home("cpu", 2048)]
+    spans = spans_of(given)
+    assert [(span.device, span.base) for span in spans.values()] == [
+        ("cpu", 4096),
+        ("cpu", 2048),
+        ("cuda:0", 6144),
+        ("cuda:0", 8192),
+        ("cuda:1", 1024),
+    ]
+    assert [span.index for span in spans.values()] == [0, 1, 2, 3, 4]
+    assert [one.span.index for one in given] == [4, 3, 0, 2, 1]
 
 
 def test_every_storage_over_the_same_memory_is_kept_alive() -> None:
