@@ -111,9 +111,12 @@ class Published:
             if region.device == "cpu":
                 continue
             known = self._blocks.get(region.address)
-            if known is None:
-                known = look.block(region.address)
-            elif look.buffer_id(region.address) != known.buffer_id:
+            if known is not None:
+                now = look.buffer_id(region.address)
+            else:  # it reaches beyond its block, or was never published
+                block = look.block(region.address)
+                known, now = self._blocks.get(block.start, block), block.buffer_id
+            if now != known.buffer_id:
                 raise TransportUnavailable(
                     f"memory of the model at {region.address:#x} was freed and mapped anew since it was "
                     "published; publish again"

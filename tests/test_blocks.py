@@ -1,0 +1,136 @@
+"""Which allocations memory of a GPU lies in, and whether they are what they were; the driver is a fake."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from attrs import define, field
+
+from tensorfork import Region, TransportUnavailable, blocks, cuda
+from tensorfork.blocks import Published
+
+
+@define
+class Driver:
+    """Allocations by their addresses: (bytes, buffer id, whether CUDA IPC can export them)."""
+
+    memory: dict[int, tuple[int, int, bool]]
+    asked: list[str] = field(factory=list)
+
+    def find(self, address: int) -> tuple[int, tuple[int, int, bool]] | None:
+        return next(((at, it) for at, it in self.memory.items() if at <= address < at + it[0]), None)
+
+    def cuPointerGetAttributes(self, count: int, kinds: Any, values: Any, address: int) -> int:  # noqa: N802
+        self.asked.append("block")
+        found = self.find(address)
+        if found is None:
+            return 1
+        start, (nbytes, id, exportable) = found
+        said = {7: id, 9: 0, 10: int(exportable), 11: start, 12: nbytes}
+        for i in range(count):
+            kind = ctypes.c_int if kinds[i] in (9, 10) else ctypes.c_uint64
+            kind.from_address(values[i]).value = said[kinds[i]]
+        return 0
+
+    def cuPointerGetAttribute(self, value: Any, kind: int, address: int) -> int:  # noqa: N802
+        assert kind == 7
+        self.asked.append("id")
+        found = self.find(address)
+        if found is None:
+            return 1
+        value._obj.value = found[1][1]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    fake = Driver({0x1000: (0x1000, 7, True), 0x2000: (0x1000, 8, True), 0x8000: (0x800, 9, False)})
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
+    return fake
+
+
+def at(*stretches: tuple[int, int], device: str = "cuda:0") -> list[Region]:
+    return [Region(10 + i, start, nbytes, device) for i, (start, nbytes) in enumerate(stretches)]
+
+
+def starts(found: Sequence[blocks.Block]) -> list[int]:
+    return [one.start for one in found]
+
+
+def test_a_block_is_looked_up_once_for_all_that_lies_in_it(driver: Driver) -> None:
+    assert starts(blocks.blocks(at((0x1800, 8), (0x1000, 8), (0x2FF8, 8)))) == [0x1000, 0x2000]
+    assert driver.asked == ["block", "block"]
+
+
+def test_no_driver_is_asked_for_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "driver", lambda: pytest.fail("there may be none"))
+    host = at((0x1000, 8), device="cpu")
+    published = Published()
+    assert blocks.blocks(host) == published.add(host) == published.check(host) == published.forget(host) == []
+    assert blocks.cover(host)[0] == [Region(0, 0x1000, 8, "cpu")]
+
+
+def test_regions_are_covered_by_their_blocks_and_what_reaches_beyond_stays_as_it_is(driver: Driver) -> None:
+    given = at((0x1800, 8), (0x1FF8, 16), (0x1000, 8))
+    covering, places = blocks.cover(given)
+    for region, place in zip(given, places, strict=True):
+        cover = next(one for one in covering if one.id == place.region)
+        assert cover.address + place.offset == region.address
+        assert place.offset + region.nbytes <= cover.nbytes
+    assert sorted((one.address, one.nbytes) for one in covering) == [(0x1000, 0x1000), (0x1FF8, 16)]
+
+
+def test_what_cannot_be_exported_is_said_with_the_remedy(driver: Driver) -> None:
+    assert blocks.why_not_exportable(blocks.blocks(at((0x1000, 8)))) is None
+    assert "expandable_segments" in str(blocks.why_not_exportable(blocks.blocks(at((0x1000, 8), (0x8000, 8)))))
+
+
+def test_a_lease_asks_one_short_question_a_block(driver: Driver) -> None:
+    published = Published()
+    known = published.add(at((0x1800, 8), (0x2000, 8)))
+    covering, _ = blocks.cover(at((0x1800, 8), (0x2000, 8)))
+    driver.asked.clear()
+    assert published.check(covering) == known
+    assert driver.asked == ["id", "id"]
+
+
+@pytest.mark.parametrize("now", [(0x1000, 70, True), None])
+def test_memory_that_was_freed_and_perhaps_mapped_anew_is_noticed(
+    driver: Driver, now: tuple[int, int, bool] | None
+) -> None:
+    published = Published()
+    published.add(at((0x1000, 8), (0x2000, 8)))
+    covering, _ = blocks.cover(at((0x1000, 8), (0x2000, 8)))
+    del driver.memory[0x1000]
+    if now is not None:
+        driver.memory[0x1000] = now
+    with pytest.raises(TransportUnavailable, match="0x1000"):
+        published.check(covering)
+
+
+def test_so_is_that_under_a_region_that_reaches_beyond_its_block(driver: Driver) -> None:
+    published = Published()
+    wide = at((0x1FF8, 16))
+    published.add(wide)
+    assert starts(published.check(wide)) == [0x1000]
+    driver.memory[0x1000] = 0x1000, 70, True
+    with pytest.raises(TransportUnavailable, match="0x1ff8"):
+        published.check(wide)
+
+
+def test_what_is_published_again_is_as_it_is_now(driver: Driver) -> None:
+    published = Published()
+    published.add(at((0x1000, 8)))
+    driver.memory[0x1000] = 0x1000, 70, True
+    published.add(at((0x1000, 8)))
+    covering, _ = blocks.cover(at((0x1000, 8)))
+    assert [one.buffer_id for one in published.check(covering)] == [70]
+
+
+def test_what_is_forgotten_is_every_block_that_a_region_lies_in_and_no_other(driver: Driver) -> None:
+    published = Published()
+    published.add(at((0x1000, 8), (0x2000, 8)))
+    driver.memory.clear()  # it may be gone by then
+    assert starts(published.forget(at((0x1FF8, 8)))) == [0x1000]
+    assert starts(published.forget(at((0x1000, 8), (0x2000, 8)))) == [0x2000]
