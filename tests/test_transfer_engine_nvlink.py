@@ -1,0 +1,205 @@
+"""How a session reads over NVLink: in batches on a thread, its handles opened meanwhile; the engine is a fake."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from attrs import define, field
+
+from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnavailable
+from tensorfork.transports.transfer_engine import engine, session
+from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
+from tensorfork.transports.transfer_engine.session import EngineSession
+
+SOON = 20.0
+MIB = 1 << 20
+COUNT = 12
+
+
+@define
+class Engine:
+    """Says what it was asked to read. `before` is called before each batch, with its number."""
+
+    before: Callable[[int], object] = lambda number: None
+    batches: list[list[tuple[int, int, int]]] = field(factory=list)
+    met: bool = False
+    fabric: str = "nvlink"
+    broken: bool = False
+
+    def meet(self, work: Callable[[], Any]) -> engine.Meeting:
+        return engine.Meeting(self, work)  # type: ignore[arg-type]
+
+    def is_new(self, address: str) -> bool:
+        return not self.met
+
+    def settle(self, devices: Sequence[str]) -> None:
+        pass
+
+    def read_all(self, address: str, stretches: Sequence[tuple[int, int, int]], device: str, deadline: float) -> None:
+        self.before(len(self.batches))
+        self.batches.append(list(stretches))
+
+    @property
+    def reads(self) -> list[tuple[int, int, int]]:
+        """Those of more than a byte."""
+        return [one for batch in self.batches for one in batch if one[2] > 1]
+
+
+@define
+class Channel:
+    said: list[bytes] = field(factory=list)
+
+    def send(self, message: bytes, deadline: float) -> None:
+        self.said.append(message)
+
+    def recv(self, deadline: float) -> bytes:
+        raise AssertionError
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(session, "_on_our_device", lambda device: None)
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **(options | {"device": "cpu"})))
+
+
+def opened(
+    fake: Engine, channel: Channel | None = None, *, piece: int = MIB, rate: float | None = None
+) -> EngineSession:
+    remote = [RemoteRegion(i, MIB, "cuda:0") for i in range(COUNT)]
+    offered = {i: OfferedRegion((100 + i) * MIB, ()) for i in range(COUNT)}
+    ours = [Region(0, 1000 * MIB, COUNT * MIB, "cuda:1")]
+    channel = channel or Channel()
+    made = EngineSession(fake, "peer", offered, remote, ours, channel, piece=piece, rate=rate)  # type: ignore[arg-type]
+    made.start(time.monotonic() + SOON)
+    return made
+
+
+COPIES = [Copy(0, i, 0, 0, i * MIB, MIB) for i in range(COUNT)]
+
+
+def pull(
+    made: EngineSession,
+    done: Callable[[int], object] = lambda i: None,
+    cancel: threading.Event | None = None,
+    seconds: float = SOON,
+) -> None:
+    made.pull(COPIES, time.monotonic() + seconds, lambda i: (done(i), None)[1], cancel or threading.Event())
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "tensorfork-read"]
+
+
+def test_everything_is_read_once_in_four_batches_or_more_and_said_in_order() -> None:
+    fake, done = Engine(), list[int]()
+    made = opened(fake, piece=MIB // 2)
+    made.ready(time.monotonic() + SOON)
+    mapped = len(fake.batches)
+    pull(made, done.append)
+    assert done == list(range(COUNT))
+    assert sorted(fake.reads) == [
+        (1000 * MIB + i * MIB // 2, 100 * MIB + i * MIB // 2, MIB // 2) for i in range(2 * COUNT)
+    ]
+    assert len(fake.batches) - mapped >= 4
+    assert not readers()
+
+
+def test_handles_are_opened_at_the_first_lease_of_a_peer_and_are_there_at_the_next() -> None:
+    fake = Engine()
+    opened(fake).ready(time.monotonic() + SOON)
+    assert [[source for _, source, _ in batch] for batch in fake.batches] == [[(100 + i) * MIB for i in range(COUNT)]]
+    again = Engine(met=True)
+    opened(again).ready(time.monotonic() + SOON)
+    assert [len(batch) for batch in again.batches] == [1]
+
+
+def test_what_opening_fails_with_is_why_this_transport_does_not_work_here() -> None:
+    def fail(number: int) -> None:
+        raise TransferFailed("nobody there")
+
+    channel = Channel()
+    made = opened(Engine(fail), channel)
+    with pytest.raises(TransportUnavailable, match="nobody there"):
+        made.ready(time.monotonic() + SOON)
+    assert channel.said == [QUIET]
+
+
+def test_an_engine_that_hangs_while_it_opens_is_not_used_again() -> None:
+    gate = threading.Event()
+    fake, channel = Engine(lambda number: gate.wait(SOON)), Channel()
+    made = opened(fake, channel)
+    with pytest.raises(TransportUnavailable, match="did not answer"):
+        made.ready(time.monotonic() + 0.05)
+    assert fake.broken
+    assert channel.said == []  # it may read yet
+    gate.set()
+
+
+def test_nothing_is_read_behind_a_batch_that_failed() -> None:
+    def third_fails(number: int) -> None:
+        if number == 3:  # the first opens handles
+            raise TransferFailed("the process died")
+
+    fake, done = Engine(third_fails), list[int]()
+    made = opened(fake)
+    with pytest.raises(TransferFailed, match="the process died"):
+        pull(made, done.append)
+    assert len(fake.batches) == 3
+    assert done == list(range(len(fake.reads)))
+    assert not readers()
+
+
+def test_a_pull_that_is_cancelled_from_done_begins_nothing_more() -> None:
+    cancel, held = threading.Event(), threading.Event()
+    fake = Engine(lambda number: number < 3 or held.wait(SOON))
+    made = opened(fake)
+
+    def done(i: int) -> None:
+        cancel.set()
+        held.set()
+
+    with pytest.raises(TransferFailed, match="cancelled"):
+        pull(made, done, cancel)
+    assert len(fake.batches) <= 4  # the one that was under way has ended
+    assert not readers()
+
+
+def test_a_batch_that_outlasts_the_deadline_is_waited_for() -> None:
+    deadline, ended = time.monotonic() + 0.1, list[bool]()
+
+    def slow(number: int) -> None:
+        if number == 2:
+            while time.monotonic() < deadline + 0.1:
+                time.sleep(0.001)
+            ended.append(True)
+
+    made = opened(Engine(slow))
+    with pytest.raises(TransferFailed, match="deadline"):
+        pull(made, seconds=deadline - time.monotonic())
+    assert ended, "something is written after the pull has failed"
+    assert not readers()
+
+
+def test_what_done_raises_ends_the_pull_and_the_thread() -> None:
+    def done(i: int) -> None:
+        raise KeyboardInterrupt
+
+    fake = Engine()
+    with pytest.raises(KeyboardInterrupt):
+        pull(opened(fake), done)
+    assert not readers()
+
+
+def test_with_a_rate_reads_go_one_at_a_time_and_a_cancel_does_not_wait_for_the_next() -> None:
+    fake, cancel = Engine(), threading.Event()
+    made = opened(fake, rate=MIB / 1000)  # the second would be due in a quarter of an hour
+    started = time.monotonic()
+    with pytest.raises(TransferFailed, match="cancelled"):
+        pull(made, lambda i: cancel.set(), cancel)
+    assert time.monotonic() - started < SOON
+    assert len(fake.reads) == 1
+    assert not readers()
