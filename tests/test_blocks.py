@@ -1,46 +1,12 @@
 """Which allocations memory of a GPU lies in, and whether they are what they were; the driver is a fake."""
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
-from attrs import define, field
+from fake_driver import Driver
 
 from tensorfork import Region, TransportUnavailable, blocks, cuda
 from tensorfork.blocks import Published
-
-
-@define
-class Driver:
-    """Allocations by their addresses: (bytes, buffer id, whether CUDA IPC can export them)."""
-
-    memory: dict[int, tuple[int, int, bool]]
-    asked: list[str] = field(factory=list)
-
-    def find(self, address: int) -> tuple[int, tuple[int, int, bool]] | None:
-        return next(((at, it) for at, it in self.memory.items() if at <= address < at + it[0]), None)
-
-    def cuPointerGetAttributes(self, count: int, kinds: Any, values: Any, address: int) -> int:  # noqa: N802
-        self.asked.append("block")
-        found = self.find(address)
-        if found is None:
-            return 1
-        start, (nbytes, id, exportable) = found
-        said = {7: id, 9: 0, 10: int(exportable), 11: start, 12: nbytes}
-        for i in range(count):
-            kind = ctypes.c_int if kinds[i] in (9, 10) else ctypes.c_uint64
-            kind.from_address(values[i]).value = said[kinds[i]]
-        return 0
-
-    def cuPointerGetAttribute(self, value: Any, kind: int, address: int) -> int:  # noqa: N802
-        assert kind == 7
-        self.asked.append("id")
-        found = self.find(address)
-        if found is None:
-            return 1
-        value._obj.value = found[1][1]
-        return 0
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ What of the model is on the CPU (a few buffers, as a rule) travels over the leas
 
 import ctypes
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from threading import Event
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from tensorfork import blocks, cuda
 from tensorfork.blocks import Block, Published
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
 from tensorfork.transports.base import Channel, Export, Facts, Place, Region, RemoteRegion, Site, Transport
-from tensorfork.transports.cuda_ipc.offer import ASKED, EXPORTED, OFFER, SAID, this_process
+from tensorfork.transports.cuda_ipc.offer import ASKED, SAID, this_process, write_offer
 from tensorfork.transports.cuda_ipc.session import SMALL_BATCH, IpcSession
 
 
@@ -40,6 +40,7 @@ class CudaIpc(Transport):
             self.piece = SMALL_BATCH
         self._published = Published()
         self._handles: dict[tuple[int, int], bytes] = {}  # of blocks, by their addresses and buffer ids
+        self._told: tuple[Sequence[Region], Sequence[Block], bytes] | None = None  # at the last lease
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
@@ -71,9 +72,14 @@ class CudaIpc(Transport):
         """See `Transport.export`."""
         found = self._published.check(regions)
         if fork.get("process") == this_process():
-            return IpcExport(regions, {})
+            return IpcExport(regions, write_offer(regions, {}))
+        told = self._told
+        if told is not None and told[0] is regions and told[1] == found:
+            return IpcExport(regions, told[2])
         try:
-            return IpcExport(regions, {one.start: self._handle(one) for one in found})
+            said = write_offer(regions, {one.start: self._handle(one) for one in found})
+            self._told = regions, found, said
+            return IpcExport(regions, said)
         except cuda.DriverError as error:
             raise TransportUnavailable(
                 f"cuda_ipc: the seed's memory cannot be exported: {error}. Publish memory of cudaMalloc, and "
@@ -84,6 +90,7 @@ class CudaIpc(Transport):
         """See `Transport.forget`."""
         for one in self._published.forget(regions):
             self._handles.pop((one.start, one.buffer_id), None)
+        self._told = None
 
     def open(
         self,
@@ -106,16 +113,11 @@ class CudaIpc(Transport):
 
 
 class IpcExport(Export):
-    """One lease. `handles` are those of the regions' blocks, by address; none for a fork of this very process."""
+    """One lease."""
 
-    def __init__(self, regions: Sequence[Region], handles: Mapping[int, bytes]) -> None:
+    def __init__(self, regions: Sequence[Region], offer: bytes) -> None:
+        self.offer = offer
         self._host = {region.id: region for region in regions if region.device == "cpu"}
-        exported = [
-            EXPORTED.pack(region.id, region.address, handles.get(region.address, bytes(cuda.HANDLE)))
-            for region in regions
-            if region.device != "cpu"
-        ]
-        self.offer = OFFER.pack(this_process(), len(exported)) + b"".join(exported)
         self._released = False
         self._serving, self._served = Event(), Event()
 

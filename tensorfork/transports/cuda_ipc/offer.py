@@ -3,16 +3,16 @@
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
 from tensorfork import cuda
 from tensorfork.errors import TransportUnavailable
-from tensorfork.transports.base import RemoteRegion
+from tensorfork.transports.base import Region, RemoteRegion
 
-OFFER = struct.Struct("<16sI")
-EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE}s")
+_OFFER = struct.Struct("<16sI")
+_EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE}s")
 ASKED = struct.Struct("<QQQ")
 SAID = 512 << 10
 """Bytes of a CPU's region in one message of the channel."""
@@ -30,13 +30,25 @@ class Source:
     handle: bytes | None
 
 
+def write_offer(regions: Sequence[Region], handles: Mapping[int, bytes]) -> bytes:
+    """What a fork is told. `handles` are those of the regions' blocks, by address; none for a fork of this very
+    process.
+    """
+    exported = [
+        _EXPORTED.pack(region.id, region.address, handles.get(region.address, bytes(cuda.HANDLE)))
+        for region in regions
+        if region.device != "cpu"
+    ]
+    return _OFFER.pack(this_process(), len(exported)) + b"".join(exported)
+
+
 def read_offer(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int, Source]]:
     """Whether the seed is in this process, and where each of its regions is. Raises `TransportUnavailable`."""
-    if len(offer) < OFFER.size or (len(offer) - OFFER.size) % EXPORTED.size:
+    if len(offer) < _OFFER.size or (len(offer) - _OFFER.size) % _EXPORTED.size:
         raise TransportUnavailable("what the seed offers is not an offer of cuda_ipc; use one version on both sides")
-    process, count = OFFER.unpack_from(offer)
+    process, count = _OFFER.unpack_from(offer)
     sizes = {region.id: region.nbytes for region in remote if region.device != "cpu"}
-    found = list(EXPORTED.iter_unpack(offer[OFFER.size :]))
+    found = list(_EXPORTED.iter_unpack(offer[_OFFER.size :]))
     if len(found) != count or {id for id, _, _ in found} != sizes.keys():
         raise TransportUnavailable(
             "the seed's offer over cuda_ipc does not fit its regions; use one version on both sides"
