@@ -5,7 +5,6 @@ numbers are those of the CUDA driver API (`cuPointerGetAttribute`).
 """
 
 import ctypes
-from bisect import bisect_left
 from collections.abc import Sequence
 
 from attrs import evolve, frozen
@@ -77,18 +76,23 @@ def block(address: int) -> Block:
 
 
 def blocks(regions: Sequence[Region]) -> list[Block]:
-    """For each region of a GPU, in order of address, its block; looked up once for each block."""
+    """The blocks that the regions of GPUs lie in, in order of address, each looked up once; most regions lie in one."""
     found: list[Block] = []
     look = _Look()
     for region in sorted((one for one in regions if one.device != "cpu"), key=lambda one: one.address):
-        if not found or not found[-1].start <= region.address < found[-1].end:
-            found.append(look.block(region.address))
+        at, end = region.address, region.address + max(1, region.nbytes)
+        if found:  # all up to its end has been looked at, from an earlier region's beginning on
+            at = max(at, found[-1].end)
+        while at < end:
+            found.append(look.block(at))
+            at = max(at + 1, found[-1].end)
     return found
 
 
 class Published:
-    """The blocks that memory lay in when it was published: what was freed and mapped anew since is noticed, with one
-    short question to the driver for each block. A seed's steps wait for whatever a lease asks beyond that.
+    """The blocks that memory lay in when it was published: what was freed, and mapped anew at the same address, is
+    noticed, with one short question to the driver for each block. A seed's steps wait for whatever a lease asks beyond
+    that. Nothing is forgotten: what is published at an address again takes the place of what was there.
     """
 
     def __init__(self) -> None:
@@ -105,34 +109,28 @@ class Published:
 
         Raises `TransportUnavailable` where they are not.
         """
-        found = []
+        found: list[Block] = []
         look = _Look()
         for region in regions:
             if region.device == "cpu":
                 continue
             known = self._blocks.get(region.address)
-            if known is not None:
-                now = look.buffer_id(region.address)
+            if known is not None and region.nbytes <= known.nbytes:
+                found.append(self._same(known, look.buffer_id(region.address), region))
             else:  # it reaches beyond its block, or was never published
-                block = look.block(region.address)
-                known, now = self._blocks.get(block.start, block), block.buffer_id
-            if now != known.buffer_id:
-                raise TransportUnavailable(
-                    f"memory of the model at {region.address:#x} was freed and mapped anew since it was "
-                    "published; publish again"
-                )
-            found.append(known)
+                found += [
+                    self._same(self._blocks.get(now.start, now), now.buffer_id, region) for now in blocks([region])
+                ]
         return found
 
-    def forget(self, regions: Sequence[Region]) -> list[Block]:
-        """The seed of these regions is closed; the blocks that are forgotten."""
-        addresses = sorted(region.address for region in regions if region.device != "cpu")
-        gone = [
-            one for one in self._blocks.values() if bisect_left(addresses, one.start) < bisect_left(addresses, one.end)
-        ]
-        for one in gone:
-            del self._blocks[one.start]
-        return gone
+    @staticmethod
+    def _same(known: Block, now: int, region: Region) -> Block:
+        if now != known.buffer_id:
+            raise TransportUnavailable(
+                f"memory of the model at {region.address:#x} was freed and mapped anew since it was "
+                "published; publish again"
+            )
+        return known
 
 
 def cover(regions: Sequence[Region]) -> tuple[list[Region], list[Place]]:

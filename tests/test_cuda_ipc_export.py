@@ -1,6 +1,7 @@
 """What a seed tells forks over CUDA IPC: as little work for each lease as can be; the driver is a fake."""
 
 import time
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +13,10 @@ from tensorfork.transports.cuda_ipc import CudaIpc, offer
 SITE = Site("127.0.0.1", "127.0.0.1")
 ELSEWHERE = {"process": b"another"}
 GIVEN = [Region(0, 0x1800, 8, "cuda:0"), Region(1, 0x2000, 8, "cuda:0"), Region(2, 0x100, 64, "cpu")]
+
+
+class Owner:
+    """Of memory."""
 
 
 class Gpu:
@@ -83,13 +88,19 @@ def test_two_seeds_of_one_transport_are_told_apart(gpu: Gpu) -> None:
     assert len(handles(lease(made, regions), regions)) == 2
 
 
-def test_nothing_is_kept_for_a_seed_that_has_closed(gpu: Gpu) -> None:
+def test_a_seed_that_has_closed_is_not_kept_alive_and_takes_nothing_from_another(gpu: Gpu) -> None:
     made, regions = published()
-    lease(made, regions)
-    made.forget(GIVEN)
-    made.facts(GIVEN)
-    lease(made, regions)
-    assert gpu.exported == [0x1000, 0x2000] * 2
+    owner = Owner()
+    kept = weakref.ref(owner)
+    closed = [Region(0, 0x1000, 0x2000, "cuda:0", owner)]  # beyond a block: `cover` leaves it and its owner
+    made.facts(closed)
+    lease(made, made.cover(closed)[0])
+    made.forget(closed)
+    del closed, owner
+    assert kept() is None
+    gpu.driver.memory[0x1000] = 0x1000, 9, True
+    with pytest.raises(TransportUnavailable, match="publish again"):
+        lease(made, regions)
 
 
 def test_a_fork_of_this_very_process_gets_no_handles(gpu: Gpu) -> None:

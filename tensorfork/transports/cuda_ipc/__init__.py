@@ -39,7 +39,7 @@ class CudaIpc(Transport):
         if rate_limit is not None:
             self.piece = SMALL_BATCH
         self._published = Published()
-        self._handles: dict[tuple[int, int], bytes] = {}  # of blocks, by their addresses and buffer ids
+        self._handles: dict[int, tuple[int, bytes]] = {}  # of blocks, by their addresses, with their buffer ids
         self._told: tuple[Sequence[Region], Sequence[Block], bytes] | None = None  # at the last lease
 
     def facts(self, regions: Sequence[Region]) -> Facts:
@@ -88,8 +88,6 @@ class CudaIpc(Transport):
 
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`."""
-        for one in self._published.forget(regions):
-            self._handles.pop((one.start, one.buffer_id), None)
         self._told = None
 
     def open(
@@ -105,10 +103,10 @@ class CudaIpc(Transport):
         return IpcSession(offer, remote, regions, channel, self._rate_limit, deadline)
 
     def _handle(self, of: Block) -> bytes:
-        key = of.start, of.buffer_id
-        handle = self._handles.get(key)
-        if handle is None:
-            handle = self._handles[key] = cuda.export_handle(of.start, of.device)
+        id, handle = self._handles.get(of.start, (0, b""))
+        if not handle or id != of.buffer_id:
+            handle = cuda.export_handle(of.start, of.device)
+            self._handles[of.start] = of.buffer_id, handle
         return handle
 
 

@@ -115,7 +115,6 @@ class TransferEngine(Transport):
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`: nothing stays registered for a seed that is closed."""
         _release(self._kept, regions)
-        self._published.forget(regions)
 
     def open(
         self,
