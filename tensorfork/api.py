@@ -94,7 +94,8 @@ def fork_into(
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
 
     Tensors on the meta device get memory on `device`, in one allocation for each device and sharing storages as the
-    seed's do, once everything has been verified; until then, and after any failure, they stay meta.
+    seed's do, once everything has been verified; until then, and after any failure, they stay meta. For the first two
+    seconds the process collects no garbage.
 
     Args:
         model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and strides: built

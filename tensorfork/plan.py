@@ -208,7 +208,8 @@ def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
 def _clashes(runs: Sequence[_Run]) -> Iterator[tuple[_Run, _Run]]:
     """Pairs of runs that meet in one of our storages and want different bytes there."""
     reaching: list[_Run] = []
-    for run in sorted(runs):
+    # by what does not depend on where the seed's allocator put things
+    for run in sorted(runs, key=lambda one: (one.storage, one.start, one.end, one.name)):
         reaching = [one for one in reaching if one.storage == run.storage and one.end > run.start]
         for one in reaching:
             if (one.source, one.shift) != (run.source, run.shift):

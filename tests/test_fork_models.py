@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -16,6 +18,7 @@ from torch import nn
 import tensorfork
 from tensorfork import LayoutMismatch, Session, UnsupportedTensor, api, forking
 from tensorfork.bootstrap import Conversation
+from tensorfork.collector import put_off_collections
 from tensorfork.strided import SCRATCH
 from tensorfork.transports.zeromq import ZeroMQ
 
@@ -566,6 +569,39 @@ def test_garbage_waits_for_a_fork_and_not_for_a_seed_that_does_not_answer(monkey
     assert off[0]
     assert not any(off[1:])
     assert gc.isenabled()
+
+
+def test_collections_come_on_again_whatever_happens_and_are_left_alone_after_that() -> None:
+    with put_off_collections(0.001):
+        end = time.monotonic() + SECONDS
+        while not gc.isenabled():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        gc.disable()  # somebody else, after the time was over
+    assert not gc.isenabled()
+    gc.enable()
+    with pytest.raises(KeyError), put_off_collections():
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_collections_come_on_again_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    with pytest.raises(RuntimeError), put_off_collections(60):
+        raise AssertionError
+    assert gc.isenabled()
+
+
+def test_a_process_that_is_forked_off_meanwhile_collects() -> None:
+    with put_off_collections(60):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert not gc.isenabled()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_nobody_who_switched_collections_off_finds_them_on_after_a_fork() -> None:

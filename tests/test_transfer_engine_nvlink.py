@@ -38,7 +38,14 @@ class Engine:
     def settle(self, devices: Sequence[str]) -> None:
         pass
 
-    def read_all(self, address: str, stretches: Sequence[tuple[int, int, int]], device: str, deadline: float) -> None:
+    def read_all(
+        self,
+        address: str,
+        stretches: Sequence[tuple[int, int, int]],
+        device: str,
+        deadline: float,
+        enough: threading.Event | None = None,
+    ) -> None:
         self.before(len(self.batches))
         self.batches.append(list(stretches))
 

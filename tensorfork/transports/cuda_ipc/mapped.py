@@ -47,9 +47,9 @@ class Mapped:
                 self._opener.start()
 
     def first(self, deadline: float) -> None:
-        """Wait for the next that is wanted, if any is; raises as `address` does, for one that failed before too."""
+        """Wait until one is open, if any is wanted; raises as `address` does for the first that failed."""
         with self._changed:
-            pair = next(iter([*self._failed, *self._wanted]), None)
+            pair = None if self._found else next(iter([*self._failed, *self._wanted]), None)
         if pair is not None:
             self.address(*pair, deadline)
 

@@ -47,14 +47,21 @@ class IpcSession(Session):
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
         self._streams = {device: cuda.take_stream(device) for device in devices}
         self._memory = Mapped(offered)
-        if len(devices) == 1 and offered:
-            self._memory.want([(id, devices[0]) for id in offered])
+        try:
+            if len(devices) == 1 and offered:
+                self._memory.want([(id, devices[0]) for id in offered])
+        except BaseException:
+            self.close(time.monotonic())
+            raise
 
     def ready(self, deadline: float) -> None:
         """See `Session.ready`: the first handle takes 10 ms, while CUDA learns of the other GPU. Those that follow are
         opened while bytes move: that slows both down, and takes less time than one after the other.
         """
-        self._memory.first(deadline)
+        try:
+            self._memory.first(deadline)
+        except TransferFailed as error:
+            raise TransportUnavailable(f"cuda_ipc: {error}") from error
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""

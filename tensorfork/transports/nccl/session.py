@@ -24,6 +24,9 @@ LISTEN = 0.002
 """Seconds between two looks whether the seed has said something, while something is under way."""
 ATTEND = 0.05
 """Seconds between two such looks that wait a moment: only those see that the seed is gone."""
+NETWORK = 128 << 20
+"""Bytes of a parcel between hosts, at most: the seed ends one that takes longer than `stall`, as if the fork had
+stopped, and networks may be slow."""
 LATE = "not everything had arrived by the deadline"
 DRAINING = 2.0
 """Seconds for a GPU to stop writing after an abort."""
@@ -291,12 +294,10 @@ def _read_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]
         raise ProtocolError(f"the seed's offer cannot be read: {error}") from error
     if min(sizes) < 1 or type(port) is not int or not 0 < port < 65536:
         raise ProtocolError("the seed's offer is no offer")
-    return (
-        str(token),
-        port,
-        evolve(ours, parcel=sizes[0], bucket=sizes[1], small=sizes[2], ctas=Ctas(*limits)),
-        (host == cuda.host()),
-    )
+    same_host = host == cuda.host()
+    parcel = sizes[0] if same_host else min(sizes[0], NETWORK)
+    settings = evolve(ours, parcel=parcel, bucket=sizes[1], small=sizes[2], ctas=Ctas(*limits))
+    return str(token), port, settings, same_host
 
 
 def _ctas(ctas: Ctas) -> Mapping[Any, Any] | list[int | None]:

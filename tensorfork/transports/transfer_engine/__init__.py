@@ -10,9 +10,7 @@ import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
-from attrs import define
-
-from tensorfork.blocks import Block, Published
+from tensorfork.blocks import Published
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.sockets import Address, resolve
 from tensorfork.transports.base import (
@@ -24,14 +22,14 @@ from tensorfork.transports.base import (
     Site,
     Transport,
 )
-from tensorfork.transports.transfer_engine import agree, engine
-from tensorfork.transports.transfer_engine.engine import FABRICS, Engine, Peer
+from tensorfork.transports.transfer_engine import agree, engine, library
+from tensorfork.transports.transfer_engine.engine import FABRICS, Peer
 from tensorfork.transports.transfer_engine.export import EngineExport, Offer, offer
+from tensorfork.transports.transfer_engine.kept import Kept
 from tensorfork.transports.transfer_engine.quarantine import quarantine
 from tensorfork.transports.transfer_engine.reads import Pace
 from tensorfork.transports.transfer_engine.regions import cover
 from tensorfork.transports.transfer_engine.session import EngineSession
-from tensorfork.transports.transfer_engine.spans import Holding
 
 __all__ = ["TransferEngine"]
 
@@ -78,11 +76,12 @@ class TransferEngine(Transport):
         self._rate, self._keep = rate_limit, keep_registered
         self.piece = Pace(rate_limit).piece(piece or ((32 << 20) if fabrics == ("tcp",) else (256 << 20)))
         self._published = Published()
-        self._kept: list[_Kept] = []
-        weakref.finalize(self, _release, self._kept).atexit = False
+        self._kept = Kept()
+        weakref.finalize(self, self._kept.forget).atexit = False
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
+        library.wheel()  # before anything is asked of the driver
         return agree.facts(regions, self._published.add(regions), self._fabrics, self._nics)
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
@@ -107,14 +106,13 @@ class TransferEngine(Transport):
             raise TransportUnavailable(str(error)) from error
         made = engine.engine(fabric, site.host, self._nics)
         if fabric != "tcp" if self._keep is None else self._keep:
-            kept = self._keep_registered(made, regions, found, deadline)
-            return EngineExport(made, kept.holding.shared(), kept.offer, kept=True)
+            return EngineExport(made, *self._kept.hold(made, regions, found, deadline), kept=True)
         holding = made.spans.hold(regions, deadline)
         return EngineExport(made, holding, offer(made, holding, regions), kept=False)
 
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`: nothing stays registered for a seed that is closed."""
-        _release(self._kept, regions)
+        self._kept.forget(regions)
 
     def open(
         self,
@@ -142,44 +140,6 @@ class TransferEngine(Transport):
         )
         made.start(deadline)
         return made
-
-    def _keep_registered(
-        self, made: Engine, regions: Sequence[Region], blocks: Sequence[Block], deadline: float
-    ) -> "_Kept":
-        """Regions held until `forget`, as one lease after another finds them; and let go of what has been mapped anew
-        since.
-        """
-        for kept in self._kept:
-            if kept.engine is made and kept.regions is regions and kept.blocks == blocks:
-                return kept
-        for kept in list(self._kept):
-            if kept.holding.is_stale():
-                self._kept.remove(kept)
-                kept.holding.release()
-        holding = made.spans.hold(regions, deadline)
-        self._kept.append(_Kept(made, regions, blocks, holding, offer(made, holding, regions)))
-        return self._kept[-1]
-
-
-@define(eq=False)
-class _Kept:
-    """What stays registered beyond its lease, with which engine, and what each fork is told of it."""
-
-    engine: Engine
-    regions: Sequence[Region]
-    blocks: Sequence[Block]
-    holding: Holding
-    offer: bytes
-
-
-def _release(kept: list[_Kept], regions: Sequence[Region] | None = None) -> None:
-    """Release what was kept for these regions; all, by default."""
-    for one in list(kept):
-        if regions is None or any(
-            held.address <= region.address < held.address + held.nbytes for region in regions for held in one.regions
-        ):
-            kept.remove(one)
-            one.holding.release()
 
 
 def _reached_by(peer: Address) -> str:

@@ -32,6 +32,8 @@ from tensorfork.transports.transfer_engine.spans import Spans
 log = logging.getLogger("tensorfork")
 
 FABRICS = ("nvlink", "rdma", "tcp")
+LOOK = 0.05
+"""Seconds between two looks whether a read that waits for its turn is still wanted."""
 EXIT = 2.0
 """Seconds that Python's exit waits for calls to return."""
 
@@ -192,13 +194,26 @@ class Engine:
             )
         return number
 
-    def read_all(self, address: str, stretches: Sequence[tuple[int, int, int]], device: str, deadline: float) -> None:
-        """Read stretches (into, source, bytes) into one device, and wait for them. Raises `TransferFailed`; nothing is
-        written any more, then.
+    def read_all(
+        self,
+        address: str,
+        stretches: Sequence[tuple[int, int, int]],
+        device: str,
+        deadline: float,
+        enough: threading.Event | None = None,
+    ) -> None:
+        """Read stretches (into, source, bytes) into one device, and wait for them; unless there is enough before they
+        are begun.
+
+        Raises `TransferFailed`; nothing is written any more, then.
         """
         self._check_process()
-        if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TransferFailed("the engine is waiting for another peer, which does not answer")
+        while not self._turn.acquire(timeout=max(0.0, min(LOOK, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline or (enough is not None and enough.is_set()):
+                raise TransferFailed("the engine is waiting for another peer, which does not answer")
+        if enough is not None and enough.is_set():
+            self._turn.release()
+            raise TransferFailed("the transfer was cancelled")
         into, sources, sizes = (list(column) for column in zip(*stretches, strict=True))
         try:
             with _gate, _on(device):

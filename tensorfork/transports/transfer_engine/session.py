@@ -1,5 +1,6 @@
 """The fork's side of a lease: reads in a bounded window, looked at again and again until all are over."""
 
+import logging
 import queue
 import threading
 import time
@@ -19,6 +20,8 @@ from tensorfork.transports.transfer_engine.quarantine import Flight, quarantine
 from tensorfork.transports.transfer_engine.reads import WINDOWS, Job, Pace, in_batches, jobs_of
 from tensorfork.transports.transfer_engine.regions import cover
 from tensorfork.transports.transfer_engine.spans import Holding
+
+log = logging.getLogger("tensorfork")
 
 OPENING = 30.0
 """Seconds for the first byte, where the deadline is later: nobody waits minutes for a port that is closed."""
@@ -108,16 +111,19 @@ class EngineSession(Session):
         if self._closed:
             return
         self._closed = True
-        if self._meeting is not None:
-            with suppress(TransferFailed):
-                self._meeting.wait(max(deadline, time.monotonic() + GRACE))
-        if self._holding is not None:
-            self._holding.release()
-        if not self._unquiet:
-            try:
-                self._channel.send(QUIET, max(deadline, time.monotonic() + 0.2))
-            except PeerUnreachable:
-                return  # a seed that is gone needs not be told
+        try:
+            if self._meeting is not None:
+                now = time.monotonic()
+                self._meeting.wait(min(max(deadline, now + GRACE), now + PATIENCE))
+        except Exception as error:  # whoever closes does not wait for this any more
+            log.info("what was begun over nvlink failed: %s", error)
+            self._unquiet = self._engine.broken
+        finally:
+            if self._holding is not None:
+                self._holding.release()
+            if not self._unquiet:
+                with suppress(PeerUnreachable):  # a seed that is gone needs not be told
+                    self._channel.send(QUIET, max(deadline, time.monotonic() + 0.2))
 
     @contextmanager
     def _opening(self, deadline: float) -> Iterator[None]:
@@ -189,8 +195,8 @@ class EngineSession(Session):
         reader = threading.Thread(
             target=self._read_batches, args=(batches, deadline, over.put, enough), name="tensorfork-read", daemon=True
         )
-        reader.start()
         try:
+            reader.start()
             for _ in batches:
                 for job in self._next(over, deadline, cancel):
                     left[job.copy] -= 1
@@ -199,7 +205,7 @@ class EngineSession(Session):
                         done(job.copy)
         finally:
             enough.set()
-            reader.join()
+            _join(reader)
 
     def _read_batches(
         self,
@@ -220,7 +226,7 @@ class EngineSession(Session):
                     return
                 pace.spend(sum(job.nbytes for job in batch), time.monotonic())
                 stretches = [(job.into, job.source, job.nbytes) for job in batch]
-                self._engine.read_all(self._address, stretches, batch[0].device, deadline)
+                self._engine.read_all(self._address, stretches, batch[0].device, deadline, enough)
                 say(batch)
         except BaseException as error:  # for whoever waits for the batch
             say(error)
@@ -281,17 +287,8 @@ class EngineSession(Session):
                 self._unquiet = True
                 holding, self._holding = self._holding, None
                 keep = [region.owner for region in self._regions.values()]
-                quarantine.take(left, self._later, holding.release if holding else _nothing, keep)
+                quarantine.take(left, self._engine.outcome, holding.release if holding else _nothing, keep)
         return left
-
-    def _later(self, number: int) -> Outcome:
-        """The outcome, asked from another thread. Over nvlink the engine's stream belongs to the thread that read, and
-        may be gone with it; so wait for the devices instead.
-        """
-        if self.fabric != "nvlink":
-            return self._engine.outcome(number)
-        self._engine.settle(self._gpus)
-        return Outcome.DONE
 
     def _map(self, deadline: float) -> None:
         """Over nvlink, read a byte of each region, whose handle Mooncake then opens and keeps; of one alone, if that
@@ -324,7 +321,7 @@ class EngineSession(Session):
                 time.sleep(self._window.pause)
         finally:
             if outcome is Outcome.RUNNING:
-                quarantine.take([flight], self._later, over, scratch)
+                quarantine.take([flight], self._engine.outcome, over, scratch)
             else:
                 over()
         if outcome is not Outcome.DONE:
@@ -338,6 +335,18 @@ class EngineSession(Session):
             raise TransferFailed(f"{copy} lies outside the leased regions")
         if copy.offset + copy.nbytes > remote.nbytes or copy.at + copy.nbytes > ours.nbytes:
             raise TransferFailed(f"{copy} lies outside the leased regions")
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait until a thread has ended, whatever interrupts that; the interrupt comes afterwards."""
+    interrupt: BaseException | None = None
+    while thread.ident is not None and thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _on_our_device(device: str) -> None:

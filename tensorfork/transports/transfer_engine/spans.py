@@ -46,11 +46,12 @@ class _Span:
 
 
 class Holding:
-    """Regions that are registered for one user, until `release`."""
+    """Regions that are registered for one user, until `release`; `used`, which is for `Spans`, is None after that."""
 
     def __init__(self, spans: "Spans", used: Sequence[_Span]) -> None:
-        self._spans, self._used = spans, sorted(used, key=lambda span: span.start)
-        self._starts = [span.start for span in self._used]
+        self._spans = spans
+        self.used: Sequence[_Span] | None = sorted(used, key=lambda span: span.start)
+        self._starts = [span.start for span in self.used]
 
     def cuts(self, region: Region) -> list[int]:
         """Offsets in a region at which one registration ends and the next begins."""
@@ -58,25 +59,24 @@ class Holding:
         last = bisect_left(self._starts, region.address + region.nbytes)
         return [start - region.address for start in self._starts[first:last]]
 
-    def shared(self) -> "Holding":
-        """The same regions, held for one more user."""
-        return self._spans.share(self._used)
+    def shared(self, deadline: float) -> "Holding":
+        """The same regions, held for one more user. Raises `TransportUnavailable` if this has been released."""
+        return self._spans.share(self, deadline)
 
     def serial(self, *, by_mapping: bool) -> bytes:
         """Equal for two holdings of the same registrations; or, `by_mapping`, of the same memory."""
         digest = blake2b(digest_size=8)
-        for span in self._used:
+        for span in self.used or ():
             digest.update(f"{span.start} {span.end} {span.mapping if by_mapping else span.number};".encode())
         return digest.digest()
 
     def is_stale(self) -> bool:
         """Whether some of its memory has been mapped anew since it was registered."""
-        return self._spans.any_stale(self._used)
+        return self._spans.any_stale(self.used or ())
 
     def release(self) -> None:
         """Nothing of this is used any more; what nobody else uses is unregistered. A second time does nothing."""
-        used, self._used = self._used, []
-        self._spans.release(used)
+        self._spans.release(self)
 
 
 class Spans:
@@ -132,18 +132,21 @@ class Spans:
                 span.users += 1
             return Holding(self, list(used.values()))
 
-    def share(self, used: Sequence[_Span]) -> Holding:
+    def share(self, holding: Holding, deadline: float) -> Holding:
         """See `Holding.shared`."""
-        with self._lock:
-            for span in used:
+        with self._locked(deadline):
+            if holding.used is None:
+                raise TransportUnavailable("the memory is not registered any more")
+            for span in holding.used:
                 span.users += 1
-        return Holding(self, used)
+            return Holding(self, holding.used)
 
-    def release(self, used: Sequence[_Span]) -> None:
+    def release(self, holding: Holding) -> None:
         """See `Holding.release`."""
         if self._pid != os.getpid():
             return  # after os.fork() it is the parent's, and the lock may be held by a thread that is not here
         with self._lock:
+            used, holding.used = holding.used or [], None
             idle = []
             for span in used:
                 span.users -= 1
