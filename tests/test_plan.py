@@ -211,6 +211,20 @@ def test_a_tie_of_ours_alone_is_a_mismatch_that_names_both() -> None:
     assert [name for name, _ in raised.value.mismatched] == ["b", "c"]
 
 
+@pytest.mark.parametrize("numbers", list(itertools.permutations(range(3))))
+def test_where_the_seed_s_allocator_put_things_is_not_seen_in_what_a_mismatch_names(numbers: tuple[int, ...]) -> None:
+    theirs = layout(
+        tensor("a", [8], at=(numbers[0], 0)), tensor("b", [8], at=(numbers[1], 0)), tensor("c", [8], at=(numbers[2], 0))
+    )
+    ours = layout(tensor("a", [8]), tensor("c", [8]), tensor("b", [8]))
+    with pytest.raises(LayoutMismatch) as raised:
+        match(theirs, ours)
+    assert raised.value.mismatched == (
+        ("b", "shares memory with c here, and not so in the seed; untie them, or tie the seed's"),
+        ("c", "shares memory with a here, and not so in the seed; untie them, or tie the seed's"),
+    )
+
+
 def test_a_tie_of_both_is_copied_once() -> None:
     tied = layout(tensor("a", [8]), tensor("b", [8]))
     assert len(cut(match(tied, tied), {0: Place(7, 0)}, {0: Place(0, 0)}, 1 << 20).copies) == 1

@@ -432,3 +432,20 @@ def test_memory_tells_which_byte_is_wrong() -> None:
 
 def test_remote_regions_say_nothing_of_addresses() -> None:
     assert {field.name for field in RemoteRegion.__attrs_attrs__} == {"id", "nbytes", "device"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faults.SwapWords(copy=0, first=0, second=1000),
+        faults.ZeroPage(page=9),
+        faults.StalePage(page=9),
+        faults.Shift(by=0),
+    ],
+    ids=str,
+)
+def test_a_fault_that_would_not_happen_is_an_error(fault: Fault) -> None:
+    with tensorfork.publish({"x": torch.arange(100)}) as seed:
+        ours = {"x": torch.zeros(100, dtype=torch.int64)}
+        with pytest.raises((IndexError, ValueError), match="copy"):
+            tensorfork.fork_into(ours, seed.address, transport=FaultyTransport(ZeroMQ(), fault), timeout=20)

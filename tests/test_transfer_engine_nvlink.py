@@ -210,3 +210,82 @@ def test_with_a_rate_reads_go_one_at_a_time_and_a_cancel_does_not_wait_for_the_n
     assert time.monotonic() - started < SOON
     assert len(fake.reads) == 1
     assert not readers()
+
+
+def test_an_interrupt_while_the_thread_starts_leaves_nobody_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, start = Engine(), threading.Thread.start
+    made = opened(fake)
+    made.ready(time.monotonic() + SOON)
+    before = len(fake.batches)
+    fake.before = lambda number: released.wait(SOON)
+    released = threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "tensorfork-read":
+            threading.Timer(0.05, released.set).start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pull(made)
+    assert len(fake.batches) <= before + 1  # the one that had begun has ended
+    assert not readers()
+
+
+def test_a_second_interrupt_waits_for_what_is_under_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, join, interrupts = threading.Event(), threading.Thread.join, list[int]()
+    fake = Engine(lambda number: number < 2 or released.wait(SOON))
+    made = opened(fake)
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        if thread.name == "tensorfork-read" and len(interrupts) < 2:
+            interrupts.append(1)
+            raise KeyboardInterrupt
+        released.set()
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+
+    def done(i: int) -> None:
+        raise ValueError("of the caller's")
+
+    with pytest.raises(KeyboardInterrupt):
+        pull(made, done)
+    assert len(interrupts) == 2
+    assert not readers()
+
+
+def test_whatever_opening_fails_with_a_session_closes_and_says_so() -> None:
+    def out_of_memory(number: int) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    channel = Channel()
+    made = opened(Engine(out_of_memory), channel)
+    made.close(time.monotonic() + SOON)
+    made.close(time.monotonic() + SOON)
+    assert channel.said == [QUIET]
+
+
+def test_closing_waits_for_an_engine_that_hangs_for_a_moment_only() -> None:
+    gate = threading.Event()
+    fake, channel = Engine(lambda number: gate.wait(4 * SOON)), Channel()
+    made = opened(fake, channel)
+    began = time.monotonic()
+    made.close(time.monotonic() + 4 * SOON)
+    gate.set()
+    assert time.monotonic() - began < SOON
+    assert fake.broken
+    assert channel.said == []
+
+
+@pytest.mark.parametrize("when", ["while it waits", "before it begins"])
+def test_a_read_that_waits_for_its_turn_is_given_up_when_there_is_enough(when: str) -> None:
+    waiting = engine.Engine.__new__(engine.Engine)
+    waiting._forks, waiting._turn, enough = engine._forks, threading.Lock(), threading.Event()
+    if when == "while it waits":
+        waiting._turn.acquire()
+    enough.set()
+    with pytest.raises(TransferFailed):
+        waiting.read_all("peer", [(0, 0, 1)], "cpu", time.monotonic() + 4 * SOON, enough)
+    assert waiting._turn.locked() == (when == "while it waits")
