@@ -33,7 +33,10 @@ hypothesis.settings.register_profile(
     deadline=None,
     database=None,
     print_blob=True,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # that one looks at the clock too
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,  # that one looks at the clock too
+        hypothesis.HealthCheck.data_too_large,  # and this one depends on the constants in the sources
+    ],
 )
 hypothesis.settings.load_profile("deterministic")
 
