@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For a GPU machine that is ours for minutes: what matters most comes first, everything is written at once, and nothing
+# For a GPU machine rented by the minute: what matters most comes first, everything is written at once, and nothing
 # takes longer than it is given. Being cut off loses the case under way.
 #
 #   benchmarks/gpu_session.sh OUT [PART...]

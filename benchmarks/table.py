@@ -47,7 +47,7 @@ def phases(forks: Sequence[dict[str, Any]]) -> str:
 
 
 def medians(forks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds in every phase, and in none of them (the fork's look at its own model)."""
+    """Seconds in every phase, and in none of them."""
     found = {name: statistics.median(one["seconds"].get(name, 0.0) for one in forks) for name in forks[0]["seconds"]}
     found["outside"] = statistics.median(one["whole"] - sum(one["seconds"].values()) for one in forks)
     return found

@@ -123,7 +123,7 @@ def fork_into(
 
 
 def _fork_into(model: Any, peer: str, device: Device, terms: "_Terms") -> ForkReport:
-    watch = Stopwatch()
+    deadline, watch = time.monotonic() + terms.timeout, Stopwatch()
     watch.enter("survey")
     ours = survey(model, terms.selection)
     if terms.verify:
@@ -135,7 +135,7 @@ def _fork_into(model: Any, peer: str, device: Device, terms: "_Terms") -> ForkRe
         enter("allocate")
         return target.prepare(pairs, theirs, ours, device)
 
-    report, _ = _fork(peer, prepare, terms, watch)
+    report, _ = _fork(peer, prepare, terms, watch, deadline)
     return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
@@ -158,6 +158,7 @@ def fork(
     The arguments and errors are those of `fork_into`. After a failure there is nothing.
     """
     terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    deadline = time.monotonic() + timeout
     if verify:
         warm_up(target.given(device))
 
@@ -168,7 +169,7 @@ def fork(
         return target.build(theirs, device)
 
     with put_off_collections(UNCOLLECTED):
-        return dict(_fork(peer, prepare, terms, Stopwatch())[1].tensors)
+        return dict(_fork(peer, prepare, terms, Stopwatch(), deadline)[1].tensors)
 
 
 @frozen
@@ -186,9 +187,12 @@ class _Terms:
 
 
 def _fork(
-    peer: str, prepare: Callable[[ModelLayout, Callable[[str], object]], Target], terms: _Terms, watch: Stopwatch
+    peer: str,
+    prepare: Callable[[ModelLayout, Callable[[str], object]], Target],
+    terms: _Terms,
+    watch: Stopwatch,
+    deadline: float,
 ) -> tuple[ForkReport, Target]:
-    deadline = time.monotonic() + terms.timeout
     wanted = forking.transports(terms.transport)
     watch.enter("resolve")
     with Peer(peer, deadline) as seed:

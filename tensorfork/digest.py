@@ -1,4 +1,4 @@
-"""Checksums of tensors: 64 bits each, the same on CPU and GPU, against accident rather than attackers.
+"""The digest of a tensor: 64 bits, the same on CPU and GPU, against accident rather than attackers.
 
 In words. A tensor's bytes are read in the order in which they lie (dimensions by falling stride), as little-endian
 64-bit words, the last one filled up with zeros, in segments of 1024 * 1021 of them. All arithmetic is on integers

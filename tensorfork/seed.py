@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -77,7 +78,7 @@ class Seed:
         """Changes when the tensors are changed in place; odd while they are being changed."""
         return self._service.clock.generation
 
-    def updating(self) -> "Any":
+    def updating(self) -> AbstractContextManager[None]:
         """A context manager round an in-place change of the tensors, so that no fork takes a mixture of old and new.
 
         Leaving it waits for the current stream of each of the model's GPUs before the generation is even again. Should

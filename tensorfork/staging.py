@@ -100,7 +100,7 @@ class RegionMemory:
         """The (address, bytes) of each of them, none of them a GPU's."""
         return [(self._regions[id].address + offset, nbytes) for id, offset, nbytes in stretches]
 
-    def read(self, stretches: Sequence[tuple[int, int, int]], slot: Slot | None) -> list[memoryview]:
+    def read(self, stretches: Sequence[tuple[int, int, int]], slot: Slot) -> list[memoryview]:
         """Their bytes: in place, or, of GPUs, in the slot."""
         frames: list[memoryview] = []
         fetched: dict[str, list[tuple[int, int, int]]] = {}
@@ -110,7 +110,6 @@ class RegionMemory:
             if region.device == "cpu":
                 frames.append(_view(region.address + offset, nbytes))
                 continue
-            assert slot is not None
             fetched.setdefault(region.device, []).append((slot.address + used, region.address + offset, nbytes))
             frames.append(slot.view[used : used + nbytes])
             used += nbytes

@@ -549,6 +549,21 @@ def test_twenty_thousand_tensors_are_published_and_described_in_time() -> None:
     assert report.seconds["layout"] < 5 * 0.5
 
 
+def test_looking_at_a_large_model_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = api.survey
+
+    def slow(*args: Any) -> Any:
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            time.sleep(0.001)
+        return look(*args)
+
+    with tensorfork.publish({"x": torch.arange(10)}) as seed:
+        monkeypatch.setattr(api, "survey", slow)
+        with pytest.raises(tensorfork.TensorForkError):
+            tensorfork.fork_into({"x": torch.zeros(10, dtype=torch.int64)}, seed.address, timeout=0.1)
+
+
 def test_garbage_waits_for_a_fork_and_not_for_a_seed_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collections are put off for the first seconds of a fork, however long it then waits."""
     off: list[bool] = []

@@ -24,13 +24,6 @@ def memcpy(state: State, *, nbytes: int = BLOCK) -> float:
     return nbytes / (time.perf_counter() - began) / 1e9
 
 
-def drop(state: State, *, what: str) -> None:
-    """Forget buffers."""
-    state.kept.pop(what, None)
-    if state.on_gpu:
-        torch.cuda.empty_cache()
-
-
 # One plain TCP connection, from the tensors of the one worker into those of another.
 
 

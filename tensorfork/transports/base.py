@@ -144,7 +144,8 @@ class Transport(ABC):
     have somewhere to happen."""
 
     def facts(self, regions: Sequence[Region]) -> Facts:
-        """What this side can do with this memory; travels to the other side. No side effect, and quick.
+        """What this side can do with this memory; travels to the other side. Quick, and changes nothing but what the
+        transport remembers of the memory. A seed asks for it when it publishes, before any `export`.
 
         Raises `TransportUnavailable` where the transport cannot work in this process at all.
         """

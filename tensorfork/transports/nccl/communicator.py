@@ -116,7 +116,7 @@ class NcclLane(Lane):
             return True
 
     def greet(self, until: float) -> None:
-        """See `Lane.greet`. Here NCCL makes its communicator, which takes most of a second."""
+        """See `Lane.greet`. Here NCCL makes its communicator, which takes about half a second."""
         with cuda.on(self._before), nursery.making(self._memory, until):
             come = self._make(len(GREETING)).copy_(greeting(self.rank))
             work = self._move([come])

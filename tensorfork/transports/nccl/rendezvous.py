@@ -167,7 +167,7 @@ def together(
 class Watch:
     """Calls `abort` from a thread of its own, once, with the reason, when it is time: past `until`, or when told to.
 
-    `until` may be moved at any time. `reason` is None as long as there was none.
+    `until` may be moved at any time. `reason` is empty as long as there was none.
     """
 
     def __init__(self, until: float, late: str, cancel: threading.Event | None, abort: Callable[[], None]) -> None:

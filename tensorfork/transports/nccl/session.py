@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from threading import Event
 from typing import Any
 
@@ -300,7 +300,7 @@ def _read_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]
     return str(token), port, settings, same_host
 
 
-def _ctas(ctas: Ctas) -> Mapping[Any, Any] | list[int | None]:
+def _ctas(ctas: Ctas) -> list[int | None]:
     return [ctas.fewest, ctas.most, ctas.cluster]
 
 

@@ -34,7 +34,7 @@ LOOK = 0.05
 
 
 class EngineSession(Session):
-    """One lease, read through the process's engine. `holding` is what of ours is registered for it."""
+    """One lease, read through the process's engine."""
 
     def __init__(
         self,
