@@ -117,26 +117,23 @@ def fork_into(
         TensorForkError: see docs/errors.md for each kind, and for the state it leaves the model in.
         TypeError, ValueError: bad arguments; nothing was touched.
     """
-    terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    deadline = time.monotonic() + timeout
+    terms = _Terms(transport, deadline, verify, restarts, progress, identity, rank, Selection(include, exclude))
     with put_off_collections(UNCOLLECTED):
-        return _fork_into(model, peer, device, terms)
+        watch = Stopwatch()
+        watch.enter("survey")
+        ours = survey(model, terms.selection)
+        if verify:
+            warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
 
+        def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
+            enter("match")
+            pairs = match(theirs, ours.layout)
+            enter("allocate")
+            return target.prepare(pairs, theirs, ours, device)
 
-def _fork_into(model: Any, peer: str, device: Device, terms: "_Terms") -> ForkReport:
-    deadline, watch = time.monotonic() + terms.timeout, Stopwatch()
-    watch.enter("survey")
-    ours = survey(model, terms.selection)
-    if terms.verify:
-        warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
-
-    def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
-        enter("match")
-        pairs = match(theirs, ours.layout)
-        enter("allocate")
-        return target.prepare(pairs, theirs, ours, device)
-
-    report, _ = _fork(peer, prepare, terms, watch, deadline)
-    return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
+        report, _ = _fork(peer, prepare, terms, watch)
+        return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
 def fork(
@@ -157,8 +154,8 @@ def fork(
 
     The arguments and errors are those of `fork_into`. After a failure there is nothing.
     """
-    terms = _Terms(transport, timeout, verify, restarts, progress, identity, rank, Selection(include, exclude))
     deadline = time.monotonic() + timeout
+    terms = _Terms(transport, deadline, verify, restarts, progress, identity, rank, Selection(include, exclude))
     if verify:
         warm_up(target.given(device))
 
@@ -169,7 +166,7 @@ def fork(
         return target.build(theirs, device)
 
     with put_off_collections(UNCOLLECTED):
-        return dict(_fork(peer, prepare, terms, Stopwatch(), deadline)[1].tensors)
+        return dict(_fork(peer, prepare, terms, Stopwatch())[1].tensors)
 
 
 @frozen
@@ -177,7 +174,7 @@ class _Terms:
     """What the caller of a fork wants; see `fork_into` for each."""
 
     transport: str | Transport
-    timeout: float
+    deadline: float
     verify: bool
     restarts: int
     progress: Progress | None
@@ -187,12 +184,9 @@ class _Terms:
 
 
 def _fork(
-    peer: str,
-    prepare: Callable[[ModelLayout, Callable[[str], object]], Target],
-    terms: _Terms,
-    watch: Stopwatch,
-    deadline: float,
+    peer: str, prepare: Callable[[ModelLayout, Callable[[str], object]], Target], terms: _Terms, watch: Stopwatch
 ) -> tuple[ForkReport, Target]:
+    deadline = terms.deadline
     wanted = forking.transports(terms.transport)
     watch.enter("resolve")
     with Peer(peer, deadline) as seed:

@@ -210,7 +210,7 @@ class SwapWords(Spoiled):
         """See `Spoiled.spoil`."""
         if (i := job.find(self.copy)) is not None:
             found = job.bytes_of(i)
-            _swap(_part(found, 8 * self.first, 8), _part(found, 8 * self.second, 8))
+            _swap(_behind(found, 8 * self.first, 8)[:8], _behind(found, 8 * self.second, 8)[:8])
 
 
 @frozen
@@ -239,7 +239,7 @@ class ZeroPage(Spoiled):
     def spoil(self, job: Job) -> None:
         """See `Spoiled.spoil`."""
         if (i := job.find(self.copy)) is not None:
-            _part(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = 0
+            _behind(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = 0
 
 
 @define
@@ -254,12 +254,12 @@ class StalePage(Spoiled):
     def before(self, job: Job) -> None:
         """See `Spoiled.before`."""
         if (i := job.find(self.copy)) is not None:
-            self._old = _part(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes].clone()
+            self._old = _behind(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes].clone()
 
     def spoil(self, job: Job) -> None:
         """See `Spoiled.spoil`."""
         if (i := job.find(self.copy)) is not None and self._old is not None:
-            _part(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = self._old
+            _behind(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = self._old
 
 
 @frozen
@@ -353,11 +353,11 @@ def _wait(job: Job, until: float) -> None:
         raise TransferFailed("nothing more came by the deadline")
 
 
-def _part(found: torch.Tensor, start: int, least: int = 1) -> torch.Tensor:
-    """What of a copy lies at a place and behind; a fault that would not happen is an error of whoever wrote it."""
+def _behind(found: torch.Tensor, start: int, least: int = 1) -> torch.Tensor:
+    """What of a copy lies from a place on; a fault that would not happen is an error of whoever wrote it."""
     if start + least > found.numel():
         raise IndexError(f"byte {start + least - 1} is not in a copy of {found.numel()} bytes")
-    return found[start:] if least == 1 else found[start : start + least]
+    return found[start:]
 
 
 def _swap(one: torch.Tensor, other: torch.Tensor) -> None:

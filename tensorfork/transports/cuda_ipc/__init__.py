@@ -39,7 +39,6 @@ class CudaIpc(Transport):
         if rate_limit is not None:
             self.piece = SMALL_BATCH
         self._published = Published()
-        self._handles: dict[int, tuple[int, bytes]] = {}  # of blocks, by their addresses, with their buffer ids
         self._told: tuple[Sequence[Region], Sequence[Block], bytes] | None = None  # at the last lease
 
     def facts(self, regions: Sequence[Region]) -> Facts:
@@ -77,7 +76,7 @@ class CudaIpc(Transport):
         if told is not None and told[0] is regions and told[1] == found:
             return IpcExport(regions, told[2])
         try:
-            said = write_offer(regions, {one.start: self._handle(one) for one in found})
+            said = write_offer(regions, {one.start: cuda.export_handle(one.start, one.device) for one in found})
             self._told = regions, found, said
             return IpcExport(regions, said)
         except cuda.DriverError as error:
@@ -100,14 +99,7 @@ class CudaIpc(Transport):
         deadline: float,
     ) -> IpcSession:
         """See `Transport.open`."""
-        return IpcSession(offer, remote, regions, channel, self._rate_limit, deadline)
-
-    def _handle(self, of: Block) -> bytes:
-        id, handle = self._handles.get(of.start, (0, b""))
-        if not handle or id != of.buffer_id:
-            handle = cuda.export_handle(of.start, of.device)
-            self._handles[of.start] = of.buffer_id, handle
-        return handle
+        return IpcSession(offer, remote, regions, channel, self._rate_limit)
 
 
 class IpcExport(Export):

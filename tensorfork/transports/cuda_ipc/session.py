@@ -35,13 +35,11 @@ class IpcSession(Session):
         regions: Sequence[Region],
         channel: Channel,
         rate_limit: float | None,
-        deadline: float,
     ) -> None:
         within, offered = read_offer(offer, remote)
         self.fabric = "same process" if within else "cuda ipc"
         self._channel, self._closed = channel, False
-        self._rate_limit, self._began, self._launched = rate_limit, 0.0, 0
-        self._deadline = deadline
+        self._rate_limit, self._began, self._launched, self._deadline = rate_limit, 0.0, 0, 0.0
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})

@@ -1,6 +1,7 @@
 """Copies into reads: how long each is, how many are under way at once, and how fast they follow one another."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from attrs import define, frozen
 
@@ -69,9 +70,8 @@ def jobs_of(
     regions: Mapping[int, Region],
     offered: Mapping[int, OfferedRegion],
     piece: int,
-    left: list[int],
 ) -> list[Job]:
-    """The copies in pieces that cross no registration; `left` counts those of each."""
+    """The copies in pieces that cross no registration."""
     jobs = []
     for i, copy in enumerate(copies):
         ours, theirs = regions[copy.into], offered[copy.region]
@@ -80,9 +80,24 @@ def jobs_of(
             while at < cut:
                 nbytes = min(piece, cut - at)
                 jobs.append(Job(i, ours.address + copy.at + at - copy.offset, theirs.address + at, nbytes, ours.device))
-                left[i] += 1
                 at += nbytes
     return jobs
+
+
+class Arrivals:
+    """Counts what has arrived of copies, and says `done` for each when it is whole: those of no bytes at once."""
+
+    def __init__(self, copies: int, jobs: Sequence[Job], done: Callable[[int], object]) -> None:
+        self._left, self._done = Counter(job.copy for job in jobs), done
+        for i in range(copies):
+            if not self._left[i]:
+                done(i)
+
+    def count(self, copy: int) -> None:
+        """One read of this copy has arrived."""
+        self._left[copy] -= 1
+        if not self._left[copy]:
+            self._done(copy)
 
 
 def in_batches(jobs: Sequence[Job], window: Window, piece: int, rate: float | None) -> Iterator[list[Job]]:

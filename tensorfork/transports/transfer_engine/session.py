@@ -17,7 +17,7 @@ from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Sess
 from tensorfork.transports.transfer_engine.engine import Engine, Meeting, Outcome
 from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
 from tensorfork.transports.transfer_engine.quarantine import Flight, quarantine
-from tensorfork.transports.transfer_engine.reads import WINDOWS, Job, Pace, in_batches, jobs_of
+from tensorfork.transports.transfer_engine.reads import WINDOWS, Arrivals, Job, Pace, in_batches, jobs_of
 from tensorfork.transports.transfer_engine.regions import cover
 from tensorfork.transports.transfer_engine.spans import Holding
 
@@ -146,11 +146,8 @@ class EngineSession(Session):
         cancel: Event,
     ) -> None:
         pace = Pace(self._rate)
-        left = [0] * len(copies)
-        jobs = deque(self._jobs(copies, left))
-        for i, parts in enumerate(left):
-            if not parts:
-                done(i)
+        jobs = deque(self._jobs(copies))
+        arrivals = Arrivals(len(copies), jobs, done)
         under_way = 0
         while jobs or flying:
             _check(deadline, cancel)
@@ -167,10 +164,8 @@ class EngineSession(Session):
             if arrived and self.fabric == "tcp":  # its copies to GPUs may still be on their way when it calls them done
                 self._engine.settle(self._gpus)
             for flight in arrived:
-                left[flight.copy] -= 1
-                if not left[flight.copy]:
-                    _check(deadline, cancel)
-                    done(flight.copy)
+                _check(deadline, cancel)
+                arrivals.count(flight.copy)
             if failed:
                 raise TransferFailed(
                     f"reading from {self._address} failed over {self.fabric}: its process died or is stopped, its "
@@ -185,11 +180,9 @@ class EngineSession(Session):
         """Over nvlink. A thread reads one batch after another, so that what `done` does costs the link no time. Nothing
         of it flies: a batch is over when the call is, and when one has failed, its GPU is waited for.
         """
-        left = [0] * len(copies)
-        batches = list(in_batches(self._jobs(copies, left), self._window, self._piece, self._rate))
-        for i, parts in enumerate(left):
-            if not parts:
-                done(i)
+        jobs = self._jobs(copies)
+        batches = list(in_batches(jobs, self._window, self._piece, self._rate))
+        arrivals = Arrivals(len(copies), jobs, done)
         over: queue.SimpleQueue[Sequence[Job] | BaseException] = queue.SimpleQueue()
         enough = Event()
         reader = threading.Thread(
@@ -199,10 +192,8 @@ class EngineSession(Session):
             reader.start()
             for _ in batches:
                 for job in self._next(over, deadline, cancel):
-                    left[job.copy] -= 1
-                    if not left[job.copy]:
-                        _check(deadline, cancel)
-                        done(job.copy)
+                    _check(deadline, cancel)
+                    arrivals.count(job.copy)
         finally:
             enough.set()
             _join(reader)
@@ -244,8 +235,8 @@ class EngineSession(Session):
                 raise said
             return said
 
-    def _jobs(self, copies: Sequence[Copy], left: list[int]) -> list[Job]:
-        return jobs_of(copies, self._regions, self._offered, self._piece, left)
+    def _jobs(self, copies: Sequence[Copy]) -> list[Job]:
+        return jobs_of(copies, self._regions, self._offered, self._piece)
 
     def _begin(self, job: Job, flying: deque[Flight], deadline: float) -> None:
         flight = Flight(job.copy, job.into, job.nbytes)
