@@ -4,9 +4,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 
 from tensorfork import cuda
 from tensorfork.errors import TransferFailed, TransportUnavailable
+from tensorfork.threads import short_turns
 from tensorfork.transports.cuda_ipc.offer import Source
 
 log = logging.getLogger("tensorfork")
@@ -17,7 +19,8 @@ _Pair = tuple[int, int]
 
 class Mapped:
     """The seed's memory, as our GPUs see it. A thread opens the handles in the order in which they are wanted, while
-    whoever wants them draws up plans, and while bytes move already.
+    whoever wants them draws up plans, and while bytes move already: a call of 0.06 ms each, after which it wants the
+    interpreter again, and gets it at once.
     """
 
     def __init__(self, sources: Mapping[int, Source]) -> None:
@@ -27,6 +30,7 @@ class Mapped:
         self._wanted: dict[_Pair, None] = {}
         self._changed = threading.Condition()
         self._opener: threading.Thread | None = None
+        self._turns = ExitStack()  # with the opener, but for one that hangs
         self._closed = False
 
     def want(self, pairs: Iterable[_Pair]) -> None:
@@ -43,6 +47,7 @@ class Mapped:
                     first[id, device] = None
             self._wanted = first | self._wanted
             if self._wanted and self._opener is None:
+                self._turns.enter_context(short_turns)
                 self._opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
                 self._opener.start()
 
@@ -52,6 +57,10 @@ class Mapped:
             pair = None if self._found else next(iter([*self._failed, *self._wanted]), None)
         if pair is not None:
             self.address(*pair, deadline)
+
+    def is_open(self, id: int, device: int) -> bool:
+        """Whether `address` has nothing to wait for."""
+        return (id, device) in self._found
 
     def address(self, id: int, device: int, deadline: float) -> int:
         """Where one that is wanted is; waits for it.
@@ -80,6 +89,7 @@ class Mapped:
         """Close all of them; nothing may be reading any more. One that is still being opened is closed when it is."""
         with self._changed:
             self._closed = True
+            self._turns.close()
             opener = self._opener
         if opener is not None:
             opener.join(max(0.1, deadline - time.monotonic()))
@@ -93,32 +103,38 @@ class Mapped:
 
     def _open(self) -> None:
         cuda.relax_capture()
-        while (pair := self._next()) is not None:
-            handle = self._sources[pair[0]].handle
-            assert handle is not None
-            address, error = 0, None
-            try:
-                with cuda.current(pair[1]):
+        pair = self._next()
+        with ExitStack() as entered:
+            on = None
+            while pair is not None:
+                handle = self._sources[pair[0]].handle
+                assert handle is not None
+                address, error = 0, None
+                try:
+                    if pair[1] != on:
+                        entered.close()
+                        entered.enter_context(cuda.current(pair[1]))
+                        on = pair[1]
                     address = cuda.open_handle(handle)
-            except Exception as failed:  # of the driver, or of its absence: for who asks
-                error = failed
-            with self._changed:
-                late = self._closed
-                if error is not None:
-                    self._failed[pair] = error
-                elif not late:
-                    self._found[pair] = address
-                self._wanted.pop(pair, None)  # wherever it stands by now
-                self._changed.notify_all()
-            if late and error is None:
-                with cuda.current(pair[1]):
-                    _close(address)
+                except Exception as failed:  # of the driver, or of its absence: for who asks
+                    error = failed
+                pair = self._next(pair, address, error)
 
-    def _next(self) -> _Pair | None:
-        """The first that is wanted; None when the thread is to end."""
+    def _next(self, over: _Pair | None = None, address: int = 0, error: Exception | None = None) -> _Pair | None:
+        """Note what became of one, and say which is wanted first; None when the thread is to end."""
         with self._changed:
+            if over is not None:
+                if error is not None:
+                    self._failed[over] = error
+                elif self._closed:
+                    _close(address)
+                else:
+                    self._found[over] = address
+                self._wanted.pop(over, None)  # wherever it stands by now
+                self._changed.notify_all()
             if self._closed or not self._wanted:
                 self._opener = None
+                self._turns.close()
                 return None
             return next(iter(self._wanted))
 

@@ -3,10 +3,11 @@
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from threading import Event
 
 import torch
+from attrs import frozen
 
 from tensorfork import cuda
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
@@ -15,8 +16,8 @@ from tensorfork.transports.cuda_ipc.mapped import Mapped
 from tensorfork.transports.cuda_ipc.offer import ASKED, SAID, read_offer
 
 BATCH = 1 << 30
-"""Bytes of copies that are enqueued together, and whose completion is one event: an event between two copies costs the
-copy engine some 40 µs, measured on two H200."""
+"""Bytes of copies, or a little more, that are enqueued together, and whose completion is one event: an event between
+two copies costs the copy engine some 40 µs, measured on two H200."""
 SMALL_BATCH = 32 << 20
 """The same for models of less than some of these, so that they too are seen to arrive."""
 WINDOW = 3
@@ -54,7 +55,7 @@ class IpcSession(Session):
 
     def ready(self, deadline: float) -> None:
         """See `Session.ready`: the first handle takes 10 ms, while CUDA learns of the other GPU. Those that follow are
-        opened while bytes move: that slows both down, and takes less time than one after the other.
+        opened while bytes move: that takes longer than while nothing does, and less than one after the other.
         """
         try:
             self._memory.first(deadline)
@@ -65,23 +66,23 @@ class IpcSession(Session):
         """See `Session.pull`."""
         for copy in copies:
             self._check_bounds(copy)
-        pending: list[tuple[int, Iterator[list[int]]]] = []
+        pending: list[_Pending] = []
         for device, stream in self._streams.items():
             mine = [i for i, copy in enumerate(copies) if self._runs_on(copy) == device]
             stream.wait_stream(torch.cuda.current_stream(device))
             self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
-            pending.append((device, _batches(copies, mine, self._rate_limit)))
+            pending.append(_Pending(device, deque(mine), self._batch(sum(copies[i].nbytes for i in mine))))
         self._began, self._launched, self._deadline = time.monotonic(), 0, deadline
-        flying: deque[tuple[torch.cuda.Event, list[int]]] = deque()
+        flying: deque[_Flying] = deque()
         try:
             while pending or flying:
                 _check(deadline, cancel)
-                pending = [one for one in pending if self._launch(*one, copies, flying)]
-                while flying and flying[0][0].query():
-                    for i in flying.popleft()[1]:
+                pending = [one for one in pending if self._launch(one, copies, flying)]
+                while flying and flying[0].event.query():
+                    for i in flying.popleft().copies:
                         _check(deadline, cancel)
                         done(i)
-                if len(flying) >= WINDOW * len(self._streams) or not pending or not self._may_launch():
+                if pending or flying:
                     time.sleep(POLL)
             for i, copy in enumerate(copies):
                 if self._runs_on(copy) is None:
@@ -106,39 +107,50 @@ class IpcSession(Session):
         except PeerUnreachable:
             return  # a seed that is gone needs not be told
 
-    def _launch(
-        self,
-        device: int,
-        batches: Iterator[list[int]],
-        copies: Sequence[Copy],
-        flying: deque[tuple["torch.cuda.Event", list[int]]],
-    ) -> bool:
-        """Enqueue what the window allows; False when there is nothing left."""
-        stream = self._streams[device]
-        with cuda.copying(stream) as enqueue:
-            while len(flying) < WINDOW * len(self._streams) and self._may_launch():
-                batch = next(batches, None)
-                if batch is None:
-                    return False
-                for i in batch:
-                    copy = copies[i]
-                    to = self._regions[copy.into]
-                    self._launched += copy.nbytes
-                    enqueue(
-                        to.address + copy.at,
-                        self._memory.address(copy.region, device, self._deadline) + copy.offset,
-                        copy.nbytes,
-                    )
-                event = torch.cuda.Event()
-                event.record(stream)
-                flying.append((event, batch))
-        return True
+    def _launch(self, pending: "_Pending", copies: Sequence[Copy], flying: "deque[_Flying]") -> bool:
+        """Enqueue what the window allows, and what of it is open by now; False when there is nothing left."""
+        stream = self._streams[pending.device]
+        while pending.copies and len(flying) < WINDOW * len(self._streams) and self._may_launch():
+            batch = self._open_by_now(pending, copies, sum(one.device == pending.device for one in flying))
+            if not batch:
+                break
+            moves = []
+            for i in batch:
+                copy = copies[i]
+                source = self._memory.address(copy.region, pending.device, self._deadline) + copy.offset
+                moves.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
+                self._launched += copy.nbytes
+            cuda.copy_all(stream, moves)
+            event = torch.cuda.Event()
+            event.record(stream)
+            flying.append(_Flying(pending.device, event, batch))
+        return bool(pending.copies)
+
+    def _open_by_now(self, pending: "_Pending", copies: Sequence[Copy], flying: int) -> list[int]:
+        """The next copies whose handles are open: a batch of them, or fewer if the copy engine would soon have nothing
+        to do; one that is to be waited for if it has nothing to do now.
+        """
+        nbytes = count = 0
+        for i in pending.copies:
+            if nbytes >= pending.batch or not self._memory.is_open(copies[i].region, pending.device):
+                break
+            nbytes += copies[i].nbytes
+            count += 1
+        whole = nbytes >= pending.batch or count == len(pending.copies)
+        if not whole and flying > 1:
+            return []
+        return [pending.copies.popleft() for _ in range(count if flying else max(1, count))]
 
     def _may_launch(self) -> bool:
         """Whether what has been launched is within the limit."""
         if self._rate_limit is None:
             return True
         return self._launched <= (time.monotonic() - self._began) * self._rate_limit
+
+    def _batch(self, nbytes: int) -> int:
+        """Bytes to be enqueued together, of so many."""
+        batch = min(BATCH, max(SMALL_BATCH, nbytes // 8))
+        return batch if self._rate_limit is None else min(batch, SMALL_BATCH)
 
     def _runs_on(self, copy: Copy) -> int | None:
         device = self._regions[copy.into].device
@@ -165,20 +177,23 @@ class IpcSession(Session):
             ctypes.memmove(self._regions[copy.into].address + copy.at + start, said, nbytes)
 
 
-def _batches(copies: Sequence[Copy], indices: Sequence[int], rate_limit: float | None) -> Iterator[list[int]]:
-    batch: list[int] = []
-    nbytes = 0
-    size = min(BATCH, max(SMALL_BATCH, sum(copies[i].nbytes for i in indices) // 8))
-    if rate_limit is not None:
-        size = min(size, SMALL_BATCH)
-    for i in indices:
-        batch.append(i)
-        nbytes += copies[i].nbytes
-        if nbytes >= size:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
+@frozen
+class _Pending:
+    """What is still to be enqueued on a device."""
+
+    device: int
+    copies: deque[int]
+    batch: int
+    """Bytes to be enqueued together."""
+
+
+@frozen
+class _Flying:
+    """A batch under way."""
+
+    device: int
+    event: "torch.cuda.Event"
+    copies: Sequence[int]
 
 
 def _check(deadline: float, cancel: Event) -> None:

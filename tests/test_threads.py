@@ -1,0 +1,47 @@
+"""How our threads share the interpreter with others."""
+
+import sys
+import threading
+
+import pytest
+
+from tensorfork.threads import TURN, short_turns
+
+
+def test_turns_are_short_inside_and_as_before_behind_whoever_leaves_first() -> None:
+    usual = sys.getswitchinterval()
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with short_turns:
+            inside.set()
+            assert leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    with short_turns:
+        thread.start()
+        assert inside.wait(20)
+    assert sys.getswitchinterval() == pytest.approx(TURN, rel=0.05)
+    leave.set()
+    thread.join(20)
+    assert sys.getswitchinterval() == usual
+
+
+def test_turns_are_as_before_after_a_failure_and_never_longer_than_they_were() -> None:
+    usual = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(TURN / 10)
+        before = sys.getswitchinterval()
+        inside: list[float] = []
+
+        def fail() -> None:
+            with short_turns:
+                inside.append(sys.getswitchinterval())
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert inside == [before]
+        assert sys.getswitchinterval() == before
+    finally:
+        sys.setswitchinterval(usual)
