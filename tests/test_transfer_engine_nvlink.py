@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnav
 from tensorfork.transports.transfer_engine import engine, session
 from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
 from tensorfork.transports.transfer_engine.session import EngineSession
+from tensorfork.transports.transfer_engine.turn import Turn
 
 SOON = 20.0
 MIB = 1 << 20
@@ -25,15 +27,13 @@ class Engine:
 
     before: Callable[[int], object] = lambda number: None
     batches: list[list[tuple[int, int, int]]] = field(factory=list)
-    met: bool = False
+    lock: threading.Lock = field(factory=threading.Lock)
+    begun: int = 0
     fabric: str = "nvlink"
     broken: bool = False
 
     def meet(self, work: Callable[[], Any]) -> engine.Meeting:
         return engine.Meeting(self, work)  # type: ignore[arg-type]
-
-    def is_new(self, address: str) -> bool:
-        return not self.met
 
     def settle(self, devices: Sequence[str]) -> None:
         pass
@@ -46,8 +46,11 @@ class Engine:
         deadline: float,
         enough: threading.Event | None = None,
     ) -> None:
-        self.before(len(self.batches))
-        self.batches.append(list(stretches))
+        with self.lock:
+            number, self.begun = self.begun, self.begun + 1
+        self.before(number)
+        with self.lock:
+            self.batches.append(list(stretches))
 
     @property
     def reads(self) -> list[tuple[int, int, int]]:
@@ -101,27 +104,31 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "tensorfork-read"]
 
 
-def test_everything_is_read_once_in_four_batches_or_more_and_said_in_order() -> None:
+def test_everything_is_read_once_in_eight_batches_or_more() -> None:
     fake, done = Engine(), list[int]()
     made = opened(fake, piece=MIB // 2)
     made.ready(time.monotonic() + SOON)
     mapped = len(fake.batches)
     pull(made, done.append)
-    assert done == list(range(COUNT))
+    assert sorted(done) == list(range(COUNT))
     assert sorted(fake.reads) == [
         (1000 * MIB + i * MIB // 2, 100 * MIB + i * MIB // 2, MIB // 2) for i in range(2 * COUNT)
     ]
-    assert len(fake.batches) - mapped >= 4
+    assert len(fake.batches) - mapped >= 8
     assert not readers()
 
 
-def test_handles_are_opened_at_the_first_lease_of_a_peer_and_are_there_at_the_next() -> None:
+def test_one_batch_is_read_while_another_is() -> None:
+    both = threading.Barrier(2)
+    fake, done = Engine(lambda number: number not in (1, 2) or both.wait(SOON)), list[int]()
+    pull(opened(fake), done.append)  # raises BrokenBarrierError if one waits for the other
+    assert sorted(done) == list(range(COUNT))
+
+
+def test_the_first_handle_is_opened_while_plans_are_drawn_up() -> None:
     fake = Engine()
     opened(fake).ready(time.monotonic() + SOON)
-    assert [[source for _, source, _ in batch] for batch in fake.batches] == [[(100 + i) * MIB for i in range(COUNT)]]
-    again = Engine(met=True)
-    opened(again).ready(time.monotonic() + SOON)
-    assert [len(batch) for batch in again.batches] == [1]
+    assert [[source for _, source, _ in batch] for batch in fake.batches] == [[100 * MIB]]
 
 
 def test_what_opening_fails_with_is_why_this_transport_does_not_work_here() -> None:
@@ -146,17 +153,22 @@ def test_an_engine_that_hangs_while_it_opens_is_not_used_again() -> None:
     gate.set()
 
 
-def test_nothing_is_read_behind_a_batch_that_failed() -> None:
+def test_nothing_is_begun_behind_a_batch_that_failed() -> None:
+    failed = threading.Event()
+
     def third_fails(number: int) -> None:
-        if number == 3:  # the first opens handles
+        if number == 3:  # the first opens a handle
+            failed.set()
             raise TransferFailed("the process died")
+        if number > 3:
+            assert failed.wait(SOON)
 
     fake, done = Engine(third_fails), list[int]()
     made = opened(fake)
     with pytest.raises(TransferFailed, match="the process died"):
         pull(made, done.append)
-    assert len(fake.batches) == 3
-    assert done == list(range(len(fake.reads)))
+    assert fake.begun <= 5  # beside the one that failed, another was under way, or about to begin
+    assert {(1000 + i) * MIB for i in done} <= {into for into, _, _ in fake.reads}
     assert not readers()
 
 
@@ -171,7 +183,7 @@ def test_a_pull_that_is_cancelled_from_done_begins_nothing_more() -> None:
 
     with pytest.raises(TransferFailed, match="cancelled"):
         pull(made, done, cancel)
-    assert len(fake.batches) <= 4  # the one that was under way has ended
+    assert len(fake.batches) == fake.begun <= 5  # what was under way has ended
     assert not readers()
 
 
@@ -229,7 +241,7 @@ def test_an_interrupt_while_the_thread_starts_leaves_nobody_who_reads(monkeypatc
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pull(made)
-    assert len(fake.batches) <= before + 1  # the one that had begun has ended
+    assert before <= len(fake.batches) == fake.begun <= before + 1  # the one that had begun has ended
     assert not readers()
 
 
@@ -282,10 +294,51 @@ def test_closing_waits_for_an_engine_that_hangs_for_a_moment_only() -> None:
 @pytest.mark.parametrize("when", ["while it waits", "before it begins"])
 def test_a_read_that_waits_for_its_turn_is_given_up_when_there_is_enough(when: str) -> None:
     waiting = engine.Engine.__new__(engine.Engine)
-    waiting._forks, waiting._turn, enough = engine._forks, threading.Lock(), threading.Event()
-    if when == "while it waits":
-        waiting._turn.acquire()
+    waiting._forks, waiting._turn, waiting._known = engine._forks, Turn(), set()
+    enough = threading.Event()
     enough.set()
-    with pytest.raises(TransferFailed):
+    other = waiting._turn.take(time.monotonic() + SOON, alone=True) if when == "while it waits" else nullcontext()
+    with other, pytest.raises(TransferFailed):
         waiting.read_all("peer", [(0, 0, 1)], "cpu", time.monotonic() + 4 * SOON, enough)
-    assert waiting._turn.locked() == (when == "while it waits")
+    with waiting._turn.take(time.monotonic() + SOON, alone=True):
+        pass  # nobody is left inside
+
+
+def test_who_knows_the_peer_reads_beside_others_and_who_does_not_is_alone() -> None:
+    turn = Turn()
+
+    def refused(*, alone: bool) -> None:
+        with pytest.raises(TransferFailed, match="another peer"), turn.take(time.monotonic() + 0.05, alone=alone):
+            pass
+
+    with turn.take(time.monotonic() + SOON, alone=False), turn.take(time.monotonic() + SOON, alone=False):
+        refused(alone=True)
+    with turn.take(time.monotonic() + SOON, alone=True):
+        refused(alone=False)
+        refused(alone=True)
+    with turn.take(time.monotonic() + SOON, alone=False):
+        pass
+
+
+def test_who_wants_to_be_alone_is_not_kept_out_by_those_who_come_later() -> None:
+    turn, order = Turn(), list[str]()
+
+    def alone() -> None:
+        with turn.take(time.monotonic() + SOON, alone=True):
+            order.append("alone")
+
+    def beside() -> None:
+        with turn.take(time.monotonic() + SOON, alone=False):
+            order.append("beside")
+
+    first, second = threading.Thread(target=alone), threading.Thread(target=beside)
+    with turn.take(time.monotonic() + SOON, alone=False):
+        first.start()
+        while not turn._queue:
+            time.sleep(0.001)
+        second.start()
+        second.join(0.1)
+        assert not order
+    first.join(SOON)
+    second.join(SOON)
+    assert order == ["alone", "beside"]

@@ -28,12 +28,11 @@ from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.transports.base import Region
 from tensorfork.transports.transfer_engine import library
 from tensorfork.transports.transfer_engine.spans import Spans
+from tensorfork.transports.transfer_engine.turn import Turn
 
 log = logging.getLogger("tensorfork")
 
 FABRICS = ("nvlink", "rdma", "tcp")
-LOOK = 0.05
-"""Seconds between two looks whether a read that waits for its turn is still wanted."""
 EXIT = 2.0
 """Seconds that Python's exit waits for calls to return."""
 
@@ -137,9 +136,9 @@ class Engine:
             raise TransportUnavailable(f"{host}: for IPv6, set MC_USE_IPV6=1 in the environment of both processes")
         self.fabric, self.host = fabric, host
         self.nonce, self.broken = secrets.token_bytes(8), False
-        self._forks, self._turn = _forks, threading.Lock()
+        self._forks, self._turn = _forks, Turn()
         self._seen: dict[tuple[str, int], dict[bytes, int]] = {}
-        self._read_whole: set[str] = set()
+        self._known: set[str] = set()
         lanes = {_LANES[0]: os.environ.get(*_LANES)}
         with _gate, library.environment(_ENVIRONMENT[fabric] | lanes):
             self._mooncake: Any = module.TransferEngine()
@@ -174,20 +173,11 @@ class Engine:
         """
         return Meeting(self, work)
 
-    def is_new(self, address: str) -> bool:
-        """Whether `read_all` has never been told this address."""
-        return address not in self._read_whole
-
     def read(self, address: str, into: int, source: int, nbytes: int, device: str, deadline: float) -> int:
         """Begin to read; a number for `outcome`, which must be asked until it is over. Raises `TransferFailed`."""
         self._check_process()
-        if not self._turn.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TransferFailed("the engine is waiting for another peer, which does not answer")
-        try:
-            with _gate, _on(device):
-                number = int(self._mooncake.batch_transfer_async_read(address, [into], [source], [nbytes]))
-        finally:
-            self._turn.release()
+        with self._turn.take(deadline, alone=True), _gate, _on(device):
+            number = int(self._mooncake.batch_transfer_async_read(address, [into], [source], [nbytes]))
         if not number:
             raise TransferFailed(
                 f"Mooncake refused to read from {address}: nobody answers there, or the memory is not registered there"
@@ -208,25 +198,16 @@ class Engine:
         Raises `TransferFailed`; nothing is written any more, then.
         """
         self._check_process()
-        while not self._turn.acquire(timeout=max(0.0, min(LOOK, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline or (enough is not None and enough.is_set()):
-                raise TransferFailed("the engine is waiting for another peer, which does not answer")
-        if enough is not None and enough.is_set():
-            self._turn.release()
-            raise TransferFailed("the transfer was cancelled")
         into, sources, sizes = (list(column) for column in zip(*stretches, strict=True))
-        try:
-            with _gate, _on(device):
-                code = self._mooncake.batch_transfer_sync_read(address, into, sources, sizes)
-        finally:
-            self._turn.release()
+        with self._turn.take(deadline, alone=address not in self._known, enough=enough), _gate, _on(device):
+            code = self._mooncake.batch_transfer_sync_read(address, into, sources, sizes)
         if code:
             self.settle([device])
             raise TransferFailed(
                 f"Mooncake failed to read from {address} ({explain(code)}): its process died, or the memory is not "
                 "registered there any more"
             )
-        self._read_whole.add(address)
+        self._known.add(address)
 
     def outcome(self, number: int) -> Outcome:
         """What became of a read. Once it is over, it must not be asked again."""

@@ -10,8 +10,9 @@ from tensorfork.transports.transfer_engine.export import OfferedRegion
 
 SMALLEST = 64 << 10
 """Bytes of a read, at least, where a rate is to be kept."""
-BATCHES = 4
-"""At least so many are made of what is read in batches, so that there is progress."""
+BATCHES = 8
+"""At least so many are made of what is read in batches, if there are so many reads: so that there is progress, and
+the first begins soon."""
 
 
 @frozen
@@ -100,10 +101,10 @@ class Arrivals:
             self._done(copy)
 
 
-def in_batches(jobs: Sequence[Job], window: Window, piece: int, rate: float | None) -> Iterator[list[Job]]:
+def in_batches(jobs: Sequence[Job], window: Window, rate: float | None) -> Iterator[list[Job]]:
     """Jobs of one device, as many as the window takes; with a rate, one at a time."""
     batch: list[Job] = []
-    room, most = 0, min(window.nbytes, sum(job.nbytes for job in jobs) // BATCHES + piece)
+    room, most = 0, min(window.nbytes, sum(job.nbytes for job in jobs) // BATCHES)
     for job in jobs:
         full = len(batch) == window.count or job.nbytes > room or rate is not None
         if batch and (full or job.device != batch[0].device):

@@ -31,6 +31,8 @@ PATIENCE = 2.0
 """The same within the deadline."""
 LOOK = 0.05
 """Seconds between two looks at the deadline, while a batch is under way."""
+READERS = 2
+"""Threads that read over nvlink: while the batch of one moves, the handles of the other's are opened."""
 
 
 class EngineSession(Session):
@@ -177,38 +179,50 @@ class EngineSession(Session):
                 cancel.wait(min(0.1, max(self._window.pause, pace.wait(time.monotonic()))))
 
     def _run_batches(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
-        """Over nvlink. A thread reads one batch after another, so that what `done` does costs the link no time. Nothing
+        """Over nvlink. Threads read one batch after another, so that what `done` does costs the link no time. Nothing
         of it flies: a batch is over when the call is, and when one has failed, its GPU is waited for.
         """
         jobs = self._jobs(copies)
-        batches = list(in_batches(jobs, self._window, self._piece, self._rate))
+        batches = deque(in_batches(jobs, self._window, self._rate))
+        count = len(batches)
         arrivals = Arrivals(len(copies), jobs, done)
         over: queue.SimpleQueue[Sequence[Job] | BaseException] = queue.SimpleQueue()
         enough = Event()
-        reader = threading.Thread(
-            target=self._read_batches, args=(batches, deadline, over.put, enough), name="tensorfork-read", daemon=True
-        )
+        readers = [
+            threading.Thread(
+                target=self._read_batches,
+                args=(batches, deadline, over.put, enough),
+                name="tensorfork-read",
+                daemon=True,
+            )
+            for _ in range(min(count, 1 if self._rate else READERS))
+        ]
         try:
-            reader.start()
-            for _ in batches:
+            for reader in readers:
+                reader.start()
+            for _ in range(count):
                 for job in self._next(over, deadline, cancel):
                     _check(deadline, cancel)
                     arrivals.count(job.copy)
         finally:
             enough.set()
-            _join(reader)
+            _join(readers)
 
     def _read_batches(
         self,
-        batches: Sequence[Sequence[Job]],
+        batches: deque[list[Job]],
         deadline: float,
         say: Callable[[Sequence[Job] | BaseException], None],
         enough: Event,
     ) -> None:
-        """On its thread: says each batch that has arrived, or why one has not."""
+        """On its thread: takes batches, and says each that has arrived, or why one has not."""
         pace = Pace(self._rate)
         try:
-            for batch in batches:
+            while batches:
+                try:
+                    batch = batches.popleft()
+                except IndexError:  # another thread has it
+                    return
                 _on_our_device(batch[0].device)
                 while early := pace.wait(time.monotonic()):
                     if enough.wait(early):
@@ -220,6 +234,7 @@ class EngineSession(Session):
                 self._engine.read_all(self._address, stretches, batch[0].device, deadline, enough)
                 say(batch)
         except BaseException as error:  # for whoever waits for the batch
+            enough.set()
             say(error)
 
     def _next(
@@ -282,18 +297,15 @@ class EngineSession(Session):
         return left
 
     def _map(self, deadline: float) -> None:
-        """Over nvlink, read a byte of each region, whose handle Mooncake then opens and keeps; of one alone, if that
-        was done before. Amid long reads, it would take three times as long.
+        """Over nvlink, read a byte: the first handle takes 10 ms, while CUDA learns of the other GPU. Mooncake opens
+        the rest when they are read from, and keeps them.
         """
         sources = [self._offered[region.id].address for region in self._remote.values() if region.nbytes]
-        if not self._engine.is_new(self._address):
-            sources = sources[:1]
         for device in self._gpus:
             _on_our_device(device)
-            scratch = torch.empty(max(1, len(sources)), dtype=torch.uint8, device=device)
-            stretches = [(scratch.data_ptr() + i, source, 1) for i, source in enumerate(sources)]
-            if stretches:
-                self._engine.read_all(self._address, stretches, device, deadline)
+            scratch = torch.empty(1, dtype=torch.uint8, device=device)
+            for source in sources[:1]:
+                self._engine.read_all(self._address, [(scratch.data_ptr(), source, 1)], device, deadline)
 
     def _try(self, source: int, device: str, deadline: float) -> None:
         """Read one byte into memory of our own. Runs on a thread that lasts until that is over."""
@@ -328,12 +340,12 @@ class EngineSession(Session):
             raise TransferFailed(f"{copy} lies outside the leased regions")
 
 
-def _join(thread: threading.Thread) -> None:
-    """Wait until a thread has ended, whatever interrupts that; the interrupt comes afterwards."""
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Wait until all that were started have ended, whatever interrupts that; the interrupt comes afterwards."""
     interrupt: BaseException | None = None
-    while thread.ident is not None and thread.is_alive():
+    while running := [thread for thread in threads if thread.ident is not None and thread.is_alive()]:
         try:
-            thread.join()
+            running[0].join()
         except KeyboardInterrupt as error:
             interrupt = error
     if interrupt is not None:
