@@ -331,7 +331,7 @@ class SeedChannel:
 
     def __init__(self, listener: Listener, peer: bytes, lease: bytes) -> None:
         self._listener, self._peer, self._lease = listener, peer, lease
-        self._box: queue.Queue[bytes | None] = queue.Queue()
+        self._box: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
     def send(self, message: bytes, deadline: float) -> None:
         """See `tensorfork.transports.base.Channel`. Never waits: messages are few and small."""

@@ -151,7 +151,8 @@ def test_parcels_hold_every_byte_once_and_keep_to_the_limits(
 def test_pages_are_bounded_and_count_their_parcels() -> None:
     copies = [Copy(0, 1, i * 10, 1, i * 10, 10) for i in range(60_000)]
     book = list(pages(schedule(copies, [0] * len(copies), {0: Limits(100, 100_000, 100)})))
-    assert len(book) > 1
+    assert len(book) > 2
+    assert book[0][1] == 1  # the seed is to begin at once
     assert all(len(page) <= 1 << 19 for page, _ in book)
     assert [count for _, count in book] == [len(read_page(page)) for page, _ in book]
 
@@ -160,6 +161,12 @@ def test_lanes_take_turns() -> None:
     copies = [Copy(0, 1, i * 100, 1, i * 100, 100) for i in range(8)]
     parcels = schedule(copies, [0] * 4 + [1] * 4, {0: Limits(100, 1, 1), 1: Limits(100, 1, 1)})
     assert [parcel.lane for parcel in parcels] == [0, 1] * 4
+
+
+def test_small_parcels_go_between_large_ones_and_not_last() -> None:
+    copies = [Copy(0, 1, i * 100, 1, i * 100, 100 if i % 2 else 10) for i in range(8)]
+    parcels = schedule(copies, [0] * 8, {0: Limits(100, 20, 50)})
+    assert [parcel.packed for parcel in parcels] == [False, True, False, True, False, False]
 
 
 @given(st.binary(max_size=200))

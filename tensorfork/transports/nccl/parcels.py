@@ -6,10 +6,10 @@ one behind another into a bucket.
 """
 
 import struct
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count, repeat
 
-from attrs import define, field, frozen
+from attrs import frozen
 
 from tensorfork.errors import ProtocolError
 from tensorfork.transports.base import Copy
@@ -59,60 +59,39 @@ class Parcel:
         return sum(nbytes for _, _, nbytes in self.theirs)
 
 
-@define
-class _Open:
-    """A parcel that is being filled."""
-
-    nbytes: int = 0
-    theirs: list[Stretch] = field(factory=list)
-    ours: list[Stretch] = field(factory=list)
-    copies: list[int] = field(factory=list)
-
-
 def schedule(copies: Sequence[Copy], lanes: Sequence[int], limits: Mapping[int, Limits]) -> list[Parcel]:
-    """Parcels for all copies. `lanes[i]` is the lane of copies[i]; the lanes take turns, so that all are busy."""
-    closed: dict[int, list[Parcel]] = defaultdict(list)
-    filling: dict[tuple[int, bool], _Open] = defaultdict(_Open)
-    whole: dict[int, int] = defaultdict(int)  # parcels of each lane that are sent as they are
-
-    def close(lane: int, packed: bool) -> None:
-        full = filling.pop((lane, packed))
-        closed[lane].append(Parcel(lane, packed, full.theirs, full.ours, full.copies))
-        whole[lane] += not packed
-
-    for i, (copy, lane) in enumerate(zip(copies, lanes, strict=True)):
-        packed = copy.nbytes < limits[lane].small
-        start = 0
-        while start < copy.nbytes:
-            room = limits[lane].bucket if packed else min(limits[lane].parcel, FIRST << min(whole[lane], GROWTH))
-            nbytes = min(room, copy.nbytes - start)
-            parcel = filling[lane, packed]
-            if parcel.copies and (parcel.nbytes + nbytes > room or len(parcel.copies) == STRETCHES):
-                close(lane, packed)
-                continue
-            parcel.theirs.append((copy.region, copy.offset + start, nbytes))
-            parcel.ours.append((copy.into, copy.at + start, nbytes))
-            parcel.copies.append(i)
-            parcel.nbytes += nbytes
-            start += nbytes
-    for lane, packed in list(filling):
-        close(lane, packed)
-    return list(_in_turn(closed.values()))
+    """Parcels for all copies. `lanes[i]` is the lane of copies[i]. The lanes take turns, so that all are busy; and in
+    each what is sent as it is and what is packed, so that small parcels are begun while a large one moves.
+    """
+    whole: dict[int, list[int]] = {}
+    packed: dict[int, list[int]] = {}
+    for i, lane in enumerate(lanes):
+        (packed if copies[i].nbytes < limits[lane].small else whole).setdefault(lane, []).append(i)
+    queues = []
+    for lane in dict.fromkeys(lanes):
+        limit = limits[lane]
+        growing = (min(limit.parcel, FIRST << min(number, GROWTH)) for number in count())
+        direct = _fill(lane, False, copies, whole.get(lane, ()), growing)
+        small = _fill(lane, True, copies, packed.get(lane, ()), repeat(limit.bucket))
+        queues.append(list(_in_turn([direct, small])))
+    return list(_in_turn(queues))
 
 
 def pages(parcels: Sequence[Parcel]) -> Iterator[tuple[bytes, int]]:
-    """The seed's side of parcels, in pages; each with how many parcels it has."""
-    page, count = bytearray(), 0
-    for parcel in parcels:
+    """The seed's side of parcels, in pages; each with how many parcels it has. The first has one, so that the seed can
+    begin while the others are written.
+    """
+    page, held = bytearray(), 0
+    for number, parcel in enumerate(parcels):
         row = _HEAD.pack(parcel.lane, parcel.packed, len(parcel.theirs))
-        row += struct.pack(f"<{3 * len(parcel.theirs)}Q", *(number for stretch in parcel.theirs for number in stretch))
-        if page and len(page) + len(row) > PAGE:
-            yield bytes(page), count
-            page, count = bytearray(), 0
+        row += struct.pack(f"<{3 * len(parcel.theirs)}Q", *(part for stretch in parcel.theirs for part in stretch))
+        if number == 1 or (page and len(page) + len(row) > PAGE):
+            yield bytes(page), held
+            page, held = bytearray(), 0
         page += row
-        count += 1
+        held += 1
     if page:
-        yield bytes(page), count
+        yield bytes(page), held
 
 
 def read_page(page: bytes) -> list[tuple[int, bool, list[Stretch]]]:
@@ -132,7 +111,34 @@ def read_page(page: bytes) -> list[tuple[int, bool, list[Stretch]]]:
     return found
 
 
-def _in_turn(queues: Iterable[Sequence[Parcel]]) -> Iterator[Parcel]:
+def _fill(
+    lane: int, packed: bool, copies: Sequence[Copy], numbers: Iterable[int], rooms: Iterator[int]
+) -> Iterator[Parcel]:
+    """Parcels of one kind for the copies of these numbers, in order. `rooms` are the bytes of each parcel, at most."""
+    theirs: list[Stretch] = []
+    ours: list[Stretch] = []
+    held: list[int] = []
+    room = left = next(rooms)
+    for i in numbers:
+        copy = copies[i]
+        start = 0
+        while start < copy.nbytes:
+            nbytes = min(room, copy.nbytes - start)
+            if held and (nbytes > left or len(held) == STRETCHES):
+                yield Parcel(lane, packed, theirs, ours, held)
+                theirs, ours, held = [], [], []
+                room = left = next(rooms)
+                continue
+            theirs.append((copy.region, copy.offset + start, nbytes))
+            ours.append((copy.into, copy.at + start, nbytes))
+            held.append(i)
+            left -= nbytes
+            start += nbytes
+    if held:
+        yield Parcel(lane, packed, theirs, ours, held)
+
+
+def _in_turn(queues: Iterable[Iterable[Parcel]]) -> Iterator[Parcel]:
     waiting = [iter(queue) for queue in queues]
     while waiting:
         for queue in list(waiting):

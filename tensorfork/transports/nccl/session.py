@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from typing import Any
 
@@ -60,7 +60,7 @@ class GroupSession(Session):
         self._seed, self._joining = seed, joining
         self._remote = {region.id: region for region in remote}
         self._memory = Memory(regions)
-        self._devices = {region.id: region.device for region in regions}
+        self._ours = {region.id: region for region in regions}
         self._talk = Talk(channel)
         self._lanes: list[Lane] = []
         self._pairs: list[tuple[str, str]] = []
@@ -68,7 +68,7 @@ class GroupSession(Session):
         until = min(deadline, time.monotonic() + joining)
         reach = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join")
         self._store = reach.result(_patience(until))
-        theirs, ours = {region.device for region in remote}, set(self._devices.values())
+        theirs, ours = {region.device for region in remote}, {region.device for region in regions}
         try:
             if len(theirs) == len(ours) == 1:  # else it is the copies that say which pairs are needed
                 self._join([(theirs.pop(), ours.pop())], deadline, lambda: None)
@@ -82,7 +82,7 @@ class GroupSession(Session):
             raise TransferFailed("this connection failed before; open another session")
         if cancel.is_set() or time.monotonic() >= deadline:
             raise TransferFailed("the transfer was cancelled" if cancel.is_set() else "the deadline is past")
-        pairs = [self._pair(copy) for copy in copies]
+        pairs = self._pairs_of(copies)
         self._broken = True  # until it is over
         window: deque[tuple[Parcel, Any]] = deque()
         with Watch(deadline, LATE, cancel, self._abort) as watch:
@@ -90,7 +90,8 @@ class GroupSession(Session):
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
                     self._join(missing, deadline, pull.check)
-                numbers = [self._pairs.index(pair) for pair in pairs]
+                lanes = {pair: i for i, pair in enumerate(self._pairs)}
+                numbers = [lanes[pair] for pair in pairs]
                 limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
                 pull.run(copies, schedule(copies, numbers, limits), self._lanes, window)
             except BaseException as error:
@@ -141,14 +142,18 @@ class GroupSession(Session):
         if words[0] != word:
             raise ProtocolError(f"the seed said {words[0][:20]!r} where {word!r} is expected")
 
-    def _pair(self, copy: Copy) -> tuple[str, str]:
-        """The two devices of a copy. Raises `TransferFailed` unless it lies within a region on both sides."""
-        theirs, ours = self._remote.get(copy.region), self._devices.get(copy.into)
-        if theirs is None or not 0 <= copy.offset <= theirs.nbytes - copy.nbytes:
-            raise TransferFailed("a copy lies outside the seed's regions")
-        if ours is None or not self._memory.holds((copy.into, copy.at, copy.nbytes), ours):
-            raise TransferFailed("a copy lies outside our regions")
-        return theirs.device, ours
+    def _pairs_of(self, copies: Sequence[Copy]) -> list[tuple[str, str]]:
+        """The two devices of each copy. Raises `TransferFailed` unless it lies within a region on both sides."""
+        theirs, ours = self._remote, self._ours
+        pairs = []
+        for copy in copies:
+            source, into, nbytes = theirs.get(copy.region), ours.get(copy.into), copy.nbytes
+            if source is None or not 0 <= copy.offset <= source.nbytes - nbytes:
+                raise TransferFailed("a copy lies outside the seed's regions")
+            if into is None or not 0 <= copy.at <= into.nbytes - nbytes:
+                raise TransferFailed("a copy lies outside our regions")
+            pairs.append((source.device, into.device))
+        return pairs
 
     def _abort(self) -> None:
         for lane in self._lanes:
@@ -182,7 +187,7 @@ class _Pull:
         self._attend = self._listen + ATTEND
         self._parcels: Sequence[Parcel] = ()
         self._left: list[int] = []  # parcels that each copy still needs
-        self._arrived = self._sent = self._counted = 0  # parcels
+        self._asked = self._arrived = self._sent = self._counted = 0  # parcels
         self._failed = ""
 
     def run(
@@ -194,6 +199,9 @@ class _Pull:
     ) -> None:
         """Receive all parcels. What is under way is in the window."""
         self._parcels, self._left = parcels, [0] * len(copies)
+        book = pages(parcels)
+        if parcels:
+            self._ask(book)  # the seed takes a while to begin; the rest is done meanwhile
         for parcel in parcels:
             for i in parcel.copies:
                 self._left[i] += 1
@@ -202,14 +210,9 @@ class _Pull:
                 self._done(i)
         for lane in lanes:
             lane.prepare()
-        book = list(pages(parcels))
-        turned = told = 0
         for number, parcel in enumerate(parcels):
-            while turned < len(book) and (told <= number or turned == 1):  # one page ahead of what is received
-                page, count = book[turned]
-                turned += 1
-                told += count
-                self._talk.say("parcels", turned == len(book), page, until=self._deadline)
+            while self._asked < min(len(parcels), number + 1 + WINDOW):
+                self._ask(book)
             if len(window) == WINDOW:
                 self._finish(window, lanes)
             window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed, self._deadline)))
@@ -253,6 +256,12 @@ class _Pull:
         except (TransferFailed, ProtocolError, PeerUnreachable) as said:
             return f"{said} ({str(error).splitlines()[0]})"
         return f"the connection broke: {str(error).splitlines()[0]}"
+
+    def _ask(self, book: Iterator[tuple[bytes, int]]) -> None:
+        """Ask for another page of parcels."""
+        page, count = next(book)
+        self._asked += count
+        self._talk.say("parcels", self._asked == len(self._parcels), page, until=self._deadline)
 
     def _finish(self, window: deque[tuple[Parcel, Any]], lanes: Sequence[Lane]) -> None:
         parcel, begun = window[0]
