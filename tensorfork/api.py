@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tensorfork.plan import match
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed import Seed
 from tensorfork.selection import Patterns, Selection
-from tensorfork.target import Device, Target
+from tensorfork.target import Device, Room, Target
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
 from tensorfork.verify import Verification, warm_up
@@ -126,13 +127,13 @@ def fork_into(
         if verify:
             warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
 
-        def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
+        def room(theirs: ModelLayout, enter: Callable[[str], object]) -> Room:
             enter("match")
             pairs = match(theirs, ours.layout)
             enter("allocate")
-            return target.prepare(pairs, theirs, ours, device)
+            return target.room_for(pairs, theirs, ours, device)
 
-        report, _ = _fork(peer, prepare, terms, watch)
+        report, _ = _fork(peer, _Into(room, lambda room: target.prepare(ours, room)), terms, watch)
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
@@ -159,14 +160,14 @@ def fork(
     if verify:
         warm_up(target.given(device))
 
-    def prepare(theirs: ModelLayout, enter: Callable[[str], object]) -> Target:
+    def room(theirs: ModelLayout, enter: Callable[[str], object]) -> Room:
         if unused := terms.selection.unused([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
-        return target.build(theirs, device)
+        return target.room_for_all(theirs, device)
 
     with put_off_collections(UNCOLLECTED):
-        return dict(_fork(peer, prepare, terms, Stopwatch())[1].tensors)
+        return dict(_fork(peer, _Into(room, target.build), terms, Stopwatch())[1].tensors)
 
 
 @frozen
@@ -183,9 +184,15 @@ class _Terms:
     selection: Selection
 
 
-def _fork(
-    peer: str, prepare: Callable[[ModelLayout, Callable[[str], object]], Target], terms: _Terms, watch: Stopwatch
-) -> tuple[ForkReport, Target]:
+@frozen
+class _Into:
+    """How what is filled is made: room for the seed's tensors; and, while a transport gets ready, the tensors in it."""
+
+    room: Callable[[ModelLayout, Callable[[str], object]], Room]
+    fill: Callable[[Room], Target]
+
+
+def _fork(peer: str, into: _Into, terms: _Terms, watch: Stopwatch) -> tuple[ForkReport, Target]:
     deadline = terms.deadline
     wanted = forking.transports(terms.transport)
     watch.enter("resolve")
@@ -196,12 +203,13 @@ def _fork(
         watch.enter("layout")
         theirs = seed.layout(deadline)
         taken, left_out = theirs.only(terms.selection.takes)
-        into = prepare(taken, watch.enter)
+        room = into.room(taken, watch.enter)
         if terms.verify:
-            warm_up({tensor.device for tensor in into.tensors.values()})
+            warm_up(room.devices)
+        fill = cache(lambda: into.fill(room))
         for attempt in range(terms.restarts + 1):
             try:
-                report = _copy(seed, theirs, into, wanted, deadline, terms, watch)
+                report = _copy(seed, theirs, room, fill, wanted, terms, watch)
                 break
             except SeedChanged:
                 if attempt == terms.restarts:
@@ -209,7 +217,8 @@ def _fork(
                 pause = 0.01 * 2 ** min(attempt, 5)  # a change takes its time, and restarts are counted
                 time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     watch.enter("install")
-    into.install()
+    filled = fill()
+    filled.install()
     return evolve(
         report,
         seconds=dict(watch.stop()),
@@ -217,28 +226,30 @@ def _fork(
         not_compared=(*not_compared, *([] if terms.verify else ["digests"])),
         left_out=tuple(left_out),
         left_out_by_seed=theirs.left_out,
-    ), into
+    ), filled
 
 
 def _copy(
     seed: Peer,
     theirs: ModelLayout,
-    into: Target,
+    room: Room,
+    fill: Callable[[], Target],
     wanted: Sequence[Transport],
-    deadline: float,
     terms: _Terms,
     watch: Stopwatch,
 ) -> ForkReport:
     """One attempt: with the first transport that works between the two."""
-    verify = terms.verify
+    verify, deadline = terms.verify, terms.deadline
     passed_over: dict[str, str] = {}
     for transport in wanted:
-        why_not = forking.reason_against(transport, seed, into.regions)
+        why_not = forking.reason_against(transport, seed, room.regions)
         if why_not is None:
             try:
-                with forking.lease(seed, transport, into, deadline, digests=verify, enter=watch.enter) as held:
+                with forking.lease(seed, transport, room, deadline, digests=verify, enter=watch.enter) as held:
+                    watch.enter("allocate")
+                    into = fill()
                     watch.enter("match")
-                    plan = forking.plan(held, into)
+                    plan = forking.plan(held, into, seed)
                     watch.enter("verify")
                     verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
                     try:

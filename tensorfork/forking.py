@@ -26,9 +26,9 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.plan import Plan, complete, cut
 from tensorfork.strided import Scratch, pull_strided
-from tensorfork.target import Target
+from tensorfork.target import Room, Target
 from tensorfork.transports import registry
-from tensorfork.transports.base import Place, Region, RemoteRegion, Session, Transport
+from tensorfork.transports.base import Place, Region, Session, Transport
 from tensorfork.verify import Verification
 from tensorfork.version import __version__
 
@@ -90,6 +90,8 @@ class Lease:
     id: bytes
     generation: int
     session: Session
+    sizes: Mapping[int, int]
+    """Bytes of each of the seed's regions."""
     theirs: Mapping[int, Place]
     ours: Mapping[int, Place]
     piece: int
@@ -122,30 +124,32 @@ def reason_against(transport: Transport, peer: Peer, regions: Sequence[Region]) 
 
 @contextmanager
 def lease(
-    peer: Peer, transport: Transport, target: Target, deadline: float, *, digests: bool, enter: Callable[[str], object]
+    peer: Peer, transport: Transport, room: Room, deadline: float, *, digests: bool, enter: Callable[[str], object]
 ) -> Iterator[Lease]:
-    """Take a lease over a transport, and open a session under it; give both back at the end.
+    """Take a lease over a transport, and open a session under it; give both back at the end. The session gets ready
+    while the caller looks at what it holds, and draws up the plans.
 
     `enter` is told the phase that begins. Raises `TransportUnavailable` where this transport turns out not to work.
     """
     enter("lease")
-    scratch = Scratch.for_pairs(target.pairs, target.tensors)
-    given = [*target.regions, *scratch.regions]
+    scratch = Scratch.for_tensors(room.gaps)
+    given = [*room.regions, *scratch.regions]
     regions, places = transport.cover(given)
     request = wire.TakeLease(
         transport.name, dict(transport.facts(given)), max(0.0, deadline - time.monotonic()), digests
     )
     taken, frames = peer.conversation.ask(request, wire.Leased, deadline, "lease")
     try:
-        remote, theirs = wire.unpack_places(frames)
-        _check_places(peer, target, remote, theirs)
+        remote = wire.unpack_regions(frames)
         enter("open")
         channel = ForkChannel(peer.conversation, taken.lease)
         host = peer.conversation.peer.host
         session = transport.open(taken.offer, host, remote, regions, channel, deadline)
         try:
+            theirs = wire.unpack_places(frames)
             ours = {region.id: place for region, place in zip(given, places, strict=True)}
-            yield Lease(taken.lease, taken.generation, session, theirs, ours, transport.piece, scratch)
+            sizes = {region.id: region.nbytes for region in remote}
+            yield Lease(taken.lease, taken.generation, session, sizes, theirs, ours, transport.piece, scratch)
         finally:
             enter("close")
             session.close(deadline)
@@ -153,8 +157,14 @@ def lease(
         _release(peer, taken.lease, deadline)
 
 
-def plan(held: Lease, target: Target) -> Plan:
-    """What to copy."""
+def plan(held: Lease, target: Target, peer: Peer) -> Plan:
+    """What to copy. Raises `ProtocolError` unless every tensor lies within a leased region: no transport is to read
+    anything else.
+    """
+    for tensor in (pair.theirs for pair in target.pairs if pair.theirs.numel):
+        place = held.theirs.get(tensor.storage)
+        if place is None or place.offset + tensor.offset + tensor.extent > held.sizes.get(place.region, 0):
+            raise ProtocolError(f"{peer.address}: {tensor.name} does not lie within what was leased")
     return cut(target.pairs, held.theirs, held.ours, held.piece)
 
 
@@ -243,15 +253,6 @@ def verify(held: Lease, peer: Peer, layout: ModelLayout, verification: Verificat
             "changes its weights outside of seed.updating() does this too.",
             tensors=wrong,
         )
-
-
-def _check_places(peer: Peer, target: Target, remote: Sequence[RemoteRegion], theirs: Mapping[int, Place]) -> None:
-    """Raise `ProtocolError` unless every tensor lies within a leased region: no transport is to read anything else."""
-    sizes = {region.id: region.nbytes for region in remote}
-    for tensor in (pair.theirs for pair in target.pairs if pair.theirs.numel):
-        place = theirs.get(tensor.storage)
-        if place is None or place.offset + tensor.offset + tensor.extent > sizes.get(place.region, 0):
-            raise ProtocolError(f"{peer.address}: {tensor.name} does not lie within what was leased")
 
 
 def _release(peer: Peer, id: bytes, deadline: float) -> None:

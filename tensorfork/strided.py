@@ -2,12 +2,13 @@
 scratch, slab by slab, and copied into place on our side, which leaves the gaps untouched.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from threading import Event
 
 import torch
 from attrs import frozen
 
+from tensorfork.layout import TensorLayout
 from tensorfork.plan import MAX_RUNS, Pair, grid_of, runs_of
 from tensorfork.transports.base import Copy, Place, Region, Session
 
@@ -25,13 +26,12 @@ class Scratch:
     buffers: Mapping[torch.device, torch.Tensor]
 
     @classmethod
-    def for_pairs(cls, pairs: Sequence[Pair], tensors: Mapping[str, torch.Tensor]) -> "Scratch":
-        """As much as the pairs may need; none where they are all in few stretches."""
+    def for_tensors(cls, tensors: Iterable[tuple[TensorLayout, torch.device]]) -> "Scratch":
+        """As much as tensors with gaps may need, each given with where it is; none where all are in few stretches."""
         needs: dict[torch.device, int] = {}
-        for pair in pairs:
-            if not pair.ours.is_dense and len(runs_of(pair.ours, MAX_RUNS)) > MAX_RUNS:
-                device = tensors[pair.name].device
-                needs[device] = min(SCRATCH, max(needs.get(device, 0), pair.ours.extent))
+        for tensor, device in tensors:
+            if len(runs_of(tensor, MAX_RUNS)) > MAX_RUNS:
+                needs[device] = min(SCRATCH, max(needs.get(device, 0), tensor.extent))
         return cls({on: torch.empty(nbytes, dtype=torch.uint8, device=on) for on, nbytes in needs.items()})
 
     @property

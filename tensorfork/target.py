@@ -1,5 +1,8 @@
 """What a fork fills: tensors that are there already, and new ones for those that are still on the meta device.
 
+It is made in two steps. `Room` is memory, which is all that a transport wants to know of, and costs a few milliseconds;
+`Target` is the tensors in it, of which there may be many, and can be made while the transport gets ready.
+
 New tensors lie in one allocation for each device, sharing storages as the seed's do. A meta tensor takes its new
 memory only in `Target.install`, the last step of a fork, as the same object.
 """
@@ -20,24 +23,70 @@ Device = str | torch.device | None
 
 
 @frozen
+class Room:
+    """The memory of what is filled.
+
+    Attributes:
+        pairs: our tensors, meta or not, with the seed's that fill them.
+        regions: all of it, by storage: new storages are numbered as the seed's are, and ours come behind them.
+        gaps: the tensors whose elements have gaps between them, and where they are.
+        fresh: what of it is new.
+        behind: where ours begin.
+        keep: what must stay alive while anything may write.
+    """
+
+    pairs: Sequence[Pair]
+    regions: Sequence[Region]
+    gaps: Sequence[tuple[TensorLayout, torch.device]]
+    fresh: "Fresh"
+    behind: int
+    keep: Sequence[Any]
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where it is."""
+        return {torch.device(region.device) for region in self.regions}
+
+
+def room_for(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: Device) -> Room:
+    """Room for the meta tensors among ours, on `device` (see `place`), beside those that have memory.
+
+    Raises `ValueError` where the device cannot be used.
+    """
+    meta = [pair.theirs for pair in pairs if ours.tensors[pair.name].is_meta]
+    fresh = allocate(theirs, sorted({tensor.storage for tensor in meta}), device) if meta else Fresh({}, {}, {})
+    behind = len(theirs.storages) if meta else 0
+    regions = ours.memory.regions(ours.layout)
+    where = [(tensor, fresh.spots[tensor.storage][0]) for tensor in meta]
+    where += [(tensor, ours.tensors[tensor.name].device) for tensor in ours.layout.tensors]
+    gaps = [(tensor, device) for tensor, device in where if device.type != "meta" and not tensor.is_dense]
+    if meta:
+        regions = [*fresh.regions, *(evolve(region, id=behind + region.id) for region in regions)]
+    return Room(pairs, regions, gaps, fresh, behind, [ours.memory, fresh])
+
+
+def room_for_all(theirs: ModelLayout, device: Device) -> Room:
+    """Room for a whole copy of the seed's tensors. Raises as `room_for` does."""
+    fresh = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
+    gaps = [(tensor, fresh.spots[tensor.storage][0]) for tensor in theirs.tensors if not tensor.is_dense]
+    return Room([Pair(t, t) for t in theirs.tensors], fresh.regions, gaps, fresh, 0, [fresh])
+
+
+@frozen
 class Target:
     """Where the bytes go.
 
     Attributes:
         pairs: what fills what; in new storages for meta tensors.
         tensors: the destinations by name, with memory; for meta ones, what they will become.
-        regions: the memory of all destinations, by storage.
         installation: how the meta tensors become these.
         wrappers: the tensors of the model that are made of others.
-        keep: what must stay alive while anything may write.
     """
 
     pairs: Sequence[Pair]
     tensors: Mapping[str, torch.Tensor]
-    regions: Sequence[Region]
     installation: Installation
     wrappers: Sequence[torch.Tensor]
-    keep: Sequence[Any]
 
     def install(self) -> None:
         """Give the meta tensors their memory: all, or (should one refuse) none. The objects stay the same."""
@@ -52,52 +101,44 @@ class Target:
             torch.autograd.graph.increment_version(filled)
 
 
-def prepare(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: Device) -> Target:
-    """Make room for the meta tensors among ours, on `device` (see `place`), beside those that have memory.
+def prepare(ours: Survey, room: Room) -> Target:
+    """What fills our tensors, those among them that are still meta in the room made for them.
 
-    Raises:
-        ValueError: the device cannot be used.
-        UnsupportedTensor: one of the meta tensors cannot take memory in place.
+    Raises `UnsupportedTensor` for a meta tensor that cannot take memory in place.
     """
     tensors, wrappers = ours.tensors, list({id(one): one for one in ours.wrappers.values()}.values())
-    regions = ours.memory.regions(ours.layout)
-    meta = [pair for pair in pairs if tensors[pair.name].is_meta]
+    meta = [pair for pair in room.pairs if tensors[pair.name].is_meta]
     if not meta:
-        return Target(pairs, tensors, regions, Installation([], []), wrappers, [ours.memory])
-    fresh = allocate(theirs, sorted({pair.theirs.storage for pair in meta}), device)
+        return Target(room.pairs, tensors, Installation([], []), wrappers)
     ready = dict(tensors)
     made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
     with plain_mode():
         for pair in meta:
             old = tensors[pair.name]
             if id(old) not in made:
-                made[id(old)] = pair.name, old, like(old, fresh.tensor(pair.theirs, old.stride()))
+                made[id(old)] = pair.name, old, like(old, room.fresh.tensor(pair.theirs, old.stride()))
             ready[pair.name] = made[id(old)][2]
         installation = Installation.prepare({name: (old, new) for name, old, new in made.values()}, ours.wrappers)
-    # New storages are numbered as the seed's are, and ours that have memory come behind them.
-    behind = len(theirs.storages)
     moved = [Pair(pair.theirs, pair.theirs) for pair in meta]
     moved += [
-        Pair(pair.theirs, evolve(pair.ours, storage=behind + pair.ours.storage))
-        for pair in pairs
+        Pair(pair.theirs, evolve(pair.ours, storage=room.behind + pair.ours.storage))
+        for pair in room.pairs
         if not tensors[pair.name].is_meta
     ]
-    regions = [evolve(region, id=behind + region.id) for region in regions]
-    return Target(moved, ready, [*fresh.regions, *regions], installation, wrappers, [ours.memory, fresh])
+    return Target(moved, ready, installation, wrappers)
 
 
-def build(theirs: ModelLayout, device: Device) -> Target:
-    """Make room for a whole copy of the seed's tensors; ties become one tensor under several names."""
-    fresh = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
+def build(room: Room) -> Target:
+    """A whole copy of the seed's tensors, in room for all; ties become one tensor under several names."""
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
     with plain_mode():
-        for tensor in theirs.tensors:
+        for tensor in (pair.theirs for pair in room.pairs):
             key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
             if key not in made:
-                made[key] = fresh.tensor(tensor)
+                made[key] = room.fresh.tensor(tensor)
             tensors[tensor.name] = made[key]
-    return Target([Pair(t, t) for t in theirs.tensors], tensors, fresh.regions, Installation([], []), [], [fresh])
+    return Target(room.pairs, tensors, Installation([], []), [])
 
 
 @frozen

@@ -301,19 +301,24 @@ def pack_places(regions: Sequence[RemoteRegion], places: Mapping[int, Place]) ->
     return [msgpack.packb(len(region_pages)), *region_pages, *place_pages]
 
 
-def unpack_places(pages: Sequence[bytes]) -> tuple[list[RemoteRegion], dict[int, Place]]:
-    """The inverse of `pack_places`; raises `ProtocolError`."""
+def unpack_regions(pages: Sequence[bytes]) -> list[RemoteRegion]:
+    """The regions that `pack_places` packed; raises `ProtocolError`."""
 
     def region(id: Any, nbytes: Any, device: Any) -> RemoteRegion:
         return RemoteRegion(_natural(id), _natural(nbytes), _text(device))
 
+    with _Reading("table of regions"):
+        return list(_rows(pages[1 : 1 + _natural(_unpack(pages[0]))], 3, region))
+
+
+def unpack_places(pages: Sequence[bytes]) -> dict[int, Place]:
+    """The places that it packed beside them, by storage; raises `ProtocolError`."""
+
     def place(storage: Any, region: Any, offset: Any) -> tuple[int, Place]:
         return _natural(storage), Place(_natural(region), _natural(offset))
 
-    with _Reading("table of regions"):
-        count = _natural(_unpack(pages[0]))
-        regions = list(_rows(pages[1 : 1 + count], 3, region))
-        return regions, dict(_rows(pages[1 + count :], 3, place))
+    with _Reading("table of places"):
+        return dict(_rows(pages[1 + _natural(_unpack(pages[0])) :], 3, place))
 
 
 def pack_digests(values: Sequence[int]) -> list[bytes]:

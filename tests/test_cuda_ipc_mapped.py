@@ -1,17 +1,17 @@
 """Handles of CUDA IPC are opened on a thread, by whom they are wanted first; the driver is a fake."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 from attrs import define, field
 
 import tensorfork
 from tensorfork import cuda
-from tensorfork.transports.cuda_ipc.mapped import Mapped
+from tensorfork.transports.cuda_ipc.mapped import OPENERS, Mapped
 from tensorfork.transports.cuda_ipc.offer import Source
 
 SOON = 20.0
@@ -73,18 +73,31 @@ def test_all_that_are_wanted_are_opened_once_and_closed(driver: Driver) -> None:
     assert [mapped.address(i, 0, soon()) for i in range(20)] == [1000 + i for i in range(20)]
     mapped.want([(i, 0) for i in range(20)])
     mapped.close(soon())
-    assert driver.opened == [1000 + i for i in range(20)]
-    assert sorted(driver.closed) == driver.opened
+    assert sorted(driver.opened) == [1000 + i for i in range(20)]
+    assert sorted(driver.closed) == sorted(driver.opened)
 
 
-def test_what_is_wanted_last_is_opened_first(driver: Driver) -> None:
+def test_what_is_wanted_last_is_opened_first(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorfork.transports.cuda_ipc.mapped.OPENERS", 1)
     mapped = Mapped(sources(6))
     mapped.want([(i, 0) for i in range(6)])
     assert driver.reached.wait(SOON)
-    mapped.want([(5, 0), (4, 0)])
+    mapped.want([(5, 0), (4, 0), (0, 0)])
     driver.gate.set()
-    mapped.address(3, 0, soon())
-    assert driver.opened[:3] == [1000, 1005, 1004]
+    for i in range(6):
+        mapped.address(i, 0, soon())
+    assert driver.opened == [1000, 1005, 1004, 1001, 1002, 1003]
+    mapped.close(soon())
+
+
+def test_one_handle_is_opened_while_another_is(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(OPENERS)
+    open_handle = driver.open_handle
+    monkeypatch.setattr(cuda, "open_handle", lambda handle: (both.wait(SOON), open_handle(handle))[1])
+    driver.gate.set()
+    mapped = Mapped(sources(2 * OPENERS))
+    mapped.want([(i, 0) for i in range(2 * OPENERS)])
+    assert [mapped.address(i, 0, soon()) for i in range(2 * OPENERS)] == [1000 + i for i in range(2 * OPENERS)]
     mapped.close(soon())
 
 
@@ -105,12 +118,14 @@ def test_a_driver_that_hangs_costs_the_deadline_and_what_it_opens_late_is_closed
     mapped.want([(i, 0) for i in range(3)])
     with pytest.raises(tensorfork.TransferFailed, match="by the deadline"):
         mapped.address(0, 0, time.monotonic() + 0.05)
-    opener: Any = mapped._opener
+    openers, short = list(mapped._openers), sys.getswitchinterval()
     mapped.close(time.monotonic())
     assert not driver.closed
+    assert sys.getswitchinterval() > short  # as it was before, though calls hang
     driver.gate.set()
-    opener.join(SOON)
-    assert driver.closed == driver.opened == [1000]
+    for opener in openers:
+        opener.join(SOON)
+    assert sorted(driver.closed) == sorted(driver.opened) == [1000, 1001]
 
 
 def test_one_that_does_not_close_leaves_the_others_closed(driver: Driver) -> None:
@@ -124,7 +139,7 @@ def test_one_that_does_not_close_leaves_the_others_closed(driver: Driver) -> Non
     assert sorted(driver.closed) == [1000, 1001, 1002]
 
 
-def test_the_first_that_is_wanted_can_be_waited_for(driver: Driver) -> None:
+def test_an_eighth_of_what_is_wanted_can_be_waited_for(driver: Driver) -> None:
     mapped = Mapped({i: Source(1, 1, b"%d" % i) for i in range(3)})
     mapped.first(time.monotonic() + SOON)  # nothing is wanted yet
     mapped.want([(2, 0), (1, 0)])
@@ -132,8 +147,17 @@ def test_the_first_that_is_wanted_can_be_waited_for(driver: Driver) -> None:
         mapped.first(time.monotonic() + 0.05)
     driver.gate.set()
     mapped.first(time.monotonic() + SOON)
-    assert driver.opened[0] == 1002
+    assert driver.opened
     mapped.close(time.monotonic() + SOON)
+
+
+def test_an_eighth_is_more_than_one_where_many_are_wanted(driver: Driver) -> None:
+    mapped = Mapped(sources(80))
+    mapped.want([(i, 0) for i in range(80)])
+    driver.gate.set()
+    mapped.first(soon())
+    assert len(mapped._found) >= 10
+    mapped.close(soon())
 
 
 def test_a_first_that_cannot_be_opened_says_why(driver: Driver) -> None:

@@ -672,13 +672,16 @@ def test_an_answer_to_a_request_that_is_over_is_passed_over(seed: Seed, kind: st
 
 
 @pytest.mark.parametrize("offset", [1 << 40, HUGE])
-def test_no_transport_is_told_to_read_beyond_what_was_leased(seed: Seed, offset: int) -> None:
+def test_no_transport_is_told_to_read_beyond_what_was_leased(
+    seed: Seed, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     class Watched(ZeroMQ):
         def open(self, *args: Any) -> Any:
-            asked.append(args)
-            return super().open(*args)
+            session = super().open(*args)
+            monkeypatch.setattr(session, "pull", lambda *args: asked.append(args))
+            return session
 
     lie = replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, offset)(frames))
     with (

@@ -43,7 +43,7 @@ def fill(theirs: torch.Tensor, ours: torch.Tensor) -> list[Copy]:
     """Fill ours from theirs as a fork would; the copies that were made."""
     seed, fork = survey({"t": theirs}), survey({"t": ours})
     pairs = match(seed.layout, fork.layout)
-    scratch = Scratch.for_pairs(pairs, {"t": ours})
+    scratch = Scratch.for_tensors([(pairs[0].ours, ours.device)])
     regions = [*fork.memory.regions(fork.layout), *scratch.regions]
     session = Memory(
         {region.id: region for region in seed.memory.regions(seed.layout)},
@@ -110,7 +110,7 @@ def test_no_stretch_of_a_slab_meets_another(view: tuple[list[int], list[int], to
 def test_scratch_is_as_large_as_a_tensor_needs_and_never_larger_than_its_bound() -> None:
     def room(*tensors: torch.Tensor) -> list[int]:
         found = survey({str(i): tensor for i, tensor in enumerate(tensors)})
-        scratch = Scratch.for_pairs(match(found.layout, found.layout), found.tensors)
+        scratch = Scratch.for_tensors([(one, found.tensors[one.name].device) for one in found.layout.tensors])
         return [region.nbytes for region in scratch.regions]
 
     small = torch.zeros(MAX_RUNS + 1, 3, dtype=torch.uint8)

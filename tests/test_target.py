@@ -13,14 +13,15 @@ from tensorfork import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.layout import survey
 from tensorfork.plan import match
 from tensorfork.spans import ALIGNMENT
-from tensorfork.target import Target, allocate, build, place, prepare
+from tensorfork.target import Room, Target, allocate, build, place, prepare, room_for, room_for_all
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
 
 
-def room(seed: Any, model: Any, device: Any = None) -> Target:
+def filled(seed: Any, model: Any, device: Any = None) -> tuple[Room, Target]:
     theirs, ours = survey(seed).layout, survey(model)
-    return prepare(match(theirs, ours.layout), theirs, ours, device)
+    room = room_for(match(theirs, ours.layout), theirs, ours, device)
+    return room, prepare(ours, room)
 
 
 def on_meta(make: Any) -> Any:
@@ -51,7 +52,7 @@ def test_new_storages_lie_aligned_in_one_allocation_and_apart(sizes: list[int]) 
 def test_a_copy_without_a_model_has_the_seed_s_tensors_ties_and_sharing(name: str) -> None:
     model = ZOO[name]()
     layout = survey(model).layout
-    copy = build(layout, None)
+    copy = build(room_for_all(layout, None))
     theirs = tensors_of(model)
     assert list(copy.tensors) == list(theirs)
     for mine, other in itertools.combinations(list(copy.tensors)[:40], 2):
@@ -65,7 +66,8 @@ def test_a_copy_without_a_model_has_the_seed_s_tensors_ties_and_sharing(name: st
 
 
 def test_ties_are_one_tensor_under_several_names() -> None:
-    copy = build(survey(Tied()).layout, None)
+    layout = survey(Tied()).layout
+    copy = build(room_for_all(layout, None))
     assert copy.tensors["head.weight"] is copy.tensors["embedding.weight"]
     assert copy.tensors["one.weight"] is not copy.tensors["other.weight"]
 
@@ -74,7 +76,7 @@ def test_only_what_is_on_the_meta_device_gets_new_memory() -> None:
     model = Tied()
     model.embedding = on_meta(lambda: torch.nn.Embedding(50, 8))
     model.head.weight = model.embedding.weight
-    target = room(Tied(), model)
+    _, target = filled(Tied(), model)
     for name, tensor in tensors_of(model).items():
         assert (target.tensors[name] is tensor) == (not tensor.is_meta)
     assert target.tensors["head.weight"] is target.tensors["embedding.weight"]
@@ -84,9 +86,9 @@ def test_only_what_is_on_the_meta_device_gets_new_memory() -> None:
 
 def test_a_model_that_has_its_memory_gets_none() -> None:
     model = Tied()
-    target = room(Tied(), model)
+    room, target = filled(Tied(), model)
     assert dict(target.tensors) == tensors_of(model)
-    assert {region.address for region in target.regions} <= {t.data_ptr() for t in tensors_of(model).values()}
+    assert {region.address for region in room.regions} <= {t.data_ptr() for t in tensors_of(model).values()}
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ("many", "nothing")])
@@ -98,13 +100,13 @@ def test_every_region_has_a_number_of_its_own_and_every_pair_lies_in_one(name: s
         model[first] = torch.empty_strided(
             model[first].shape, model[first].stride(), dtype=model[first].dtype, device="meta"
         )
-    target = room(ZOO[name](), model)
-    sizes = {region.id: region.nbytes for region in target.regions}
-    assert len(sizes) == len(target.regions)
+    room, target = filled(ZOO[name](), model)
+    sizes = {region.id: region.nbytes for region in room.regions}
+    assert len(sizes) == len(room.regions)
     for pair in target.pairs:
         if pair.ours.numel:
             assert pair.ours.offset + pair.ours.extent <= sizes[pair.ours.storage]
-            address = next(region.address for region in target.regions if region.id == pair.ours.storage)
+            address = next(region.address for region in room.regions if region.id == pair.ours.storage)
             assert address + pair.ours.offset == target.tensors[pair.name].data_ptr()
 
 
@@ -114,13 +116,13 @@ def test_meta_tensors_keep_the_strides_they_had_where_those_do_not_matter() -> N
     model = on_meta(lambda: torch.nn.Conv2d(3, 8, 1)).to(memory_format=torch.channels_last)
     stride = model.weight.stride()
     assert stride != (3, 1, 1, 1)
-    room(source, model).install()
+    filled(source, model)[1].install()
     assert model.weight.stride() == stride
 
 
 def test_a_tensor_filled_in_place_has_a_new_version_and_one_that_took_memory_needs_none() -> None:
     model = {"old": torch.zeros(3), "new": torch.empty(3, device="meta")}
-    target = room({"old": torch.ones(3), "new": torch.ones(3)}, model)
+    _, target = filled({"old": torch.ones(3), "new": torch.ones(3)}, model)
     target.install()
     before = {name: tensor._version for name, tensor in model.items()}
     target.touch()

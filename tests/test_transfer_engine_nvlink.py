@@ -29,11 +29,15 @@ class Engine:
     batches: list[list[tuple[int, int, int]]] = field(factory=list)
     lock: threading.Lock = field(factory=threading.Lock)
     begun: int = 0
+    known: bool = True
     fabric: str = "nvlink"
     broken: bool = False
 
-    def meet(self, work: Callable[[], Any]) -> engine.Meeting:
+    def meet(self, work: Callable[[Callable[[], None]], Any]) -> engine.Meeting:
         return engine.Meeting(self, work)  # type: ignore[arg-type]
+
+    def knows(self, address: str) -> bool:
+        return self.known
 
     def settle(self, devices: Sequence[str]) -> None:
         pass
@@ -125,10 +129,57 @@ def test_one_batch_is_read_while_another_is() -> None:
     assert sorted(done) == list(range(COUNT))
 
 
-def test_the_first_handle_is_opened_while_plans_are_drawn_up() -> None:
-    fake = Engine()
-    opened(fake).ready(time.monotonic() + SOON)
-    assert [[source for _, source, _ in batch] for batch in fake.batches] == [[100 * MIB]]
+def test_handles_are_opened_while_plans_are_drawn_up_and_are_there_at_the_next_lease() -> None:
+    fake = Engine(known=False)
+    made = opened(fake)
+    made.ready(time.monotonic() + SOON)
+    made._meeting.end(time.monotonic() + SOON)  # type: ignore[union-attr]
+    assert [[source // MIB for _, source, _ in batch] for batch in fake.batches] == [[100], list(range(101, 112))]
+    again = Engine()
+    opened(again).ready(time.monotonic() + SOON)
+    assert [len(batch) for batch in again.batches] == [1]
+
+
+def test_a_pull_waits_for_the_first_handle_alone_and_stops_whoever_opens_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "HANDLES", 2)
+    gate = threading.Event()
+    fake, done = Engine(lambda number: number != 1 or gate.wait(SOON), known=False), list[int]()
+    made = opened(fake)
+    while fake.begun < 2:
+        time.sleep(0.001)
+    pull(made, done.append)
+    assert sorted(done) == list(range(COUNT))
+    gate.set()
+    made.close(time.monotonic() + SOON)
+    assert sum(len(batch) for batch in fake.batches) == len(fake.reads) + 3  # bytes of the first, and of two more
+
+
+@pytest.mark.parametrize("when", ["before it is ready", "afterwards"])
+def test_a_handle_that_cannot_be_opened_is_found_before_the_pull_or_by_it(when: str) -> None:
+    gate = threading.Event()
+
+    def second_fails(number: int) -> None:
+        if number == 1:
+            assert gate.wait(SOON)
+            raise TransferFailed("a handle that is none")
+
+    fake, channel, done = Engine(second_fails, known=False), Channel(), list[int]()
+    made = opened(fake, channel)
+    if when == "afterwards":
+        made.ready(time.monotonic() + SOON)
+    gate.set()
+    with pytest.raises(TransferFailed, match="a handle that is none"):
+        made._meeting.end(time.monotonic() + SOON)  # type: ignore[union-attr]
+    if when == "afterwards":
+        pull(made, done.append)  # the fake has it by then
+        assert sorted(done) == list(range(COUNT))
+    else:
+        with pytest.raises(TransportUnavailable, match="a handle that is none"):
+            made.ready(time.monotonic() + SOON)
+    made.close(time.monotonic() + SOON)
+    assert channel.said == [QUIET]
 
 
 def test_what_opening_fails_with_is_why_this_transport_does_not_work_here() -> None:

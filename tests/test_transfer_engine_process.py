@@ -63,7 +63,7 @@ def test_python_ends_while_one_thread_reads_and_another_meets_a_silent_seed() ->
             assert reading.wait(60)
             other = engine.Engine("tcp", "127.0.0.1", ())
             try:
-                other.meet(lambda: other.read(f"127.0.0.1:{sys.argv[1]}", 0, 0, 1, "cpu", 1e9)).wait(0)
+                other.meet(lambda met: other.read(f"127.0.0.1:{sys.argv[1]}", 0, 0, 1, "cpu", 1e9)).wait(0)
             except tensorfork.TransferFailed:
                 os.write(1, b"ending")
             """,

@@ -161,8 +161,8 @@ def test_scratch_is_bounded_and_one_for_all(monkeypatch: pytest.MonkeyPatch) -> 
 
     class Watched(strided.Scratch):
         @classmethod
-        def for_pairs(cls, *args: object) -> strided.Scratch:
-            scratch = strided.Scratch.for_pairs(*args)  # type: ignore[arg-type]
+        def for_tensors(cls, *args: object) -> strided.Scratch:
+            scratch = strided.Scratch.for_tensors(*args)  # type: ignore[arg-type]
             made.extend(buffer.nbytes for buffer in scratch.buffers.values())
             return scratch
 

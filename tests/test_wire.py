@@ -381,14 +381,16 @@ def test_regions_and_places_arrive_as_they_were(data: st.DataObject) -> None:
     natural = st.integers(0, 2**63)
     regions = data.draw(st.lists(st.builds(RemoteRegion, natural, natural, TEXT), max_size=5))
     places = data.draw(st.dictionaries(natural, st.builds(Place, natural, natural), max_size=5))
-    assert wire.unpack_places(wire.pack_places(regions, places)) == (regions, places)
+    pages = wire.pack_places(regions, places)
+    assert (wire.unpack_regions(pages), wire.unpack_places(pages)) == (regions, places)
 
 
 @pytest.mark.parametrize("count", [0, PAGE, PAGE + 1, 20_000])
 def test_regions_and_places_of_any_number_arrive_as_they_were(count: int) -> None:
     regions = [RemoteRegion(i, 512, "cpu") for i in range(count)]
     places = {i: Place(i, 8) for i in range(count)}
-    assert wire.unpack_places(wire.pack_places(regions, places)) == (regions, places)
+    pages = wire.pack_places(regions, places)
+    assert (wire.unpack_regions(pages), wire.unpack_places(pages)) == (regions, places)
 
 
 @pytest.mark.parametrize(
@@ -411,7 +413,7 @@ def test_regions_and_places_of_any_number_arrive_as_they_were(count: int) -> Non
 )
 def test_a_table_of_regions_that_cannot_be_is_refused(pages: list[bytes]) -> None:
     with pytest.raises(ProtocolError):
-        wire.unpack_places(pages)
+        (wire.unpack_regions(pages), wire.unpack_places(pages))
 
 
 @given(values=st.lists(st.integers(0, 2**64 - 1), max_size=30))

@@ -13,14 +13,19 @@ from tensorfork.transports.cuda_ipc.offer import Source
 
 log = logging.getLogger("tensorfork")
 
+LATE = "CUDA had not opened the seed's memory by the deadline"
 _Pair = tuple[int, int]
 """A remote region's id, and one of our GPUs."""
 
 
+OPENERS = 2
+"""Threads: while one waits for the interpreter, the other's call is with the driver."""
+
+
 class Mapped:
-    """The seed's memory, as our GPUs see it. A thread opens the handles in the order in which they are wanted, while
-    whoever wants them draws up plans, and while bytes move already: a call of 0.06 ms each, after which it wants the
-    interpreter again, and gets it at once.
+    """The seed's memory, as our GPUs see it. Threads open the handles in the order in which they are wanted, while
+    whoever wants them draws up plans, and while bytes move already: calls of 0.06 ms each, after which a thread wants
+    the interpreter again, and gets it at once.
     """
 
     def __init__(self, sources: Mapping[int, Source]) -> None:
@@ -28,9 +33,10 @@ class Mapped:
         self._found: dict[_Pair, int] = {}
         self._failed: dict[_Pair, Exception] = {}
         self._wanted: dict[_Pair, None] = {}
+        self._under_way: set[_Pair] = set()
         self._changed = threading.Condition()
-        self._opener: threading.Thread | None = None
-        self._turns = ExitStack()  # with the opener, but for one that hangs
+        self._openers: list[threading.Thread] = []
+        self._turns = ExitStack()  # with the openers, but for one that hangs
         self._closed = False
 
     def want(self, pairs: Iterable[_Pair]) -> None:
@@ -45,18 +51,33 @@ class Mapped:
                     self._found[id, device] = source.address
                 else:
                     first[id, device] = None
+            for pair in self._under_way:
+                first.pop(pair, None)
             self._wanted = first | self._wanted
-            if self._wanted and self._opener is None:
+            if self._wanted and not self._openers:
                 self._turns.enter_context(short_turns)
-                self._opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
-                self._opener.start()
+                for _ in range(min(OPENERS, len(self._wanted))):
+                    opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
+                    self._openers.append(opener)
+                    opener.start()
 
     def first(self, deadline: float) -> None:
-        """Wait until one is open, if any is wanted; raises as `address` does for the first that failed."""
+        """Wait until an eighth of what is wanted is open, if anything is; raises as `address` does for the first that
+        failed.
+        """
         with self._changed:
-            pair = None if self._found else next(iter([*self._failed, *self._wanted]), None)
-        if pair is not None:
-            self.address(*pair, deadline)
+            enough = -(-self._count() // 8)
+            over = self._changed.wait_for(
+                lambda: len(self._found) >= enough or self._failed, max(0.0, deadline - time.monotonic())
+            )
+            failed = next(iter(self._failed), None)
+        if failed is not None:
+            self.address(*failed, deadline)
+        if not over:
+            raise TransferFailed(LATE)
+
+    def _count(self) -> int:
+        return len(self._found) + len(self._failed) + len(self._wanted) + len(self._under_way)
 
     def is_open(self, id: int, device: int) -> bool:
         """Whether `address` has nothing to wait for."""
@@ -76,7 +97,7 @@ class Mapped:
                 lambda: pair in self._found or pair in self._failed, max(0.0, deadline - time.monotonic())
             )
             if not over:
-                raise TransferFailed("CUDA had not opened the seed's memory by the deadline")
+                raise TransferFailed(LATE)
             if pair in self._found:
                 return self._found[pair]
             error = self._failed[pair]
@@ -90,8 +111,8 @@ class Mapped:
         with self._changed:
             self._closed = True
             self._turns.close()
-            opener = self._opener
-        if opener is not None:
+            openers = list(self._openers)
+        for opener in openers:
             opener.join(max(0.1, deadline - time.monotonic()))
         with self._changed:
             found, self._found = self._found, {}
@@ -124,19 +145,23 @@ class Mapped:
         """Note what became of one, and say which is wanted first; None when the thread is to end."""
         with self._changed:
             if over is not None:
+                self._under_way.discard(over)
                 if error is not None:
                     self._failed[over] = error
                 elif self._closed:
                     _close(address)
                 else:
                     self._found[over] = address
-                self._wanted.pop(over, None)  # wherever it stands by now
                 self._changed.notify_all()
             if self._closed or not self._wanted:
-                self._opener = None
-                self._turns.close()
+                self._openers.remove(threading.current_thread())
+                if not self._openers:
+                    self._turns.close()
                 return None
-            return next(iter(self._wanted))
+            pair = next(iter(self._wanted))
+            del self._wanted[pair]
+            self._under_way.add(pair)
+            return pair
 
 
 def _close(address: int) -> None:

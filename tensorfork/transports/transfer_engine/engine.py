@@ -166,12 +166,17 @@ class Engine:
             zeros = seen.setdefault(peer.nonce + peer.serial, len(seen))
         return self._join(peer.host, "0" * zeros + str(peer.port))
 
-    def meet(self, work: Callable[[], Any]) -> "Meeting":
-        """Do `work`, which reads from a peer for the first time, on another thread.
+    def meet(self, work: Callable[[Callable[[], None]], Any]) -> "Meeting":
+        """Do `work`, which reads from a peer for the first time, on another thread. It is given what to call when it
+        has met the peer, if it does more than that.
 
         Mooncake asks for the peer's description inside that first read, and waits 60 s for one that is stopped.
         """
         return Meeting(self, work)
+
+    def knows(self, address: str) -> bool:
+        """Whether it has read from there before: handles over nvlink, once opened, stay so."""
+        return address in self._known
 
     def read(self, address: str, into: int, source: int, nbytes: int, device: str, deadline: float) -> int:
         """Begin to read; a number for `outcome`, which must be asked until it is over. Raises `TransferFailed`."""
@@ -262,31 +267,41 @@ class Engine:
 
 
 class Meeting:
-    """What `Engine.meet` does, under way. Whoever begins one waits for it."""
+    """What `Engine.meet` does, under way. Whoever begins one waits for it, to its end."""
 
-    def __init__(self, engine: Engine, work: Callable[[], Any]) -> None:
+    def __init__(self, engine: Engine, work: Callable[[Callable[[], None]], Any]) -> None:
         self._engine, self._work = engine, work
         self._error: Exception | None = None
-        self._over = threading.Event()
+        self._met, self._over = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="tensorfork-meet", daemon=True).start()
 
     def wait(self, deadline: float) -> None:
-        """Raises what `work` raised. If it hangs, raises `TransferFailed`, and the engine is broken."""
+        """Until the peer has been met. Raises what `work` raised. If it hangs, raises `TransferFailed`, and the engine
+        is broken.
+        """
+        self._wait(self._met, deadline)
+
+    def end(self, deadline: float) -> None:
+        """The same, until all is done."""
+        self._wait(self._over, deadline)
+
+    def _wait(self, event: threading.Event, deadline: float) -> None:
         try:
-            if not self._over.wait(max(0.0, deadline - time.monotonic())):
+            if not event.wait(max(0.0, deadline - time.monotonic())):
                 raise TransferFailed("the seed's engine did not answer by the deadline: it is stopped, or unreachable")
         finally:
-            if not self._over.is_set():
+            if not event.is_set():
                 self._engine.broken = True
         if self._error is not None:
             raise self._error
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._work(self._met.set)
         except Exception as error:
             self._error = error
         finally:
+            self._met.set()
             self._over.set()
 
 

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from threading import Event
 
 import torch
@@ -31,6 +30,8 @@ PATIENCE = 2.0
 """The same within the deadline."""
 LOOK = 0.05
 """Seconds between two looks at the deadline, while a batch is under way."""
+HANDLES = 32
+"""Handles that are opened together over nvlink, while plans are drawn up: some 2 ms."""
 READERS = 2
 """Threads that read over nvlink: while the batch of one moves, the handles of the other's are opened."""
 
@@ -58,8 +59,9 @@ class EngineSession(Session):
         self._gpus = sorted({region.device for region in regions} - {"cpu"})
         self._window, self._rate, self._piece = WINDOWS[engine.fabric], rate, piece
         self._holding: Holding | None = None
-        self._closed = self._unquiet = False
+        self._ready = self._closed = self._unquiet = False
         self._meeting: Meeting | None = None
+        self._mapped = Event()
 
     def start(self, deadline: float) -> None:
         """Register what is to be written, where the fabric needs that, and read a byte to see that it works; over
@@ -72,19 +74,19 @@ class EngineSession(Session):
             if self.fabric == "rdma":
                 self._holding = self._engine.spans.hold(list(self._regions.values()), deadline)
             if self.fabric == "nvlink":
-                self._meeting = self._engine.meet(partial(self._map, soon))
+                self._meeting = self._engine.meet(lambda met: self._map(soon, met))
                 return
             for remote in {region.device: region for region in self._remote.values() if region.nbytes}.values():
                 for device in sorted({region.device for region in self._regions.values()}):
                     source = self._offered[remote.id].address
-                    self._engine.meet(partial(self._try, source, device, soon)).wait(soon)
+                    self._meet(source, device, soon)
 
     def ready(self, deadline: float) -> None:
         """See `Session.ready`."""
-        meeting, self._meeting = self._meeting, None
-        if meeting is not None:
+        if self._meeting is not None and not self._ready:
+            self._ready = True
             with self._opening(deadline):
-                meeting.wait(min(deadline, time.monotonic() + OPENING))
+                self._meeting.wait(min(deadline, time.monotonic() + OPENING))
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
@@ -97,6 +99,7 @@ class EngineSession(Session):
         _check(deadline, cancel)
         self._engine.settle(self._gpus)  # nothing of this process may still be using what is written now
         if self.fabric == "nvlink":
+            self._mapped.set()
             self._run_batches(copies, deadline, done, cancel)
             return
         flying: deque[Flight] = deque()
@@ -115,8 +118,9 @@ class EngineSession(Session):
         self._closed = True
         try:
             if self._meeting is not None:
+                self._mapped.set()
                 now = time.monotonic()
-                self._meeting.wait(min(max(deadline, now + GRACE), now + PATIENCE))
+                self._meeting.end(min(max(deadline, now + GRACE), now + PATIENCE))
         except Exception as error:  # whoever closes does not wait for this any more
             log.info("what was begun over nvlink failed: %s", error)
             self._unquiet = self._engine.broken
@@ -296,16 +300,29 @@ class EngineSession(Session):
                 quarantine.take(left, self._engine.outcome, holding.release if holding else _nothing, keep)
         return left
 
-    def _map(self, deadline: float) -> None:
-        """Over nvlink, read a byte: the first handle takes 10 ms, while CUDA learns of the other GPU. Mooncake opens
-        the rest when they are read from, and keeps them.
+    def _map(self, deadline: float, met: Callable[[], None]) -> None:
+        """Over nvlink, read a byte of each region, whose handle Mooncake then opens and keeps; the first takes 10 ms,
+        while CUDA learns of the other GPU. When the pull begins, the rest are opened as they are read from.
         """
         sources = [self._offered[region.id].address for region in self._remote.values() if region.nbytes]
+        new = not self._engine.knows(self._address)
         for device in self._gpus:
-            _on_our_device(device)
-            scratch = torch.empty(1, dtype=torch.uint8, device=device)
-            for source in sources[:1]:
-                self._engine.read_all(self._address, [(scratch.data_ptr(), source, 1)], device, deadline)
+            self._read_bytes(sources[:1], device, deadline)
+        met()
+        for start in range(1, len(sources) if new else 0, HANDLES):
+            if self._mapped.is_set():
+                return
+            self._read_bytes(sources[start : start + HANDLES], self._gpus[-1], deadline)
+
+    def _read_bytes(self, sources: Sequence[int], device: str, deadline: float) -> None:
+        _on_our_device(device)
+        scratch = torch.empty(HANDLES, dtype=torch.uint8, device=device)
+        stretches = [(scratch.data_ptr() + i, source, 1) for i, source in enumerate(sources)]
+        if stretches:
+            self._engine.read_all(self._address, stretches, device, deadline)
+
+    def _meet(self, source: int, device: str, deadline: float) -> None:
+        self._engine.meet(lambda met: self._try(source, device, deadline)).end(deadline)
 
     def _try(self, source: int, device: str, deadline: float) -> None:
         """Read one byte into memory of our own. Runs on a thread that lasts until that is over."""
