@@ -83,6 +83,7 @@ def opened(
     remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
     session = Gloo(**options).open(offer, "127.0.0.1", remote, into.regions, speaker, time.monotonic() + SECONDS)
     try:
+        session.ready(time.monotonic() + SECONDS)
         yield session
     finally:
         session.close(time.monotonic() + SECONDS)

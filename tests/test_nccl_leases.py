@@ -16,6 +16,7 @@ import tensorfork
 from tensorfork import Copy, TransferFailed, TransportUnavailable
 from tensorfork.errors import PeerUnreachable
 from tensorfork.testing.memory import Memory
+from tensorfork.transports.nccl import Gloo
 from tensorfork.transports.nccl.gloo import GlooLane
 from tensorfork.transports.nccl.lane import FORK
 from tensorfork.transports.nccl.memory import Memory as RegionsOfOneSide
@@ -26,6 +27,29 @@ def test_a_fork_that_never_joins_costs_a_thread_until_the_lease_ends() -> None:
     with served(export(Memory("cpu", [1000], 1))) as (_, ended):
         pass
     assert not ended
+
+
+def meeting() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name in ("tensorfork-meet", "tensorfork-join")]
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["a seed that says nothing", "a seed that waits in the group"])
+def test_a_session_that_is_closed_while_the_two_sides_meet_leaves_nobody_waiting(answered: bool) -> None:
+    memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
+    asked = threading.Event()
+    made = export(memory, joining=SECONDS)
+    before = set(threading.enumerate())
+    with served(made, lambda words: (asked.set(), words if answered else None)[1]) as (speaker, _):
+        remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
+        options = {"joining": 4 * SECONDS}
+        session = Gloo(**options).open(  # type: ignore[arg-type]
+            made.offer, "127.0.0.1", remote, into.regions, speaker, time.monotonic() + 4 * SECONDS
+        )
+        assert asked.wait(SECONDS), "it does not meet the seed by itself"
+        session.close(time.monotonic() + SECONDS)
+        wait_until(lambda: not set(meeting()) - before)
+        with pytest.raises(TransferFailed):
+            session.pull([], time.monotonic() + SECONDS, lambda i: None, threading.Event())
 
 
 def test_a_lease_whose_time_is_over_ends_by_itself() -> None:

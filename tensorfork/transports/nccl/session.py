@@ -65,16 +65,26 @@ class GroupSession(Session):
         self._lanes: list[Lane] = []
         self._pairs: list[tuple[str, str]] = []
         self._broken = False
-        until = min(deadline, time.monotonic() + joining)
-        reach = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join")
-        self._store = reach.result(_patience(until))
+        self._store: Any = None
+        self._ended = Event()
         theirs, ours = {region.device for region in remote}, {region.device for region in regions}
+        pairs = [(one, other) for one in theirs for other in ours]
+        self._first = pairs if len(pairs) == 1 else []  # else the copies say which are needed
+        until = min(deadline, time.monotonic() + joining)
+        self._meeting: Task[tuple[Any, list[Lane]]] | None = Task(
+            lambda: self._meet(port, until), lambda made: _close_all(made[1]), "tensorfork-meet"
+        )
+
+    def ready(self, deadline: float) -> None:
+        """See `Session.ready`: the two sides meet, and make a group if one will do, which takes NCCL half a second."""
+        if self._meeting is None:
+            return
         try:
-            if len(theirs) == len(ours) == 1:  # else it is the copies that say which pairs are needed
-                self._join([(theirs.pop(), ours.pop())], deadline, lambda: None)
+            self._store, self._lanes = self._meeting.result(_patience(min(deadline, time.monotonic() + self._joining)))
         except BaseException:
             self.close(deadline)
             raise
+        self._meeting, self._pairs = None, list(self._first)
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
@@ -82,6 +92,7 @@ class GroupSession(Session):
             raise TransferFailed("this connection failed before; open another session")
         if cancel.is_set() or time.monotonic() >= deadline:
             raise TransferFailed("the transfer was cancelled" if cancel.is_set() else "the deadline is past")
+        self.ready(deadline)
         pairs = self._pairs_of(copies)
         self._broken = True  # until it is over
         window: deque[tuple[Parcel, Any]] = deque()
@@ -89,7 +100,9 @@ class GroupSession(Session):
             pull = _Pull(self._talk, watch, cancel, deadline, done)
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
-                    self._join(missing, deadline, pull.check)
+                    until = min(deadline, time.monotonic() + self._joining)
+                    self._lanes += self._join(self._store, missing, until, pull.check)
+                    self._pairs += missing
                 lanes = {pair: i for i, pair in enumerate(self._pairs)}
                 numbers = [lanes[pair] for pair in pairs]
                 limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
@@ -103,37 +116,58 @@ class GroupSession(Session):
 
     def close(self, deadline: float) -> None:
         """See `Session.close`."""
-        lanes, self._lanes, self._store = self._lanes, [], None
+        self._ended.set()
+        if self._meeting is not None:
+            self._meeting.give_up()
+        lanes, self._lanes, self._store, self._meeting = self._lanes, [], None, None
         idle, self._broken = not self._broken, True  # the last pull was whole, or there was none
         for lane in lanes:
             lane.close(idle)
 
-    def _join(self, pairs: Sequence[tuple[str, str]], deadline: float, look: Callable[[], object]) -> None:
+    def _meet(self, port: int, until: float) -> tuple[Any, list[Lane]]:
+        """The seed's store, and the first lanes. On its thread, beside which nobody uses the channel."""
+
+        def look() -> None:
+            if self._ended.is_set():
+                raise TransferFailed("nobody waits for this any more")
+
+        store = reach_store(self._seed, port, until)
+        return store, self._join(store, self._first, until, look) if self._first else []
+
+    def _join(
+        self, store: Any, pairs: Sequence[tuple[str, str]], until: float, look: Callable[[], object]
+    ) -> list[Lane]:
         """Make lanes for these pairs of devices, all at once. Raises `TransportUnavailable`, and leaves nothing."""
-        until = min(deadline, time.monotonic() + self._joining)
         patience = _patience(until)
         ctas = self._settings.ctas
+        lanes: list[Lane] = []
 
         def both() -> None:
             patience()
             look()
 
         try:
+            look()
             own = local_address(self._seed)
             self._talk.say("join", pairs, [ctas.fewest, ctas.most, ctas.cluster], own, until=until)
             self._expect("ready", until, look)
-            makers = [self._maker(number, pair, own, until) for number, pair in enumerate(pairs, len(self._pairs))]
-            self._lanes += together(makers, Lane.close, "tensorfork-join", both)
-            self._pairs += pairs
+            makers = [
+                self._maker(store, number, pair, own, until) for number, pair in enumerate(pairs, len(self._pairs))
+            ]
+            lanes = together(makers, Lane.close, "tensorfork-join", both)
             self._expect("joined", until, look)
-        except (RuntimeError, PeerUnreachable, TransferFailed) as error:
-            raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
+            return lanes
+        except BaseException as error:
+            _close_all(lanes)
+            if isinstance(error, RuntimeError | PeerUnreachable | TransferFailed):
+                raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
+            raise
 
-    def _maker(self, number: int, pair: tuple[str, str], own: str, until: float) -> Callable[[], Lane]:
+    def _maker(self, store: Any, number: int, pair: tuple[str, str], own: str, until: float) -> Callable[[], Lane]:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        store = PrefixStore(f"{self._token}/{number}", self._store)
-        return lambda: make(pair, store, FORK, self._memory, self._settings, own, until)
+        prefixed = PrefixStore(f"{self._token}/{number}", store)
+        return lambda: make(pair, prefixed, FORK, self._memory, self._settings, own, until)
 
     def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
         words = self._talk.hear(until, look)
@@ -307,6 +341,11 @@ def _read_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]
     parcel = sizes[0] if same_host else min(sizes[0], NETWORK)
     settings = evolve(ours, parcel=parcel, bucket=sizes[1], small=sizes[2], ctas=Ctas(*limits))
     return str(token), port, settings, same_host
+
+
+def _close_all(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        lane.close()
 
 
 def _ctas(ctas: Ctas) -> list[int | None]:
