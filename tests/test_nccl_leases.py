@@ -29,16 +29,16 @@ def test_a_fork_that_never_joins_costs_a_thread_until_the_lease_ends() -> None:
     assert not ended
 
 
-def meeting() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name in ("tensorfork-meet", "tensorfork-join")]
-
-
 @pytest.mark.parametrize("answered", [False, True], ids=["a seed that says nothing", "a seed that waits in the group"])
 def test_a_session_that_is_closed_while_the_two_sides_meet_leaves_nobody_waiting(answered: bool) -> None:
     memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
     asked = threading.Event()
     made = export(memory, joining=SECONDS)
     before = set(threading.enumerate())
+
+    def left(*names: str) -> bool:
+        return any(thread.name in names for thread in set(threading.enumerate()) - before)
+
     with served(made, lambda words: (asked.set(), words if answered else None)[1]) as (speaker, _):
         remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
         options = {"joining": 4 * SECONDS}
@@ -47,9 +47,10 @@ def test_a_session_that_is_closed_while_the_two_sides_meet_leaves_nobody_waiting
         )
         assert asked.wait(SECONDS), "it does not meet the seed by itself"
         session.close(time.monotonic() + SECONDS)
-        wait_until(lambda: not set(meeting()) - before)
+        wait_until(lambda: not left("tensorfork-meet"))
         with pytest.raises(TransferFailed):
             session.pull([], time.monotonic() + SECONDS, lambda i: None, threading.Event())
+    wait_until(lambda: not left("tensorfork-meet", "tensorfork-join"))
 
 
 def test_a_lease_whose_time_is_over_ends_by_itself() -> None:
