@@ -101,6 +101,50 @@ def test_one_handle_is_opened_while_another_is(driver: Driver, monkeypatch: pyte
     mapped.close(soon())
 
 
+def test_while_copies_are_enqueued_no_handle_begins_to_be_opened_and_then_one_at_a_time(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way, most = list[bytes](), list[int]()
+    open_handle = driver.open_handle
+
+    def opening(handle: bytes) -> int:
+        under_way.append(handle)
+        most.append(len(under_way))
+        try:
+            return open_handle(handle)
+        finally:
+            under_way.remove(handle)
+
+    monkeypatch.setattr(cuda, "open_handle", opening)
+    mapped = Mapped(sources(40))
+    mapped.want([(i, 0) for i in range(40)])
+    while len(most) < OPENERS:
+        assert driver.reached.wait(SOON)
+    with mapped.pause():
+        driver.gate.set()  # those under way end, and no other begins
+        for i in range(OPENERS):
+            mapped.address(i, 0, soon())
+        while len(mapped._openers) > 1:
+            assert driver.reached.wait(SOON)
+        assert len(most) == OPENERS
+    for i in range(40):
+        mapped.address(i, 0, soon())
+    assert set(most[OPENERS:]) == {1}
+    mapped.close(soon())
+    assert sorted(driver.closed) == [1000 + i for i in range(40)]
+
+
+def test_a_pause_keeps_nobody_from_closing(driver: Driver) -> None:
+    driver.gate.set()
+    mapped = Mapped(sources(40))
+    with mapped.pause():
+        mapped.want([(i, 0) for i in range(40)])
+        openers = list(mapped._openers)
+        mapped.close(soon())
+    assert not any(opener.is_alive() for opener in openers)
+    assert sorted(driver.closed) == sorted(driver.opened)
+
+
 def test_what_cannot_be_opened_hurts_only_who_asks_for_it(driver: Driver) -> None:
     driver.bad.add(1)
     driver.gate.set()

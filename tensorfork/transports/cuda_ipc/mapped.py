@@ -3,8 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from tensorfork import cuda
 from tensorfork.errors import TransferFailed, TransportUnavailable
@@ -19,7 +19,7 @@ _Pair = tuple[int, int]
 
 
 OPENERS = 2
-"""Threads: while one waits for the interpreter, the other's call is with the driver."""
+"""Threads: while one waits for the interpreter, the other's call is with the driver. Beside copies there is one."""
 
 
 class Mapped:
@@ -37,6 +37,7 @@ class Mapped:
         self._changed = threading.Condition()
         self._openers: list[threading.Thread] = []
         self._turns = ExitStack()  # with the openers, but for one that hangs
+        self._most, self._paused = OPENERS, False
         self._closed = False
 
     def want(self, pairs: Iterable[_Pair]) -> None:
@@ -56,7 +57,7 @@ class Mapped:
             self._wanted = first | self._wanted
             if self._wanted and not self._openers:
                 self._turns.enter_context(short_turns)
-                for _ in range(min(OPENERS, len(self._wanted))):
+                for _ in range(min(self._most, len(self._wanted))):
                     opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
                     self._openers.append(opener)
                     opener.start()
@@ -78,6 +79,20 @@ class Mapped:
 
     def _count(self) -> int:
         return len(self._found) + len(self._failed) + len(self._wanted) + len(self._under_way)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside, no handle begins to be opened. The driver does one thing at a time, and is not fair: who opens one
+        handle after another keeps who wants to enqueue copies waiting for milliseconds.
+        """
+        with self._changed:
+            self._most, self._paused = 1, True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._paused = False
+                self._changed.notify_all()
 
     def is_open(self, id: int, device: int) -> bool:
         """Whether `address` has nothing to wait for."""
@@ -110,6 +125,7 @@ class Mapped:
         """Close all of them; nothing may be reading any more. One that is still being opened is closed when it is."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
             self._turns.close()
             openers = list(self._openers)
         for opener in openers:
@@ -153,7 +169,9 @@ class Mapped:
                 else:
                     self._found[over] = address
                 self._changed.notify_all()
-            if self._closed or not self._wanted:
+            if len(self._openers) <= self._most:
+                self._changed.wait_for(lambda: self._closed or not self._paused)
+            if self._closed or not self._wanted or len(self._openers) > self._most:
                 self._openers.remove(threading.current_thread())
                 if not self._openers:
                     self._turns.close()

@@ -120,9 +120,10 @@ class IpcSession(Session):
                 source = self._memory.address(copy.region, pending.device, self._deadline) + copy.offset
                 moves.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
                 self._launched += copy.nbytes
-            cuda.copy_all(stream, moves)
-            event = torch.cuda.Event()
-            event.record(stream)
+            with self._memory.pause():
+                cuda.copy_all(stream, moves)
+                event = torch.cuda.Event()
+                event.record(stream)
             flying.append(_Flying(pending.device, event, batch))
         return bool(pending.copies)
 

@@ -118,6 +118,7 @@ class NcclLane(Lane):
     def greet(self, until: float) -> None:
         """See `Lane.greet`. Here NCCL makes its communicator, which takes about half a second."""
         with cuda.on(self._before), nursery.making(self._memory, until):
+            _load(self._device)
             come = self._make(len(GREETING)).copy_(greeting(self.rank))
             work = self._move([come])
         done = torch.cuda.Event()
@@ -184,6 +185,17 @@ def _quit(group: Any) -> None:
         group.abort()
     except RuntimeError as error:
         log.info("a group that did nothing could not be aborted: %s", error)
+
+
+@cache
+def _load(device: torch.device) -> None:
+    """Have the kernels that pack and unpack on a GPU. CUDA loads one at its first launch, and may wait for all that the
+    GPU does, while nobody else launches anything: beside an operation that waits for the other side, which loads one
+    beside another group's that waits for this side, both would wait for ever.
+    """
+    for sizes in ((16, 32), (3, 5)):  # aligned, and not
+        parts = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for nbytes in sizes]
+        torch._foreach_copy_(parts, list(torch.cat(parts).split(sizes)))
 
 
 @cache

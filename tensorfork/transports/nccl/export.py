@@ -165,6 +165,7 @@ class GroupExport(Export):
                 if len(window) == WINDOW:
                     finish()
                 window.append((lane, lane.begin(stretches, packed, self._deadline)))
+                watch.begin()
                 go_on()
             while window:
                 finish()

@@ -165,7 +165,8 @@ def together(
 
 
 class Watch:
-    """Calls `abort` from a thread of its own, once, with the reason, when it is time: past `until`, or when told to.
+    """Calls `abort` from a thread of its own, once, with the reason, when it is time: past `until`, or when told to;
+    from `begin` on, which is to be called before anything that may hang.
 
     `until` may be moved at any time. `reason` is empty as long as there was none.
     """
@@ -176,13 +177,18 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tensorfork-watch", daemon=True)
 
+    def begin(self) -> None:
+        """Watch; nothing new where it does."""
+        if self._thread.ident is None:
+            self._thread.start()
+
     def __enter__(self) -> "Watch":
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._over.wait(LOOK if self._cancel is not None else 0.1):

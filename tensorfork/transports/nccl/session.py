@@ -100,6 +100,7 @@ class GroupSession(Session):
             pull = _Pull(self._talk, watch, cancel, deadline, done)
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
+                    watch.begin()
                     until = min(deadline, time.monotonic() + self._joining)
                     self._lanes += self._join(self._store, missing, until, pull.check)
                     self._pairs += missing
@@ -236,6 +237,7 @@ class _Pull:
         book = pages(parcels)
         if parcels:
             self._ask(book)  # the seed takes a while to begin; the rest is done meanwhile
+        self._watch.begin()
         for parcel in parcels:
             for i in parcel.copies:
                 self._left[i] += 1
