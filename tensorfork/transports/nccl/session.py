@@ -221,7 +221,8 @@ class _Pull:
         self._listen = time.monotonic()
         self._attend = self._listen + ATTEND
         self._parcels: Sequence[Parcel] = ()
-        self._left: list[int] = []  # parcels that each copy still needs
+        self._copies = 0
+        self._left: list[int] | None = None  # parcels that each copy still needs
         self._asked = self._arrived = self._sent = self._counted = 0  # parcels
         self._failed = ""
 
@@ -233,25 +234,18 @@ class _Pull:
         window: deque[tuple[Parcel, Any]],
     ) -> None:
         """Receive all parcels. What is under way is in the window."""
-        self._parcels, self._left = parcels, [0] * len(copies)
+        self._copies, self._parcels = len(copies), parcels
         book = pages(parcels)
-        if parcels:
-            self._ask(book)  # the seed takes a while to begin; the rest is done meanwhile
-        self._watch.begin()
-        for parcel in parcels:
-            for i in parcel.copies:
-                self._left[i] += 1
-        for i, count in enumerate(self._left):
-            if not count:
-                self._done(i)
-        for lane in lanes:
-            lane.prepare()
         for number, parcel in enumerate(parcels):
             while self._asked < min(len(parcels), number + 1 + WINDOW):
                 self._ask(book)
+            if not number:
+                for lane in lanes:
+                    lane.prepare()
             if len(window) == WINDOW:
                 self._finish(window, lanes)
             window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed, self._deadline)))
+            self._watch.begin()
         while window:
             self._finish(window, lanes)
         self._count(len(parcels))
@@ -309,14 +303,24 @@ class _Pull:
 
     def _count(self, most: int) -> None:
         """Say `done` for copies that are whole now, by the next parcels that count, so many at most."""
+        if self._left is None:  # not before the first parcels are under way
+            self._left = [0] * self._copies
+            for parcel in self._parcels:
+                for i in parcel.copies:
+                    self._left[i] += 1
+            for i in [i for i, count in enumerate(self._left) if not count]:
+                self._say_done(i)
         for parcel in self._parcels[self._counted : min(self._counted + most, self._arrived, self._sent)]:
             self._counted += 1
             for i in parcel.copies:
                 self._left[i] -= 1
                 if not self._left[i]:
-                    self._done(i)
-                    if self._cancel.is_set():
-                        raise TransferFailed("the transfer was cancelled")
+                    self._say_done(i)
+
+    def _say_done(self, i: int) -> None:
+        self._done(i)
+        if self._cancel.is_set():
+            raise TransferFailed("the transfer was cancelled")
 
     def _note(self, words: Sequence[Any]) -> None:
         match words:
