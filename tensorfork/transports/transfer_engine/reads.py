@@ -10,9 +10,9 @@ from tensorfork.transports.transfer_engine.export import OfferedRegion
 
 SMALLEST = 64 << 10
 """Bytes of a read, at least, where a rate is to be kept."""
-BATCHES = 8
-"""At least so many are made of what is read in batches, if there are so many reads: so that there is progress, and
-the first begins soon."""
+BATCHES = 4
+"""About so many are made for each thread of what is read in batches, if there are so many reads: so that there is
+progress."""
 
 
 @frozen
@@ -101,10 +101,10 @@ class Arrivals:
             self._done(copy)
 
 
-def in_batches(jobs: Sequence[Job], window: Window, rate: float | None) -> Iterator[list[Job]]:
-    """Jobs of one device, as many as the window takes; with a rate, one at a time."""
+def in_batches(jobs: Sequence[Job], window: Window, rate: float | None, count: int) -> Iterator[list[Job]]:
+    """About so many batches, each of jobs of one device; with a rate, one at a time."""
     batch: list[Job] = []
-    room, most = 0, min(window.nbytes, sum(job.nbytes for job in jobs) // BATCHES)
+    room, most = 0, min(window.nbytes, _share(jobs, count))
     for job in jobs:
         full = len(batch) == window.count or job.nbytes > room or rate is not None
         if batch and (full or job.device != batch[0].device):
@@ -116,3 +116,9 @@ def in_batches(jobs: Sequence[Job], window: Window, rate: float | None) -> Itera
         room -= job.nbytes
     if batch:
         yield batch
+
+
+def _share(jobs: Sequence[Job], count: int) -> int:
+    """Bytes of one of so many batches, with which what does not fit to the byte makes no further one."""
+    sizes = [job.nbytes for job in jobs]
+    return sum(sizes) // count + max(sizes, default=0)
