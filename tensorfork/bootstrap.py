@@ -36,6 +36,8 @@ Answer = Callable[..., None]
 
 UNREAD = 256
 """Replies that wait for a fork which does not read; more are dropped."""
+LOOK = 200
+"""Milliseconds of one wait at most; between two, whoever listens looks whether the conversation is over."""
 COPY_BELOW = 1 << 10
 """Longer frames are sent from where they lie: a layout's pages are the same for every fork and every request."""
 
@@ -183,6 +185,7 @@ class Conversation:
         self._strangers = 0
         self._unanswered = False
         self._refusals = 0
+        self._closed = False
         connect(self._socket, resolved)
 
     def ask(self, request: wire.Request, expect: type[M], deadline: float, step: str) -> tuple[M, list[bytes]]:
@@ -233,25 +236,34 @@ class Conversation:
                         raise self._refusal(message, "channel")
 
     def close(self) -> None:
-        """Hang up."""
-        self._socket.disable_monitor()
-        self._context.destroy(linger=200)
+        """Hang up. Whoever else is just listening is waited for; who comes later is told."""
+        self._closed = True
+        with self._lock:
+            self._socket.disable_monitor()
+            self._context.destroy(linger=200)
 
     def _keep(self, said: wire.Say, frames: Sequence[bytes]) -> None:
         self._said.setdefault(said.lease, queue.SimpleQueue()).put(b"".join(frames[1:]))
 
     def _put(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
+        self._check_open(step)
         while not self._socket.poll(0, zmq.POLLOUT):
             self._wait(zmq.POLLOUT, deadline, step)
         self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _get(self, deadline: float, step: str) -> list[bytes]:
+        self._check_open(step)
         while not self._socket.poll(0, zmq.POLLIN):
             self._wait(zmq.POLLIN, deadline, step)
         return self._socket.recv_multipart(zmq.NOBLOCK)
 
+    def _check_open(self, step: str) -> None:
+        if self._closed:
+            raise PeerUnreachable(f"{self.peer}: the conversation is over (at step {step})")
+
     def _wait(self, what: int, deadline: float, step: str) -> None:
-        """Until the socket is ready or something happened to the connection."""
+        """Until the socket is ready or something happened to the connection, or for a moment."""
+        self._check_open(step)
         if time.monotonic() >= deadline:
             why = "it answers nothing" if self._met else "nobody answers there"
             if self._refusals and not self._met:
@@ -263,7 +275,7 @@ class Conversation:
         poller = zmq.Poller()
         poller.register(self._socket, what)
         poller.register(self._monitor, zmq.POLLIN)
-        ready = dict(poller.poll(milliseconds(deadline)))
+        ready = dict(poller.poll(min(milliseconds(deadline), LOOK)))
         if self._monitor in ready:
             self._notice(zmq.Event(recv_monitor_message(self._monitor)["event"]), step)
 

@@ -26,6 +26,7 @@ _LAZY_PEER_ACCESS = 1
 _NON_BLOCKING = 1
 _RELAXED = 2
 _IN_STREAM_ORDER = 1
+_INVALID_VALUE, _NOT_SUPPORTED = 1, 801
 
 
 class _Handle(ctypes.Structure):
@@ -122,9 +123,7 @@ def copy_all(stream: "torch.cuda.Stream", copies: Sequence[tuple[int, int, int]]
     copies = [copy for copy in copies if copy[2]]  # the call takes none of no bytes
     batch, failed = _batch()
     if batch is None or len(copies) < 2:
-        with copying(stream) as copy:
-            for one in copies:
-                copy(*one)
+        _copy_each(stream, copies)
         return
     numbers = ctypes.c_uint64 * len(copies)
     to, sources, sizes = (numbers(*column) for column in zip(*copies, strict=True))
@@ -132,7 +131,16 @@ def copy_all(stream: "torch.cuda.Stream", copies: Sequence[tuple[int, int, int]]
     orders = ctypes.byref(order), ctypes.byref(from_first), 1
     with current(stream.device.index), relaxed_capture():
         code = batch(to, sources, sizes, len(copies), *orders, *failed, stream.cuda_stream)
+    if code in (_INVALID_VALUE, _NOT_SUPPORTED):  # of this memory, or by this driver; it says better what it is
+        _copy_each(stream, copies)
+        return
     _check(code, "cuMemcpyBatchAsync")
+
+
+def _copy_each(stream: "torch.cuda.Stream", copies: Sequence[tuple[int, int, int]]) -> None:
+    with copying(stream) as copy:
+        for one in copies:
+            copy(*one)
 
 
 @cache

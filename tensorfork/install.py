@@ -10,6 +10,7 @@ too come first, and what was in them is let go of; for all else `prepare` refuse
 
 import copyreg
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,18 +47,14 @@ class Installation:
     def prepare(
         cls, made: Mapping[str, tuple[torch.Tensor, torch.Tensor]], wrappers: Mapping[str, torch.Tensor]
     ) -> "Installation":
-        """For meta tensors by name, each with what it becomes, and all tensors of the model that are made of others.
+        """For meta tensors by name that passed `check`, each with what it becomes, and all tensors of the model that
+        are made of others.
 
-        Raises `UnsupportedTensor` for one that cannot be exchanged, or not be made anew.
+        Raises `UnsupportedTensor` for one of these that cannot be exchanged, or not be made anew.
         """
         becomes = {id(old): new for old, new in made.values()}
         tensors = [Taking(name, old, new) for name, (old, new) in made.items()]
         tensors.sort(key=lambda one: one.old._base is None or id(one.old._base) not in becomes)
-        views: dict[int, int] = {}
-        for one in tensors:
-            views[id(one.old._base)] = views.get(id(one.old._base), 0) + 1
-        for one in tensors:
-            _check(one.name, one.old, views.get(id(one.old), 0))
         rebuilt: dict[int, Taking] = {}
         for name, old in wrappers.items():
             if id(old) not in rebuilt and (new := _rebuild(name, old, becomes)) is not None:
@@ -93,6 +90,13 @@ class Installation:
             for back in reversed(undo):
                 back()
             raise
+
+
+def check(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `UnsupportedTensor` for a meta tensor among these that cannot take memory in place. Each is given once."""
+    views = Counter(id(tensor._base) for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        _check(name, tensor, views[id(tensor)])
 
 
 def _check(name: str, tensor: torch.Tensor, views: int) -> None:

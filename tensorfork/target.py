@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 
-from tensorfork.install import Installation, like, plain_mode
+from tensorfork.install import Installation, check, like, plain_mode
 from tensorfork.layout import ModelLayout, StorageLayout, Survey, TensorLayout
 from tensorfork.plan import Pair
 from tensorfork.spans import ALIGNMENT
@@ -51,9 +51,12 @@ class Room:
 def room_for(pairs: Sequence[Pair], theirs: ModelLayout, ours: Survey, device: Device) -> Room:
     """Room for the meta tensors among ours, on `device` (see `place`), beside those that have memory.
 
-    Raises `ValueError` where the device cannot be used.
+    Raises:
+        ValueError: the device cannot be used.
+        UnsupportedTensor: one of the meta tensors cannot take memory in place.
     """
     meta = [pair.theirs for pair in pairs if ours.tensors[pair.name].is_meta]
+    check(dict({id(ours.tensors[one.name]): (one.name, ours.tensors[one.name]) for one in reversed(meta)}.values()))
     fresh = allocate(theirs, sorted({tensor.storage for tensor in meta}), device) if meta else Fresh({}, {}, {})
     behind = len(theirs.storages) if meta else 0
     regions = ours.memory.regions(ours.layout)
@@ -104,7 +107,7 @@ class Target:
 def prepare(ours: Survey, room: Room) -> Target:
     """What fills our tensors, those among them that are still meta in the room made for them.
 
-    Raises `UnsupportedTensor` for a meta tensor that cannot take memory in place.
+    Raises `UnsupportedTensor` for a tensor made of others that cannot be made anew.
     """
     tensors, wrappers = ours.tensors, list({id(one): one for one in ours.wrappers.values()}.values())
     meta = [pair for pair in room.pairs if tensors[pair.name].is_meta]

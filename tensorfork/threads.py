@@ -1,6 +1,7 @@
 """Threads of Python's and torch's, and how they share the interpreter and the cores."""
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -45,8 +46,8 @@ class _Turns:
         with self._lock:
             if not self._inside:
                 self._usual = sys.getswitchinterval()
-                sys.setswitchinterval(min(self._usual, TURN))
             self._inside += 1
+            sys.setswitchinterval(min(self._usual, TURN))
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
@@ -54,8 +55,15 @@ class _Turns:
             if not self._inside:
                 sys.setswitchinterval(self._usual)
 
+    def after_fork(self) -> None:
+        """In the child: whoever was inside is not there."""
+        if self._inside:
+            sys.setswitchinterval(self._usual)
+        self._lock, self._inside = threading.Lock(), 0
+
 
 short_turns = _Turns()
+os.register_at_fork(after_in_child=short_turns.after_fork)
 
 
 @cache

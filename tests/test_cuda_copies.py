@@ -20,7 +20,7 @@ class Driver:
     def __init__(self, *, first: bool = False, second: bool = False) -> None:
         self.batches: list[list[tuple[int, int, int]]] = []
         self.single: list[tuple[int, int, int]] = []
-        self.code = 0
+        self.code = self.batch_code = 0
         if first:
             self.cuMemcpyBatchAsync = self._first
         if second:
@@ -42,7 +42,7 @@ class Driver:
         assert bytes(order._obj) == (1).to_bytes(4, "little") + bytes(20)  # CUmemcpyAttributes: in stream order
         self.batches.append(list(zip(to, sources, sizes, strict=True)))
         assert len(self.batches[-1]) == count
-        return self.code
+        return self.batch_code or self.code
 
     def _first(self, *arguments: Any) -> int:
         failed = arguments[-2]._obj
@@ -95,3 +95,11 @@ def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch, dr
     use(monkeypatch, driver).code = 700
     with pytest.raises(cuda.DriverError, match=r"cuMemcpy.*CUDA_ERROR_OF_THE_TEST \(700\)"):
         cuda.copy_all(STREAM, COPIES)
+
+
+@pytest.mark.parametrize("code", [1, 801])
+def test_what_the_call_for_many_does_not_take_is_copied_one_by_one(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    driver = use(monkeypatch, Driver(second=True))
+    driver.batch_code = code
+    cuda.copy_all(STREAM, COPIES)
+    assert driver.single == COPIES

@@ -56,11 +56,10 @@ class Mapped:
                 first.pop(pair, None)
             self._wanted = first | self._wanted
             if self._wanted and not self._openers:
-                self._turns.enter_context(short_turns)
                 for _ in range(min(self._most, len(self._wanted))):
                     opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
+                    opener.start()  # and waits until it is known
                     self._openers.append(opener)
-                    opener.start()
 
     def first(self, deadline: float) -> None:
         """Wait until an eighth of what is wanted is open, if anything is; raises as `address` does for the first that
@@ -140,6 +139,9 @@ class Mapped:
 
     def _open(self) -> None:
         cuda.relax_capture()
+        with self._changed:
+            if not self._closed:
+                self._turns.enter_context(short_turns)
         pair = self._next()
         with ExitStack() as entered:
             on = None
@@ -150,6 +152,7 @@ class Mapped:
                 try:
                     if pair[1] != on:
                         entered.close()
+                        on = None
                         entered.enter_context(cuda.current(pair[1]))
                         on = pair[1]
                     address = cuda.open_handle(handle)
@@ -172,7 +175,8 @@ class Mapped:
             if len(self._openers) <= self._most:
                 self._changed.wait_for(lambda: self._closed or not self._paused)
             if self._closed or not self._wanted or len(self._openers) > self._most:
-                self._openers.remove(threading.current_thread())
+                if threading.current_thread() in self._openers:  # else who started it was interrupted
+                    self._openers.remove(threading.current_thread())
                 if not self._openers:
                     self._turns.close()
                 return None

@@ -127,13 +127,15 @@ class Task(Generic[T]):
             raise self._error
         return self._made[0]
 
-    def give_up(self) -> None:
-        """Nobody waits any more."""
+    def give_up(self, seconds: float = 0.0) -> None:
+        """Nobody waits any more, but for so many seconds for its end."""
         with self._lock:
             self._given_up = True
             made, self._made = self._made, []
         for one in made:
             self._discard(one)
+        if seconds:
+            self._over.wait(seconds)
 
     def _run(self) -> None:
         cuda.relax_capture()

@@ -28,6 +28,8 @@ NETWORK = 128 << 20
 """Bytes of a parcel between hosts, at most: the seed ends one that takes longer than `stall`, as if the fork had
 stopped, and networks may be slow."""
 LATE = "not everything had arrived by the deadline"
+ENDING = 2.0
+"""Seconds that closing waits for a group that is just being made: it holds our memory, and is not to be interrupted."""
 DRAINING = 2.0
 """Seconds for a GPU to stop writing after an abort."""
 _undrained: list[tuple[Lane, Any]] = []
@@ -65,22 +67,24 @@ class GroupSession(Session):
         self._lanes: list[Lane] = []
         self._pairs: list[tuple[str, str]] = []
         self._broken = False
-        self._store: Any = None
         self._ended = Event()
         theirs, ours = {region.device for region in remote}, {region.device for region in regions}
         pairs = [(one, other) for one in theirs for other in ours]
         self._first = pairs if len(pairs) == 1 else []  # else the copies say which are needed
         until = min(deadline, time.monotonic() + joining)
-        self._meeting: Task[tuple[Any, list[Lane]]] | None = Task(
-            lambda: self._meet(port, until), lambda made: _close_all(made[1]), "tensorfork-meet"
-        )
+        # which holds on to nothing of ours while torch retries, however long that is
+        reach = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join")
+        self._store = reach.result(_patience(until))
+        self._meeting: Task[list[Lane]] | None = None
+        if self._first:
+            self._meeting = Task(lambda: self._join(self._first, until, self._wanted), _close_all, "tensorfork-meet")
 
     def ready(self, deadline: float) -> None:
         """See `Session.ready`: the two sides meet, and make a group if one will do, which takes NCCL half a second."""
         if self._meeting is None:
             return
         try:
-            self._store, self._lanes = self._meeting.result(_patience(min(deadline, time.monotonic() + self._joining)))
+            self._lanes = self._meeting.result(_patience(min(deadline, time.monotonic() + self._joining)))
         except BaseException:
             self.close(deadline)
             raise
@@ -102,7 +106,7 @@ class GroupSession(Session):
                 if missing := sorted(set(pairs) - set(self._pairs)):
                     watch.begin()
                     until = min(deadline, time.monotonic() + self._joining)
-                    self._lanes += self._join(self._store, missing, until, pull.check)
+                    self._lanes += self._join(missing, until, pull.check)
                     self._pairs += missing
                 lanes = {pair: i for i, pair in enumerate(self._pairs)}
                 numbers = [lanes[pair] for pair in pairs]
@@ -119,26 +123,21 @@ class GroupSession(Session):
         """See `Session.close`."""
         self._ended.set()
         if self._meeting is not None:
-            self._meeting.give_up()
+            self._meeting.give_up(ENDING)
         lanes, self._lanes, self._store, self._meeting = self._lanes, [], None, None
         idle, self._broken = not self._broken, True  # the last pull was whole, or there was none
         for lane in lanes:
             lane.close(idle)
 
-    def _meet(self, port: int, until: float) -> tuple[Any, list[Lane]]:
-        """The seed's store, and the first lanes. On its thread, beside which nobody uses the channel."""
+    def _wanted(self) -> None:
+        if self._ended.is_set():
+            raise TransferFailed("nobody waits for this any more")
 
-        def look() -> None:
-            if self._ended.is_set():
-                raise TransferFailed("nobody waits for this any more")
+    def _join(self, pairs: Sequence[tuple[str, str]], until: float, look: Callable[[], object]) -> list[Lane]:
+        """Make lanes for these pairs of devices, all at once. Raises `TransportUnavailable`, and leaves nothing.
 
-        store = reach_store(self._seed, port, until)
-        return store, self._join(store, self._first, until, look) if self._first else []
-
-    def _join(
-        self, store: Any, pairs: Sequence[tuple[str, str]], until: float, look: Callable[[], object]
-    ) -> list[Lane]:
-        """Make lanes for these pairs of devices, all at once. Raises `TransportUnavailable`, and leaves nothing."""
+        Before a pull this runs on a thread of its own, beside which nobody uses the channel.
+        """
         patience = _patience(until)
         ctas = self._settings.ctas
         lanes: list[Lane] = []
@@ -152,9 +151,7 @@ class GroupSession(Session):
             own = local_address(self._seed)
             self._talk.say("join", pairs, [ctas.fewest, ctas.most, ctas.cluster], own, until=until)
             self._expect("ready", until, look)
-            makers = [
-                self._maker(store, number, pair, own, until) for number, pair in enumerate(pairs, len(self._pairs))
-            ]
+            makers = [self._maker(number, pair, own, until) for number, pair in enumerate(pairs, len(self._pairs))]
             lanes = together(makers, Lane.close, "tensorfork-join", both)
             self._expect("joined", until, look)
             return lanes
@@ -164,11 +161,11 @@ class GroupSession(Session):
                 raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
             raise
 
-    def _maker(self, store: Any, number: int, pair: tuple[str, str], own: str, until: float) -> Callable[[], Lane]:
+    def _maker(self, number: int, pair: tuple[str, str], own: str, until: float) -> Callable[[], Lane]:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        prefixed = PrefixStore(f"{self._token}/{number}", store)
-        return lambda: make(pair, prefixed, FORK, self._memory, self._settings, own, until)
+        store = PrefixStore(f"{self._token}/{number}", self._store)
+        return lambda: make(pair, store, FORK, self._memory, self._settings, own, until)
 
     def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
         words = self._talk.hear(until, look)

@@ -35,11 +35,13 @@ class Talk:
 
         Raises `PeerUnreachable` at the deadline and when the other side is gone, `ProtocolError` for nonsense.
         """
-        while (words := self.overhear(min(until, time.monotonic() + SLICE))) is None:
+        while True:
             look()
+            words = self.overhear(min(until, time.monotonic() + SLICE))
+            if words is not None:
+                return words
             if time.monotonic() >= until:
                 raise PeerUnreachable("the other side said nothing by the deadline")
-        return words
 
     def overhear(self, until: float) -> list[Any] | None:
         """The next message if it comes by then; where that is past, if it is here. Raises `PeerUnreachable` if the

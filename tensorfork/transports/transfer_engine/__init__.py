@@ -127,6 +127,8 @@ class TransferEngine(Transport):
         offered = Offer.unpack(offer)
         if offered.fabric not in self._fabrics:
             raise TransportUnavailable(f"the seed offers {offered.fabric}, which was not asked for")
+        if offered.fabric == "nvlink" and "cpu" in {*(one.device for one in remote), *(one.device for one in regions)}:
+            raise TransportUnavailable("the seed offers nvlink, which carries the memory of GPUs alone")
         if missing := {region.id for region in remote} - offered.regions.keys():
             raise TransportUnavailable(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
         try:

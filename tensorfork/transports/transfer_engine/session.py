@@ -242,8 +242,8 @@ class EngineSession(Session):
                 self._engine.read_all(self._address, stretches, batch[0].device, deadline, enough)
                 say(batch)
         except BaseException as error:  # for whoever waits for the batch
-            enough.set()
             say(error)
+            enough.set()
 
     def _next(
         self, over: "queue.SimpleQueue[Sequence[Job] | BaseException]", deadline: float, cancel: Event
@@ -312,17 +312,22 @@ class EngineSession(Session):
         for device in self._gpus:
             self._read_bytes(sources[:1], device, deadline)
         met()
-        for start in range(1, len(sources) if self._new else 0, HANDLES):
+        for start in range(1, len(sources) if self._new and self._gpus else 0, HANDLES):
             if self._mapped.is_set():
                 return
-            self._read_bytes(sources[start : start + HANDLES], self._gpus[-1], deadline)
+            try:
+                self._read_bytes(sources[start : start + HANDLES], self._gpus[-1], deadline, self._mapped)
+            except TransferFailed:
+                if self._mapped.is_set():  # whoever reads, finds out; or nobody does
+                    return
+                raise
 
-    def _read_bytes(self, sources: Sequence[int], device: str, deadline: float) -> None:
+    def _read_bytes(self, sources: Sequence[int], device: str, deadline: float, enough: Event | None = None) -> None:
         _on_our_device(device)
         scratch = torch.empty(HANDLES, dtype=torch.uint8, device=device)
         stretches = [(scratch.data_ptr() + i, source, 1) for i, source in enumerate(sources)]
         if stretches:
-            self._engine.read_all(self._address, stretches, device, deadline)
+            self._engine.read_all(self._address, stretches, device, deadline, enough)
 
     def _meet(self, source: int, device: str, deadline: float) -> None:
         self._engine.meet(lambda met: self._try(source, device, deadline)).end(deadline)

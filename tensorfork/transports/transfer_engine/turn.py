@@ -20,31 +20,29 @@ class Turn:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = self._queue = 0
-        self._alone = False
+        self._inside: dict[object, bool] = {}  # whether alone
+        self._queue: set[object] = set()  # who wants to be
 
     @contextmanager
     def take(self, deadline: float, *, alone: bool, enough: threading.Event | None = None) -> Iterator[None]:
         """Inside, it is one's turn. Raises `TransferFailed` at the deadline, and once there is enough."""
-        with self._changed:
-            self._queue += alone
-            try:
-                while self._alone or (self._inside if alone else self._queue):
+        me = object()
+        try:  # wherever an interrupt comes, nothing of this caller's stays
+            with self._changed:
+                if alone:
+                    self._queue.add(me)
+                while any(self._inside.values()) or (self._inside if alone else self._queue):
                     left = deadline - time.monotonic()
                     if left <= 0 or (enough is not None and enough.is_set()):
                         raise TransferFailed("the engine is waiting for another peer, which does not answer")
                     self._changed.wait(min(LOOK, left))
                 if enough is not None and enough.is_set():
                     raise TransferFailed("the transfer was cancelled")
-                self._inside += 1
-                self._alone = alone
-            finally:
-                self._queue -= alone
-                self._changed.notify_all()
-        try:
+                self._inside[me] = alone
+                self._queue.discard(me)
             yield
         finally:
             with self._changed:
-                self._inside -= 1
-                self._alone = False
+                self._inside.pop(me, None)
+                self._queue.discard(me)
                 self._changed.notify_all()
