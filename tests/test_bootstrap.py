@@ -19,7 +19,9 @@ from processes import Child, serve
 
 import tensorfork
 from tensorfork import wire
+from tensorfork.bootstrap import Conversation
 
+PATIENCE = 30.0
 SHORT = 1.0
 """Seconds for a fork that cannot succeed."""
 LATE = 5 * SHORT + 5
@@ -162,6 +164,39 @@ def test_a_seed_that_is_closed_is_unreachable() -> None:
 def test_what_is_not_an_address_is_a_value_error(address: str) -> None:
     with pytest.raises(ValueError, match="is not an address"):
         tensorfork.fork_into(model(), address, timeout=SHORT)
+
+
+def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes_later() -> None:
+    """A socket that is closed while another thread polls it ends the process."""
+    listening, said = threading.Event(), list[BaseException]()
+    with tensorfork.publish({"x": torch.zeros(1)}) as seed:
+        talk = Conversation(seed.address, time.monotonic() + PATIENCE)
+        wait = talk._wait
+
+        def listen() -> None:
+            try:
+                talk.hear(b"lease", time.monotonic() + PATIENCE)
+            except BaseException as error:
+                said.append(error)
+
+        def waiting(*args: Any) -> None:
+            listening.set()
+            wait(*args)
+
+        talk._wait = waiting  # type: ignore[method-assign]
+        thread = threading.Thread(target=listen)
+        thread.start()
+        assert listening.wait(PATIENCE)
+        talk.close()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert isinstance(said[0], tensorfork.PeerUnreachable)
+        for late in (
+            lambda: talk.hear(b"lease", time.monotonic() + PATIENCE),
+            lambda: talk.say(b"lease", b"word", time.monotonic() + PATIENCE),
+        ):
+            with pytest.raises(tensorfork.PeerUnreachable, match="the conversation is over"):
+                late()
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://0.0.0.0:4180", "tcp://[::]:4180"])

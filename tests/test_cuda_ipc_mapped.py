@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 from attrs import define, field
@@ -132,6 +132,53 @@ def test_while_copies_are_enqueued_no_handle_begins_to_be_opened_and_then_one_at
     assert set(most[OPENERS:]) == {1}
     mapped.close(soon())
     assert sorted(driver.closed) == [1000 + i for i in range(40)]
+
+
+def test_a_thread_that_cannot_be_started_leaves_nothing_that_cannot_be_closed(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = sys.getswitchinterval()
+    mapped = Mapped(sources(3))
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            mapped.want([(0, 0), (1, 0)])
+    mapped.close(soon())
+    assert sys.getswitchinterval() == usual
+
+
+def test_handles_of_one_gpu_are_opened_there_after_those_of_another_failed(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tensorfork.transports.cuda_ipc.mapped.OPENERS", 1)
+    where: list[int] = []
+    on: list[tuple[int, list[int]]] = []
+
+    @contextmanager
+    def current(device: int) -> Iterator[None]:
+        if device == 1:
+            raise cuda.DriverError("no such GPU")
+        where.append(device)
+        yield
+        where.remove(device)
+
+    open_handle = driver.open_handle
+    monkeypatch.setattr(cuda, "current", current)
+    monkeypatch.setattr(
+        cuda, "open_handle", lambda handle: (on.append((int(handle), list(where))), open_handle(handle))[1]
+    )
+    driver.gate.set()
+    mapped = Mapped(sources(3))
+    mapped.want([(0, 0), (1, 1), (2, 0)])
+    assert mapped.address(2, 0, soon()) == 1002
+    with pytest.raises(tensorfork.TransportUnavailable, match="no such GPU"):
+        mapped.address(1, 1, soon())
+    mapped.close(soon())
+    assert on == [(0, [0]), (2, [0])]
 
 
 def test_a_pause_keeps_nobody_from_closing(driver: Driver) -> None:

@@ -170,7 +170,9 @@ def refused(model: nn.Module, seed: tensorfork.Seed, match: str, **arguments: An
 def test_a_view_that_is_not_in_the_model_is_refused_by_the_name_of_what_it_views(seed: tensorfork.Seed) -> None:
     model = Model(0, "meta")
     outside = model.parts[0][:1]
+    granted = seed.stats().granted
     refused(model, seed, r"^parts\[0\] is on the meta device and cannot take memory in place: a view")
+    assert seed.stats().granted == granted, "the seed was made to get ready for a fork that cannot be"
     del outside
     gc.collect()
     fork(model, seed)

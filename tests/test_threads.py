@@ -27,6 +27,20 @@ def test_turns_are_short_inside_and_as_before_behind_whoever_leaves_first() -> N
     assert sys.getswitchinterval() == usual
 
 
+def test_turns_are_as_before_in_a_child_that_is_forked_off_meanwhile() -> None:
+    usual = sys.getswitchinterval()
+    turns = type(short_turns)()
+    with turns:
+        assert sys.getswitchinterval() < usual
+        turns.after_fork()  # as os.fork() calls it there
+        assert sys.getswitchinterval() == usual
+        with turns:
+            assert sys.getswitchinterval() < usual
+        assert sys.getswitchinterval() == usual
+        turns._inside = 1  # here it was the parent's own, after all
+    assert sys.getswitchinterval() == usual
+
+
 def test_turns_are_as_before_after_a_failure_and_never_longer_than_they_were() -> None:
     usual = sys.getswitchinterval()
     try:

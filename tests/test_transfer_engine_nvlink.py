@@ -387,6 +387,46 @@ def test_who_knows_the_peer_reads_beside_others_and_who_does_not_is_alone() -> N
         pass
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_interrupt_while_one_waits_for_a_turn_leaves_the_turn_free(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = Turn()
+
+    def interrupted(seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    with turn.take(time.monotonic() + SOON, alone=True), monkeypatch.context() as patch:
+        patch.setattr(turn._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), turn.take(time.monotonic() + SOON, alone=alone):
+            pass
+    for again in (True, False):
+        with turn.take(time.monotonic() + SOON, alone=again):
+            pass
+
+
+def test_a_session_closes_at_once_while_another_peer_keeps_the_engine_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had begun only waits for its turn, and the engine is as sound as before."""
+    turn, waiting = Turn(), threading.Event()
+    fake, channel = Engine(known=False), Channel()
+
+    def read_all(*args: Any) -> None:
+        fake.begun += 1
+        if fake.begun == 2:
+            waiting.set()
+            with turn.take(time.monotonic() + 4 * SOON, alone=False, enough=args[-1]):
+                raise AssertionError
+
+    monkeypatch.setattr(Engine, "read_all", lambda self, *args: read_all(*args))
+    with turn.take(time.monotonic() + SOON, alone=True):
+        made = opened(fake, channel)
+        made.ready(time.monotonic() + SOON)
+        assert waiting.wait(SOON)
+        made.close(time.monotonic() + SOON)
+    assert not fake.broken
+    assert channel.said == [QUIET]
+
+
 def test_who_wants_to_be_alone_is_not_kept_out_by_those_who_come_later() -> None:
     turn, order = Turn(), list[str]()
 
