@@ -4,13 +4,17 @@ Nothing here ever waits for the engine, or makes it wait: requests are answered 
 bytes, each lease has threads of its own, digests are computed on another (`generation`).
 """
 
+import atexit
 import logging
+import os
 import secrets
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -69,6 +73,8 @@ class Seed:
         self._closed = True  # until there is something to close
         self._service = _Service(layout, tensors, memory, transports, bind, advertise)
         self._closed = False
+        _open.add(self)
+        _close_at_exit()
         self.address = str(self._service.address)
         self.layout = layout
         self.identity, self.rank = layout.identity, layout.rank
@@ -97,6 +103,7 @@ class Seed:
         """
         if not self._closed:
             self._closed = True
+            _open.discard(self)
             self._service.close(time.monotonic() + timeout)
 
     def __enter__(self) -> Self:
@@ -115,6 +122,23 @@ class Seed:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"generation {self.generation}"
         return f"<Seed {self.address} {len(self.layout.tensors):,} tensors, {state}>"
+
+
+_open: "weakref.WeakSet[Seed]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=_open.clear)  # they are the parent's
+
+
+@cache
+def _close_at_exit() -> None:
+    """Once, and behind what its transports have registered for the end, which comes after this, then. A thread that is
+    inside of torch when Python has ended aborts the process.
+    """
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for seed in list(_open):
+        seed.close()
 
 
 @define(eq=False)

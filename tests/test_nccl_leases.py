@@ -1,6 +1,8 @@
 """Leases of process groups, with the seed's end and the fork's spoken to directly; over gloo."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -238,3 +240,21 @@ def free_range(length: int) -> range:
                 continue
         return range(start, start + length)
     raise AssertionError("there is no free range of ports")
+
+
+ENDS = """
+import torch
+import tensorfork
+from tensorfork.transports.nccl import Gloo
+
+seed = tensorfork.publish({"x": torch.ones(8)}, transports=[Gloo()])
+for _ in range(3):
+    tensorfork.fork(seed.address, transport=Gloo(), timeout=60)
+print("forked")
+"""
+
+
+def test_a_process_that_ends_without_closing_its_seed_ends_well() -> None:
+    """A thread of the seed's that comes back from torch when Python has ended would abort it."""
+    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=2 * SECONDS)
+    assert (ended.returncode, ended.stdout) == (0, "forked\n"), ended.stderr
