@@ -43,8 +43,8 @@ def publish(
     """Let other processes fork this model, from now until the seed is closed.
 
     Nothing is copied, and nothing waits for a fork: the tensors are described, the current stream of each of their GPUs
-    is synchronised once, and a thread begins to answer. Change the tensors in place only under `Seed.updating`. What is not
-    closed is when the process ends.
+    is synchronised once, and a thread begins to answer. Change the tensors in place only under `Seed.updating`. A seed
+    that nobody closes is closed when the process ends.
 
     Args:
         model: an `nn.Module`, of which every tensor is published (docs/reliability.md says where they are found); or a
