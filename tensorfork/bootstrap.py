@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import zmq
@@ -247,15 +248,20 @@ class Conversation:
 
     def _put(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
         self._check_open(step)
-        while not self._socket.poll(0, zmq.POLLOUT):
+        while True:
+            if self._socket.poll(0, zmq.POLLOUT):
+                with suppress(zmq.Again):  # the connection was lost just now
+                    self._socket.send_multipart(frames, zmq.NOBLOCK)
+                    return
             self._wait(zmq.POLLOUT, deadline, step)
-        self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _get(self, deadline: float, step: str) -> list[bytes]:
         self._check_open(step)
-        while not self._socket.poll(0, zmq.POLLIN):
+        while True:
+            if self._socket.poll(0, zmq.POLLIN):
+                with suppress(zmq.Again):
+                    return self._socket.recv_multipart(zmq.NOBLOCK)
             self._wait(zmq.POLLIN, deadline, step)
-        return self._socket.recv_multipart(zmq.NOBLOCK)
 
     def _check_open(self, step: str) -> None:
         if self._closed:

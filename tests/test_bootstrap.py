@@ -166,6 +166,27 @@ def test_what_is_not_an_address_is_a_value_error(address: str) -> None:
         tensorfork.fork_into(model(), address, timeout=SHORT)
 
 
+def test_a_connection_that_is_lost_between_a_look_and_a_word_is_waited_for() -> None:
+    with tensorfork.publish({"x": torch.zeros(1)}) as seed:
+        talk = Conversation(seed.address, time.monotonic() + PATIENCE)
+        real, failed = talk._socket, list[str]()
+
+        class Lossy:
+            def __getattr__(self, name: str) -> Any:
+                if name.endswith("_multipart") and name not in failed:
+                    failed.append(name)
+                    raise zmq.Again
+                return getattr(real, name)
+
+        talk._socket = Lossy()  # type: ignore[assignment]
+        talk._wait = lambda what, *rest: real.poll(10, what)  # type: ignore[method-assign]
+        said, _ = talk.ask(wire.Hello("test"), wire.Welcome, time.monotonic() + PATIENCE, "hello")
+        assert said.tensors == 1
+        assert failed == ["send_multipart", "recv_multipart"]
+        talk._socket = real
+        talk.close()
+
+
 def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes_later() -> None:
     """A socket that is closed while another thread polls it ends the process."""
     listening, said = threading.Event(), list[BaseException]()
