@@ -32,6 +32,7 @@ from tensorfork.sockets import Address, Bell, bind, connect, context, make, mill
 log = logging.getLogger("tensorfork")
 
 M = TypeVar("M")
+T = TypeVar("T")
 Answer = Callable[..., None]
 """Takes a reply and the frames behind it; may be called from any thread, once."""
 
@@ -247,21 +248,19 @@ class Conversation:
         self._said.setdefault(said.lease, queue.SimpleQueue()).put(b"".join(frames[1:]))
 
     def _put(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
-        self._check_open(step)
-        while True:
-            if self._socket.poll(0, zmq.POLLOUT):
-                with suppress(zmq.Again):  # the connection was lost just now
-                    self._socket.send_multipart(frames, zmq.NOBLOCK)
-                    return
-            self._wait(zmq.POLLOUT, deadline, step)
+        self._when(zmq.POLLOUT, lambda: self._socket.send_multipart(frames, zmq.NOBLOCK), deadline, step)
 
     def _get(self, deadline: float, step: str) -> list[bytes]:
+        return self._when(zmq.POLLIN, lambda: self._socket.recv_multipart(zmq.NOBLOCK), deadline, step)
+
+    def _when(self, ready: int, act: Callable[[], T], deadline: float, step: str) -> T:
+        """Do it as soon as the socket is ready for it."""
         self._check_open(step)
         while True:
-            if self._socket.poll(0, zmq.POLLIN):
-                with suppress(zmq.Again):
-                    return self._socket.recv_multipart(zmq.NOBLOCK)
-            self._wait(zmq.POLLIN, deadline, step)
+            if self._socket.poll(0, ready):
+                with suppress(zmq.Again):  # the connection was lost just now
+                    return act()
+            self._wait(ready, deadline, step)
 
     def _check_open(self, step: str) -> None:
         if self._closed:

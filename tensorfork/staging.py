@@ -56,9 +56,7 @@ class Staging:
     def begin(self, device: str, copies: Iterable[tuple[int, int, int]]) -> "torch.cuda.Event":
         """Enqueue such copies; the event says when they are done."""
         stream = self._streams[device]
-        with cuda.copying(stream) as copy:
-            for to, source, nbytes in copies:
-                copy(to, source, nbytes)
+        cuda.copy_each(stream, copies)
         event = torch.cuda.Event()
         event.record(stream)
         return event

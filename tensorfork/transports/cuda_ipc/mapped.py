@@ -13,13 +13,11 @@ from tensorfork.transports.cuda_ipc.offer import Source
 
 log = logging.getLogger("tensorfork")
 
+OPENERS = 2
+"""Threads: while one waits for the interpreter, the other's call is with the driver. Beside copies there is one."""
 LATE = "CUDA had not opened the seed's memory by the deadline"
 _Pair = tuple[int, int]
 """A remote region's id, and one of our GPUs."""
-
-
-OPENERS = 2
-"""Threads: while one waits for the interpreter, the other's call is with the driver. Beside copies there is one."""
 
 
 class Mapped:
