@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -20,7 +21,7 @@ from tensorfork.testing.ends import Speaker
 from tensorfork.testing.memory import Memory
 from tensorfork.transports.nccl import NCCL, Gloo
 from tensorfork.transports.nccl.memory import join
-from tensorfork.transports.nccl.parcels import STRETCHES, Limits, pages, read_page, schedule
+from tensorfork.transports.nccl.parcels import STRETCHES, Limits, Parcel, pages, read_page, schedule
 
 SECONDS = 60.0
 """A deadline that is kept with ease."""
@@ -130,7 +131,7 @@ def test_parcels_hold_every_byte_once_and_keep_to_the_limits(
         at += nbytes
     lanes = [lane for _, lane in sizes]
     limit = Limits(*limits)
-    parcels = schedule(copies, lanes, dict.fromkeys(range(3), limit))
+    parcels = list(schedule(copies, lanes, dict.fromkeys(range(3), limit)))
     reached = [0] * len(copies)
     for parcel in parcels:
         assert 0 < len(parcel.copies) <= STRETCHES
@@ -148,13 +149,29 @@ def test_parcels_hold_every_byte_once_and_keep_to_the_limits(
     assert read == [(parcel.lane, parcel.packed, list(parcel.theirs)) for parcel in parcels]
 
 
-def test_pages_are_bounded_and_count_their_parcels() -> None:
+def test_pages_are_bounded_and_have_their_parcels() -> None:
     copies = [Copy(0, 1, i * 10, 1, i * 10, 10) for i in range(60_000)]
-    book = list(pages(schedule(copies, [0] * len(copies), {0: Limits(100, 100_000, 100)})))
+    parcels = list(schedule(copies, [0] * len(copies), {0: Limits(100, 100_000, 100)}))
+    book = list(pages(parcels))
     assert len(book) > 2
-    assert book[0][1] == 1  # the seed is to begin at once
     assert all(len(page) <= 1 << 19 for page, _ in book)
-    assert [count for _, count in book] == [len(read_page(page)) for page, _ in book]
+    assert [parcel for _, held in book for parcel in held] == parcels
+    for page, held in book:
+        assert read_page(page) == [(parcel.lane, parcel.packed, list(parcel.theirs)) for parcel in held]
+
+
+def test_a_page_is_written_while_what_came_before_it_moves() -> None:
+    copies = [Copy(0, 1, i * 10, 1, i * 10, 10) for i in range(40)]
+    drawn = []
+
+    def drawing() -> Iterator[Parcel]:
+        for parcel in schedule(copies, [0] * len(copies), {0: Limits(10, 10, 1)}):
+            drawn.append(parcel)
+            yield parcel
+
+    assert [(len(held), len(drawn)) for _, held in pages(drawing())] == [
+        (1, 1), (1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (8, 40),
+    ]  # fmt: skip
 
 
 def test_lanes_take_turns() -> None:

@@ -123,10 +123,13 @@ class GroupExport(Export):
             return lambda: make(pair, store, SEED, self._memory, settings, own, until)
 
         makers = [maker(number, pair) for number, pair in enumerate(wanted, len(self._pairs))]
-        self._lanes += together(makers, Lane.close, "tensorfork-join", look)
+        made = together(makers, Lane.close, "tensorfork-join", look)
+        self._lanes += made
         self._pairs += wanted
         self._look()
         talk.say("joined", until=until)
+        for lane in made:  # while the fork hears that
+            lane.rehearse()
 
     def _pair(self, pair: Any) -> tuple[str, str]:
         match pair:
@@ -169,8 +172,8 @@ class GroupExport(Export):
                 go_on()
             while window:
                 finish()
-        if told < left:
-            talk.say("sent", left, until=self._deadline)
+            if told < left:
+                talk.say("sent", left, until=self._deadline)
 
     def _asked(self, last: bool, page: bytes, talk: Talk) -> Iterator[tuple[Lane, bool, Sequence[Stretch]]]:
         """The parcels of this page and those that follow, each looked at before anything is done for it."""

@@ -96,6 +96,9 @@ class Lane(ABC):
     def greet(self, until: float) -> None:
         """Exchange a first message: connections are made, and both know that they mean the same lane."""
 
+    def rehearse(self) -> None:  # noqa: B027  # where the first time takes no longer
+        """Do once, on the thread that is to begin parcels, what takes long the first time. Nothing is sent."""
+
     @abstractmethod
     def prepare(self) -> None:
         """Before parcels are begun: what the caller's current stream still does with the memory comes first."""

@@ -1,13 +1,13 @@
 """Regions as torch sees them: tensors over raw addresses, and small stretches into a bucket and out of it."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import evolve
 
 from tensorfork import cuda
-from tensorfork.transports.base import Place, Region
+from tensorfork.transports.base import Place, Region, RemoteRegion
 from tensorfork.transports.nccl.parcels import Stretch
 
 
@@ -25,8 +25,11 @@ class Memory:
 
     def holds(self, stretch: Stretch, device: str) -> bool:
         """Whether a stretch lies within one of the regions, on that device."""
-        region = self._regions.get(stretch[0])
-        return region is not None and region.device == device and 0 <= stretch[1] <= region.nbytes - stretch[2]
+        return holds(self._regions, stretch, device)
+
+    def byte_on(self, device: str) -> Stretch:
+        """One byte of some region on that device, which must be one of `devices`."""
+        return next(region.id for region in self._regions.values() if region.device == device), 0, 1
 
     def address(self, stretch: Stretch) -> int:
         """Of the first byte of a stretch."""
@@ -39,6 +42,13 @@ class Memory:
         if tensor is None:
             tensor = self._tensors[id] = as_tensor(self._regions[id])
         return tensor.narrow(0, offset, nbytes)
+
+
+def holds(regions: Mapping[int, Region | RemoteRegion], stretch: Stretch, device: str) -> bool:
+    """Whether a stretch lies within one of these regions, on that device."""
+    id, offset, nbytes = stretch
+    region = regions.get(id)
+    return region is not None and region.device == device and 0 <= offset <= region.nbytes - nbytes
 
 
 def as_tensor(region: Region) -> torch.Tensor:

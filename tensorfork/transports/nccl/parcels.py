@@ -7,7 +7,7 @@ one behind another into a bucket.
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count, repeat
+from itertools import chain, count, repeat
 
 from attrs import frozen
 
@@ -59,9 +59,10 @@ class Parcel:
         return sum(nbytes for _, _, nbytes in self.theirs)
 
 
-def schedule(copies: Sequence[Copy], lanes: Sequence[int], limits: Mapping[int, Limits]) -> list[Parcel]:
-    """Parcels for all copies. `lanes[i]` is the lane of copies[i]. The lanes take turns, so that all are busy; and in
-    each what is sent as it is and what is packed, so that small parcels are begun while a large one moves.
+def schedule(copies: Sequence[Copy], lanes: Sequence[int], limits: Mapping[int, Limits]) -> Iterator[Parcel]:
+    """Parcels for all copies, each drawn up when it is asked for: the first moves while the others are. `lanes[i]` is
+    the lane of copies[i]. The lanes take turns, so that all are busy; and in each what is sent as it is and what is
+    packed, so that small parcels are begun while a large one moves.
     """
     whole: dict[int, list[int]] = {}
     packed: dict[int, list[int]] = {}
@@ -73,24 +74,31 @@ def schedule(copies: Sequence[Copy], lanes: Sequence[int], limits: Mapping[int, 
         growing = (min(limit.parcel, FIRST << min(number, GROWTH)) for number in count())
         direct = _fill(lane, False, copies, whole.get(lane, ()), growing)
         small = _fill(lane, True, copies, packed.get(lane, ()), repeat(limit.bucket))
-        queues.append(list(_in_turn([direct, small])))
-    return list(_in_turn(queues))
+        queues.append(_in_turn([direct, small]))
+    return _in_turn(queues)
 
 
-def pages(parcels: Sequence[Parcel]) -> Iterator[tuple[bytes, int]]:
-    """The seed's side of parcels, in pages; each with how many parcels it has. The first has one, so that the seed can
-    begin while the others are written.
+def pages(parcels: Iterable[Parcel]) -> Iterator[tuple[bytes, list[Parcel]]]:
+    """The seed's side of parcels, in pages, each with the parcels it is of. The first has one and each one after it at
+    most as many as there were before, so that a page is written while what came before it moves.
     """
-    page, held = bytearray(), 0
-    for number, parcel in enumerate(parcels):
+    page = bytearray()
+    held: list[Parcel] = []
+    before = 0
+    for parcel in parcels:
         row = _HEAD.pack(parcel.lane, parcel.packed, len(parcel.theirs))
-        row += struct.pack(f"<{3 * len(parcel.theirs)}Q", *(part for stretch in parcel.theirs for part in stretch))
-        if number == 1 or (page and len(page) + len(row) > PAGE):
+        row += struct.pack(f"<{3 * len(parcel.theirs)}Q", *chain.from_iterable(parcel.theirs))
+        if held and len(page) + len(row) > PAGE:
             yield bytes(page), held
-            page, held = bytearray(), 0
+            before += len(held)
+            page, held = bytearray(), []
         page += row
-        held += 1
-    if page:
+        held.append(parcel)
+        if len(held) >= before:
+            yield bytes(page), held
+            before += len(held)
+            page, held = bytearray(), []
+    if held:
         yield bytes(page), held
 
 

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from threading import Event
 from typing import Any
 
@@ -15,7 +16,7 @@ from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, T
 from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
 from tensorfork.transports.nccl.lane import FORK, WINDOW, Ctas, Lane, Settings
 from tensorfork.transports.nccl.lanes import make
-from tensorfork.transports.nccl.memory import Memory
+from tensorfork.transports.nccl.memory import Memory, holds
 from tensorfork.transports.nccl.parcels import Parcel, pages, schedule
 from tensorfork.transports.nccl.rendezvous import Task, Watch, local_address, reach_store, together
 from tensorfork.transports.nccl.talk import Talk
@@ -97,7 +98,7 @@ class GroupSession(Session):
         if cancel.is_set() or time.monotonic() >= deadline:
             raise TransferFailed("the transfer was cancelled" if cancel.is_set() else "the deadline is past")
         self.ready(deadline)
-        pairs = self._pairs_of(copies)
+        pairs = self._first or self._pairs_of(copies)
         self._broken = True  # until it is over
         window: deque[tuple[Parcel, Any]] = deque()
         with Watch(deadline, LATE, cancel, self._abort) as watch:
@@ -109,9 +110,9 @@ class GroupSession(Session):
                     self._lanes += self._join(missing, until, pull.check)
                     self._pairs += missing
                 lanes = {pair: i for i, pair in enumerate(self._pairs)}
-                numbers = [lanes[pair] for pair in pairs]
+                numbers = [0] * len(copies) if self._first else [lanes[pair] for pair in pairs]
                 limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
-                pull.run(copies, schedule(copies, numbers, limits), self._lanes, window)
+                pull.run(copies, self._checked(schedule(copies, numbers, limits)), self._lanes, window)
             except BaseException as error:
                 undrained = self._drain(window)
                 if not isinstance(error, RuntimeError | TensorForkError):
@@ -175,17 +176,21 @@ class GroupSession(Session):
             raise ProtocolError(f"the seed said {words[0][:20]!r} where {word!r} is expected")
 
     def _pairs_of(self, copies: Sequence[Copy]) -> list[tuple[str, str]]:
-        """The two devices of each copy. Raises `TransferFailed` unless it lies within a region on both sides."""
-        theirs, ours = self._remote, self._ours
-        pairs = []
-        for copy in copies:
-            source, into, nbytes = theirs.get(copy.region), ours.get(copy.into), copy.nbytes
-            if source is None or not 0 <= copy.offset <= source.nbytes - nbytes:
+        """The two devices of each copy. Raises `TransferFailed` where there is no such region."""
+        try:
+            return [(self._remote[copy.region].device, self._ours[copy.into].device) for copy in copies]
+        except KeyError as error:
+            raise TransferFailed(f"a copy names the region {error}, and there is none of that number") from error
+
+    def _checked(self, parcels: Iterable[Parcel]) -> Iterator[Parcel]:
+        """The same. Raises `TransferFailed` at one that does not lie within the regions of both sides."""
+        for parcel in parcels:
+            theirs, ours = self._pairs[parcel.lane]
+            if not all(holds(self._remote, stretch, theirs) for stretch in parcel.theirs):
                 raise TransferFailed("a copy lies outside the seed's regions")
-            if into is None or not 0 <= copy.at <= into.nbytes - nbytes:
+            if not all(holds(self._ours, stretch, ours) for stretch in parcel.ours):
                 raise TransferFailed("a copy lies outside our regions")
-            pairs.append((source.device, into.device))
-        return pairs
+            yield parcel
 
     def _abort(self) -> None:
         for lane in self._lanes:
@@ -217,38 +222,44 @@ class _Pull:
         self._talk, self._watch, self._cancel, self._deadline, self._done = talk, watch, cancel, deadline, done
         self._listen = time.monotonic()
         self._attend = self._listen + ATTEND
-        self._parcels: Sequence[Parcel] = ()
-        self._copies = 0
-        self._left: list[int] | None = None  # parcels that each copy still needs
-        self._asked = self._arrived = self._sent = self._counted = 0  # parcels
+        self._parcels: list[Parcel] = []  # asked for
+        self._all = False
+        self._left: list[int] = []  # bytes that each copy still needs
+        self._arrived = self._sent = self._counted = 0  # parcels
         self._failed = ""
 
     def run(
         self,
         copies: Sequence[Copy],
-        parcels: Sequence[Parcel],
+        parcels: Iterable[Parcel],
         lanes: Sequence[Lane],
         window: deque[tuple[Parcel, Any]],
     ) -> None:
-        """Receive all parcels. What is under way is in the window."""
-        self._copies, self._parcels = len(copies), parcels
+        """Receive all parcels, which hold these copies. What is under way is in the window."""
         book = pages(parcels)
-        for number, parcel in enumerate(parcels):
-            while self._asked < min(len(parcels), number + 1 + WINDOW):
+        self._ask(book)
+        self._left = [copy.nbytes for copy in copies]
+        for i in [i for i, nbytes in enumerate(self._left) if not nbytes]:
+            self._say_done(i)
+        for lane in lanes:
+            lane.prepare()
+        for number in count():
+            wanted = number + (WINDOW if len(window) == WINDOW else 1)  # no more than is needed to keep the link busy
+            while not self._all and len(self._parcels) < wanted:
                 self._ask(book)
-            if not number:
-                for lane in lanes:
-                    lane.prepare()
+            if number == len(self._parcels):
+                break
             if len(window) == WINDOW:
                 self._finish(window, lanes)
+            parcel = self._parcels[number]
             window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed, self._deadline)))
             self._watch.begin()
         while window:
             self._finish(window, lanes)
-        self._count(len(parcels))
-        while self._counted < len(parcels):
+        self._count(len(self._parcels))
+        while self._counted < len(self._parcels):
             self._note(self._talk.hear(self._deadline, self.check))
-            self._count(len(parcels))
+            self._count(len(self._parcels))
 
     def check(self) -> None:
         """Raise if it is over: cancelled, or late."""
@@ -284,11 +295,12 @@ class _Pull:
             return f"{said} ({str(error).splitlines()[0]})"
         return f"the connection broke: {str(error).splitlines()[0]}"
 
-    def _ask(self, book: Iterator[tuple[bytes, int]]) -> None:
-        """Ask for another page of parcels."""
-        page, count = next(book)
-        self._asked += count
-        self._talk.say("parcels", self._asked == len(self._parcels), page, until=self._deadline)
+    def _ask(self, book: Iterator[tuple[bytes, list[Parcel]]]) -> None:
+        """Ask for another page of parcels; an empty one says that there are no more."""
+        page, parcels = next(book, (b"", []))
+        self._all = not parcels
+        self._talk.say("parcels", self._all, page, until=self._deadline)
+        self._parcels += parcels
 
     def _finish(self, window: deque[tuple[Parcel, Any]], lanes: Sequence[Lane]) -> None:
         parcel, begun = window[0]
@@ -300,17 +312,10 @@ class _Pull:
 
     def _count(self, most: int) -> None:
         """Say `done` for copies that are whole now, by the next parcels that count, so many at most."""
-        if self._left is None:  # not before the first parcels are under way
-            self._left = [0] * self._copies
-            for parcel in self._parcels:
-                for i in parcel.copies:
-                    self._left[i] += 1
-            for i in [i for i, count in enumerate(self._left) if not count]:
-                self._say_done(i)
         for parcel in self._parcels[self._counted : min(self._counted + most, self._arrived, self._sent)]:
             self._counted += 1
-            for i in parcel.copies:
-                self._left[i] -= 1
+            for i, (_, _, nbytes) in zip(parcel.copies, parcel.ours, strict=True):
+                self._left[i] -= nbytes
                 if not self._left[i]:
                     self._say_done(i)
 
