@@ -131,12 +131,6 @@ class NcclLane(Lane):
             time.sleep(0.001)
         check_greeting(come.cpu())
 
-    def rehearse(self) -> None:
-        """See `Lane.rehearse`: CUDA and torch set a thread up at its first use of a GPU, which takes half a ms."""
-        with cuda.on(self._after):
-            self._memory.view(self._memory.byte_on(str(self._device)))
-            torch.cuda.Event(blocking=True).record()
-
     def prepare(self) -> None:
         """See `Lane.prepare`."""
         self._before.wait_stream(torch.cuda.current_stream(self._device))
@@ -169,6 +163,15 @@ class NcclLane(Lane):
     def _make(self, nbytes: int) -> torch.Tensor:
         with cuda.on(_shelf(self._device)):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+
+def rehearse(memory: Memory, device: str) -> None:
+    """Do on this thread what CUDA and torch take half a millisecond for when a thread first uses a GPU; better before
+    the first parcel is begun.
+    """
+    with cuda.on(_shelf(torch.device(device))):
+        memory.view(memory.byte_on(device))
+        torch.cuda.Event(blocking=True).record()
 
 
 def _abort(group: Any) -> None:

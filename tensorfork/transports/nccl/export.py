@@ -15,7 +15,7 @@ from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, T
 from tensorfork.sockets import WILDCARDS
 from tensorfork.transports.base import Channel, Export, Region, Site
 from tensorfork.transports.nccl.lane import SEED, WINDOW, Ctas, Lane, Settings
-from tensorfork.transports.nccl.lanes import make
+from tensorfork.transports.nccl.lanes import make, rehearse
 from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.parcels import Stretch, read_page
 from tensorfork.transports.nccl.rendezvous import Watch, local_address, numeric, serve_store, together
@@ -123,13 +123,12 @@ class GroupExport(Export):
             return lambda: make(pair, store, SEED, self._memory, settings, own, until)
 
         makers = [maker(number, pair) for number, pair in enumerate(wanted, len(self._pairs))]
-        made = together(makers, Lane.close, "tensorfork-join", look)
-        self._lanes += made
+        for pair in wanted:
+            rehearse(pair, SEED, self._memory, settings)
+        self._lanes += together(makers, Lane.close, "tensorfork-join", look)
         self._pairs += wanted
         self._look()
         talk.say("joined", until=until)
-        for lane in made:  # while the fork hears that
-            lane.rehearse()
 
     def _pair(self, pair: Any) -> tuple[str, str]:
         match pair:

@@ -54,9 +54,13 @@ class Settings:
     small: int
     ctas: Ctas = Ctas()
 
+    def over_nccl(self, pair: tuple[str, str]) -> bool:
+        """Whether NCCL, not gloo, moves what is copied between these two devices."""
+        return self.nccl and "cpu" not in pair
+
     def limits(self, pair: tuple[str, str]) -> Limits:
         """How copies between these two devices become parcels: where buckets stage them, all are packed."""
-        direct = pair == ("cpu", "cpu") or (self.nccl and "cpu" not in pair)
+        direct = pair == ("cpu", "cpu") or self.over_nccl(pair)
         return Limits(self.parcel, self.bucket, self.small if direct else sys.maxsize)
 
 
@@ -95,9 +99,6 @@ class Lane(ABC):
     @abstractmethod
     def greet(self, until: float) -> None:
         """Exchange a first message: connections are made, and both know that they mean the same lane."""
-
-    def rehearse(self) -> None:  # noqa: B027  # where the first time takes no longer
-        """Do once, on the thread that is to begin parcels, what takes long the first time. Nothing is sent."""
 
     @abstractmethod
     def prepare(self) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tensorfork.transports.nccl import communicator
 from tensorfork.transports.nccl.communicator import NcclLane
 from tensorfork.transports.nccl.gloo import GlooLane
 from tensorfork.transports.nccl.lane import Lane, Settings
@@ -19,7 +20,7 @@ def make(
 ) -> Lane:
     """A lane between the seed's device and the fork's, greeted. Raises RuntimeError (torch's) or our own errors."""
     lane: Lane
-    if settings.nccl and "cpu" not in pair:
+    if settings.over_nccl(pair):
         lane = NcclLane(store, rank, memory, pair[rank], settings.bucket, settings.ctas, until)
     else:
         lane = GlooLane(store, rank, memory, pair[rank], settings.bucket, address, until)
@@ -29,3 +30,9 @@ def make(
         lane.close()
         raise
     return lane
+
+
+def rehearse(pair: tuple[str, str], rank: int, memory: Memory, settings: Settings) -> None:
+    """Get this thread ready to begin parcels of such a lane."""
+    if settings.over_nccl(pair):
+        communicator.rehearse(memory, pair[rank])

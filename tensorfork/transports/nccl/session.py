@@ -28,6 +28,8 @@ ATTEND = 0.05
 NETWORK = 128 << 20
 """Bytes of a parcel between hosts, at most: the seed ends one that takes longer than `stall`, as if the fork had
 stopped, and networks may be slow."""
+AWAKE = 0.001
+"""Seconds for which the last word is looked for again and again: to fall asleep and be woken takes a tenth of that."""
 LATE = "not everything had arrived by the deadline"
 ENDING = 2.0
 """Seconds that closing waits for a group that is just being made: it holds our memory, and is not to be interrupted."""
@@ -257,9 +259,15 @@ class _Pull:
         while window:
             self._finish(window, lanes)
         self._count(len(self._parcels))
+        awake = time.monotonic() + AWAKE
         while self._counted < len(self._parcels):
-            self._note(self._talk.hear(self._deadline, self.check))
-            self._count(len(self._parcels))
+            if time.monotonic() < awake:
+                words = self._talk.overhear(0.0)
+            else:
+                words = self._talk.hear(self._deadline, self.check)
+            if words:
+                self._note(words)
+                self._count(len(self._parcels))
 
     def check(self) -> None:
         """Raise if it is over: cancelled, or late."""
