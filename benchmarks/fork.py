@@ -1,5 +1,6 @@
 """Forks: a seed in one process, forks in others, and beside them what the same machine does without tensorfork."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -133,12 +134,15 @@ def _cold(
 ) -> Worker:
     """Fork once in each of several fresh processes; the last of them, which is warm now.
 
-    They are all started before the first one forks: what is measured has the machine to itself.
+    They are all started before the first one forks, and each waits until the seed is done with the one before: what is
+    measured has the machine to itself.
     """
     hows = [(verify, how) for _ in range(max(1, count)) for verify, how in VERIFIED.items()]
     ready = [_fresh(bench, f"fork{i}", bench.sink, transport, wait=False) for i in range(len(hows))]
+    joins = limits.joins(bench, max(1, count)) if limits.SEND in beside else []
     for worker in ready:
         bench.result(worker, START)
+    joining = [join() for join in joins]
     found: dict[str, list[dict[str, Any]]] = {how: [] for how in VERIFIED.values()}
     speeds: dict[str, list[float]] = {name: [] for name in beside}
     for worker, (verify, how) in zip(ready, hows, strict=True):
@@ -146,12 +150,13 @@ def _cold(
             beside[name]()
             samples.append(beside[name]())
         bench.ask(worker, "models.build", shape=seed.shape, placement="meta" if place == "arena" else place)
+        bench.ask(seed.worker, "sides.settle")
         found[how].append(_forking(bench, seed, worker, transport, verify=verify)())
         if worker is not ready[-1]:
             worker.close()
     outcome.detail[f"cold into {place}"] = found
     for verify, how in VERIFIED.items():
-        _judge_cold(outcome, seed, f"into {place}: whole, cold, {how}", found[how], speeds, verify)
+        _judge_cold(outcome, seed, f"into {place}: whole, cold, {how}", found[how], speeds, joining, verify)
     if place == "arena" and seed.tensors >= MANY:
         spent = [1e3 * one["seconds"]["allocate"] for how in found for one in found[how]]
         outcome.add("into arena: room made, cold", spent, "ms", goal=ROOM_MS, less=True)
@@ -159,15 +164,21 @@ def _cold(
 
 
 def _judge_cold(
-    outcome: Outcome, seed: _Seed, what: str, forks: Sequence[Any], speeds: dict[str, list[float]], verify: bool
+    outcome: Outcome,
+    seed: _Seed,
+    what: str,
+    forks: Sequence[Any],
+    speeds: dict[str, list[float]],
+    joining: Sequence[float],
+    verify: bool,
 ) -> None:
     """Beside the raw copy's time; for NCCL, beside the time to make a group and send."""
     limit, against, goal = None, list[float](), None
     if limits.SEND in speeds:
-        joining = outcome.detail["nccl_join_seconds"]
         limit = "joining NCCL, and its send"
-        against = [joining + spent for spent in limits.seconds_of(seed.nbytes, speeds[limits.SEND])]
-        goal = None if verify else NCCL_COLD
+        against = [statistics.median(joining) + spent for spent in limits.seconds_of(seed.nbytes, speeds[limits.SEND])]
+        goal = NCCL_COLD
+        outcome.detail[f"joining NCCL, for {what}"] = list(joining)
     elif limits.RAW in speeds:
         limit, against = "time of the raw copy", limits.seconds_of(seed.nbytes, speeds[limits.RAW])
         goal = COLD_GOALS[verify] if seed.tensors <= 300 and limits.TCP not in speeds else None

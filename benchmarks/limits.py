@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.bench import START, Bench, free_port
@@ -41,14 +42,31 @@ def raw(bench: Bench) -> dict[str, Measure]:
 
 
 def send(bench: Bench, outcome: Outcome) -> dict[str, Measure]:
-    """One NCCL message; joining the group is timed once."""
+    """One NCCL message, in a group that has been used."""
     if bench.source == bench.sink:
         outcome.skipped[SEND] = "NCCL refuses two ranks on one GPU"
         return {}
     pair = [bench.start(f"nccl{rank}", device) for rank, device in enumerate((bench.source, bench.sink))]
     bench.all(pair, "raw.buffers", timeout=START, nbytes=buffer(bench))
-    outcome.detail["nccl_join_seconds"] = join(bench, pair)
+    join(bench, pair)
     return {SEND: lambda: bench.all(pair, "raw.nccl_send")[1]}
+
+
+def joins(bench: Bench, count: int) -> list[Measure]:
+    """To make a group, in seconds; each of fresh processes, and for one time."""
+    pairs = [
+        [bench.start(f"join{i}-{rank}", device, alone=True) for rank, device in enumerate((bench.source, bench.sink))]
+        for i in range(count)
+    ]
+    bench.all([worker for pair in pairs for worker in pair], "sides.warm_up", timeout=START)
+
+    def timed(pair: Sequence[Worker]) -> float:
+        spent = join(bench, pair)
+        for worker in pair:
+            worker.close()
+        return spent
+
+    return [partial(timed, pair) for pair in pairs]
 
 
 def join(bench: Bench, pair: Sequence[Worker]) -> float:

@@ -1,6 +1,7 @@
 """The seed and the fork, through the public names alone."""
 
 import inspect
+import threading
 import time
 from typing import Any
 
@@ -71,6 +72,15 @@ def fork(state: State, *, address: str, transport: str, verify: bool, timeout: f
         "fabric": report.fabric,
         "verified": report.verified,
     }
+
+
+def settle(state: State, *, seconds: float = 10.0) -> None:
+    """Wait, for so long at most, until the seed is done with the forks it had: of our threads, only one listens."""
+    patience = time.monotonic() + seconds
+    while time.monotonic() < patience:
+        if [one.name for one in threading.enumerate() if one.name.startswith("tensorfork")] == ["tensorfork-seed"]:
+            return
+        time.sleep(0.005)
 
 
 def take(state: State, *, address: str, transport: str, timeout: float = 120.0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, T
 from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
 from tensorfork.transports.nccl.lane import FORK, WINDOW, Ctas, Lane, Settings
 from tensorfork.transports.nccl.lanes import make
-from tensorfork.transports.nccl.memory import Memory, holds
+from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.parcels import Parcel, pages, schedule
 from tensorfork.transports.nccl.rendezvous import Task, Watch, local_address, reach_store, together
 from tensorfork.transports.nccl.talk import Talk
@@ -185,12 +185,10 @@ class GroupSession(Session):
             raise TransferFailed(f"a copy names the region {error}, and there is none of that number") from error
 
     def _checked(self, parcels: Iterable[Parcel]) -> Iterator[Parcel]:
-        """The same. Raises `TransferFailed` at one that does not lie within the regions of both sides."""
+        """The same. Raises `TransferFailed` at one that does not fit into our regions; the seed looks at its own."""
         for parcel in parcels:
-            theirs, ours = self._pairs[parcel.lane]
-            if not all(holds(self._remote, stretch, theirs) for stretch in parcel.theirs):
-                raise TransferFailed("a copy lies outside the seed's regions")
-            if not all(holds(self._ours, stretch, ours) for stretch in parcel.ours):
+            device = self._pairs[parcel.lane][FORK]
+            if not all(self._memory.holds(stretch, device) for stretch in parcel.ours):
                 raise TransferFailed("a copy lies outside our regions")
             yield parcel
 
