@@ -117,7 +117,7 @@ def fork_into(
 
     Raises:
         TensorForkError: see docs/errors.md for each kind, and for the state it leaves the model in.
-        TypeError, ValueError: bad arguments; nothing was touched.
+        TypeError, ValueError: bad arguments, or another fork into the model is under way; nothing was touched.
     """
     deadline = time.monotonic() + timeout
     terms = _Terms(transport, deadline, verify, restarts, progress, identity, rank, Selection(include, exclude))
@@ -134,7 +134,8 @@ def fork_into(
             enter("allocate")
             return target.room_for(pairs, theirs, ours, device)
 
-        report, _ = _fork(peer, _Into(room, lambda room: target.prepare(ours, room)), terms, watch)
+        with target.alone(ours):
+            report, _ = _fork(peer, _Into(room, lambda room: target.prepare(ours, room)), terms, watch)
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 

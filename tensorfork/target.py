@@ -7,7 +7,9 @@ New tensors lie in one allocation for each device, sharing storages as the seed'
 memory only in `Target.install`, the last step of a fork, as the same object.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
 
 Device = str | torch.device | None
+_under_way: set[int] = set()
+"""What forks of this process fill just now: addresses of storages, and ids of meta tensors."""
+_lock = threading.Lock()
 
 
 @frozen
@@ -73,6 +78,26 @@ def room_for_all(theirs: ModelLayout, device: Device) -> Room:
     fresh = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
     gaps = [(tensor, fresh.spots[tensor.storage][0]) for tensor in theirs.tensors if not tensor.is_dense]
     return Room([Pair(t, t) for t in theirs.tensors], fresh.regions, gaps, fresh, 0, [fresh])
+
+
+@contextmanager
+def alone(ours: Survey) -> Iterator[None]:
+    """Round a fork into these tensors: of two at once, each would write over what the other one has verified.
+
+    Raises `ValueError` while another one fills some of them, or memory that they share, in this process.
+    """
+    storages = zip(ours.memory.addresses, ours.layout.storages, strict=True)
+    filled = {address for address, storage in storages if address is not None and storage.nbytes}
+    filled |= {id(tensor) for tensor in ours.tensors.values() if tensor.is_meta}  # alive, so at no storage's address
+    with _lock:
+        if not _under_way.isdisjoint(filled):
+            raise ValueError("another fork into this model is under way in this process; wait until it has ended")
+        _under_way.update(filled)
+    try:
+        yield
+    finally:
+        with _lock:
+            _under_way.difference_update(filled)
 
 
 @frozen

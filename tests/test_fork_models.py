@@ -652,3 +652,56 @@ def test_what_turns_out_not_to_work_when_it_is_to_be_ready_is_no_transport(monke
             tensorfork.fork_into(ours, seed.address, transport=Late())
     assert steps == ["plan", "ready"]
     assert not ours["x"].any()
+
+
+# Two at once.
+
+
+def layers(device: str = "cpu") -> dict[str, torch.Tensor]:
+    return {name: torch.full((1000,), float(i), device=device) for i, name in enumerate(("a.weight", "b.weight"), 1)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_fork_into_a_model_that_is_being_filled_is_refused(
+    seed_of: Callable[[Any], tensorfork.Seed], device: str
+) -> None:
+    seed, model, refused = seed_of(layers()), layers(device), list[str]()
+    part = {"again": model["b.weight"]}
+    other = seed_of({"again": torch.zeros(1000)})
+
+    def meanwhile(_done: int, _total: int) -> None:
+        for address, into in ((seed.address, model), (other.address, part)):
+            with pytest.raises(ValueError, match="under way") as caught:
+                tensorfork.fork_into(into, address, device="cpu", transport="zeromq", timeout=SECONDS)
+            refused.append(str(caught.value))
+
+    tensorfork.fork_into(model, seed.address, device="cpu", transport="zeromq", timeout=SECONDS, progress=meanwhile)
+    assert refused
+    assert fingerprints(model) == fingerprints(layers())
+    tensorfork.fork_into(part, other.address, transport="zeromq", timeout=SECONDS)  # it is over
+    assert not model["b.weight"].any()
+
+
+def test_parts_of_a_model_are_filled_at_once(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
+    seed, model, filled = seed_of(layers()), layers("meta"), list[int]()
+
+    def meanwhile(done: int, _total: int) -> None:
+        if not done:
+            report = tensorfork.fork_into(model, seed.address, device="cpu", include="b", timeout=SECONDS)
+            filled.append(report.tensors)
+
+    tensorfork.fork_into(model, seed.address, device="cpu", include="a", timeout=SECONDS, progress=meanwhile)
+    assert filled == [1]
+    assert fingerprints(model) == fingerprints(layers())
+
+
+def test_a_model_whose_fork_failed_may_be_forked_into_again(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
+    seed, model = seed_of(layers()), layers("meta")
+
+    def fail(_done: int, _total: int) -> None:
+        raise RuntimeError("of the caller's")
+
+    with pytest.raises(RuntimeError, match="of the caller's"):
+        tensorfork.fork_into(model, seed.address, device="cpu", timeout=SECONDS, progress=fail)
+    tensorfork.fork_into(model, seed.address, device="cpu", timeout=SECONDS)
+    assert fingerprints(model) == fingerprints(layers())
