@@ -97,10 +97,10 @@ def phases(cases: Sequence[Case], file: Path, machine: str) -> bool:
 
 
 def steps(cases: Sequence[Case], file: Path, machine: str) -> bool:
-    """How many of the seed's steps took longer than so much, idle and during forks."""
+    """How many of the seed's steps took longer than so much, idle and during forks. No settings: see `gentle`."""
     loads: dict[str, list[Case]] = {}
     for case in cases:
-        if "steps" in case["detail"]:
+        if "steps" in case["detail"] and "," not in case["detail"]["transport"]:
             loads.setdefault(case["detail"]["load"], []).append(case)
     if not loads:
         return False
@@ -109,19 +109,21 @@ def steps(cases: Sequence[Case], file: Path, machine: str) -> bool:
     figure, panels = plt.subplots(1, len(loads), figsize=(6 * len(loads), 4), squeeze=False)
     for axes, (load, found) in zip(panels[0], loads.items(), strict=True):
         for case, colour in zip(found, _cycle(COLOURS), strict=False):
-            for when, style in (("idle", ":"), ("forks", "-")):
-                label = case["detail"]["transport"] if when == "forks" else None
-                axes.plot(*_tail(case["detail"]["steps"][when]["histogram"]), style, color=colour, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="step, ms", ylabel="share of steps that took longer")
-        axes.set_title(f"{load}; dotted: idle", fontsize=9)
+            for when, style in (("idle", ":"), ("forks", "-"), ("transfers", "--")):
+                if when in case["detail"]["steps"]:
+                    label = case["detail"]["transport"] if when == "forks" else None
+                    axes.plot(*_tail(case["detail"]["steps"][when]["histogram"]), style, color=colour, label=label)
+        axes.set(yscale="log", xlabel="step, ms", ylabel="share of steps that took longer")
+        axes.set_title(f"{load}; dotted: idle, dashed: steps that met a transfer", fontsize=9)
         axes.legend(fontsize=7, frameon=False)
     figure.suptitle(f"The seed's steps during forks: {machine}", fontsize=9)
     return _save(figure, file)
 
 
 def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
-    """The speed that is kept up, against what it does to the seed's steps."""
+    """The speed of a transfer, against what it does to the seed's steps."""
     found = [case for case in cases if "steps" in case["detail"] and case["detail"]["load"] != "llama"]
+    found = [case for case in found if "transfers" in case["detail"]["steps"]]
     if len(found) < 2:
         return False
     import matplotlib.pyplot as plt
@@ -131,8 +133,8 @@ def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
     for case in found:
         transport, steps = case["detail"]["transport"], case["detail"]["steps"]
         name, _, options = transport.partition(",")
-        speed = statistics.median(one["gbps"] for one in case["detail"]["forks"])
-        ratio = steps["forks"]["p99"] / steps["idle"]["p99"]
+        speed = statistics.median(one for forked in case["detail"]["forks"] for one in forked["transfers"])
+        ratio = steps["transfers"]["p99"] / steps["idle"]["p99"]
         lines.setdefault(name, []).append((speed, ratio, options))
     for (name, points), colour in zip(lines.items(), _cycle(COLOURS), strict=False):
         points.sort()
@@ -140,7 +142,7 @@ def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
         for x, y, options in points:
             axes.annotate(options or "default", (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.axhline(1.0, color=IDLE, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="GB/s kept up", ylabel="p99 of the seed's steps, to idle", xscale="log", yscale="log")
+    axes.set(xlabel="GB/s of a transfer", ylabel="p99 of the steps that meet a transfer, to idle")
     axes.set_title(f"Speed against the seed's steps: {machine}", fontsize=9)
     axes.legend(fontsize=7, frameon=False)
     return _save(figure, file)

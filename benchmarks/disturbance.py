@@ -1,6 +1,7 @@
 """What forks do to the seed: how long its steps take when nobody forks, and while forks run without pause."""
 
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.bench import START, Bench
@@ -12,6 +13,8 @@ GOAL = 1.15
 GENTLE_GOALS = {"nccl": 1.5}
 """The same with a rate limit or another gentle setting; 1.10 where not named."""
 MARKS = ("p50", "p99", "p99.9")
+Step = tuple[float, float]
+"""When it began, and how long it took, in ms."""
 TURNS = 2
 """Of forks; one more of idling, so that each has idle turns on either side."""
 SETTLE = 1.0
@@ -32,7 +35,7 @@ def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transp
     address = bench.ask(seed, "sides.publish", transports=[transport])["address"]
     taken = bench.ask(fork, "sides.take", address=address, transport=transport)
     each = bench.seconds / TURNS
-    idle, during, forked = [_steps(bench, seed, each)], list[list[float]](), list[dict[str, Any]]()
+    idle, during, forked = [_steps(bench, seed, each)], list[list[Step]](), list[dict[str, Any]]()
     for _ in range(TURNS):
         fork.post("sides.forks", address=address, transport=transport, verify=False, seconds=each + 2 * SETTLE)
         time.sleep(SETTLE)
@@ -40,22 +43,34 @@ def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transp
         forked.append(bench.result(fork, each + bench.timeout))
         idle.append(_steps(bench, seed, each))
     outcome.detail |= {"transport": transport, "load": load, "taken": taken, "forks": forked}
+    windows = [window for one in forked for window in one["windows"]]
+    while_moving = [spent for turn in during for spent in meeting(turn, windows)]
     outcome.detail["steps"] = {"idle": _all(idle), "forks": _all(during)}
+    if while_moving:
+        outcome.detail["steps"]["transfers"] = distribution(while_moving)
     outcome.detail["turns"] = {"idle": [_marks(one) for one in idle], "forks": [_marks(one) for one in during]}
     _rows(outcome, transport, judged=bench.on_gpu)
 
 
-def _steps(bench: Bench, seed: Worker, seconds: float) -> list[float]:
-    found: list[float] = bench.ask(seed, "steps.run", timeout=seconds + bench.timeout, seconds=seconds)
+def _steps(bench: Bench, seed: Worker, seconds: float) -> list[Step]:
+    found: list[Step] = bench.ask(seed, "steps.run", timeout=seconds + bench.timeout, seconds=seconds)
     return found
 
 
-def _all(turns: list[list[float]]) -> dict[str, Any]:
-    return distribution([spent for turn in turns for spent in turn])
+def meeting(steps: Sequence[Step], windows: Sequence[tuple[float, float]]) -> Iterator[float]:
+    """How long those steps took during which bytes were on their way for some time."""
+    for began, spent in steps:
+        ended = began + spent / 1e3
+        if any(began < end and ended > start for start, end in windows):
+            yield spent
 
 
-def _marks(spent: list[float]) -> dict[str, float]:
-    found = distribution(spent)
+def _all(turns: Sequence[Sequence[Step]]) -> dict[str, Any]:
+    return distribution([spent for turn in turns for _, spent in turn])
+
+
+def _marks(turn: Sequence[Step]) -> dict[str, float]:
+    found = distribution([spent for _, spent in turn])
     return {mark: found[mark] for mark in MARKS}
 
 
@@ -69,5 +84,10 @@ def _rows(outcome: Outcome, transport: str, *, judged: bool) -> None:
         outcome.add(f"{mark} during forks", during, "ms", limit="idle", against=idle, goal=wanted, less=True)
         drift = [turn[mark] for turn in turns["idle"]]
         outcome.add(f"{mark} idle, worst turn", [max(drift)], "ms", limit="best turn", against=[min(drift)])
+    moving = steps.get("transfers")
+    for mark in ("p50", "p99") if moving else ():
+        outcome.add(f"{mark} during transfers", [moving[mark]], "ms", limit="idle", against=[steps["idle"][mark]])
+    outcome.add("steps that met a transfer", [moving["steps"] if moving else 0], "")
+    outcome.add("transfer", [speed for one in forked for speed in one["transfers"]], "GB/s")
     outcome.add("speed kept up", [one["gbps"] for one in forked], "GB/s")
     outcome.add("forks", [sum(one["forks"] for one in forked)], "")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, table
+from benchmarks import cases, disturbance, table
 from benchmarks.bench import Bench
 from benchmarks.measure import Outcome, distribution, interleave
 from benchmarks.process import ROOT, Failed, Lost, Skipped, Worker
@@ -161,3 +161,10 @@ def test_the_table_says_what_was_missed() -> None:
     assert "| x | transfer | 0.5 GB/s | raw copy: 1 | 0.50 | ≥ 0.9 | MISSED |" in text
     assert "x: without NCCL send: one GPU" in text
     assert "missed:\n  x: transfer" in table.summary([result])
+
+
+def test_a_step_meets_a_transfer_if_bytes_move_for_some_of_it() -> None:
+    steps = [(10.0, 1.0), (10.001, 2.0), (10.003, 3.0), (10.006, 4.0)]
+    assert list(disturbance.meeting(steps, [(10.0005, 10.0007), (10.0055, 10.0061)])) == [1.0, 3.0, 4.0]
+    assert list(disturbance.meeting(steps, [(9.0, 9.9), (10.2, 11.0)])) == []
+    assert list(disturbance.meeting(steps, [])) == []

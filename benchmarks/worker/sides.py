@@ -96,16 +96,26 @@ def take(state: State, *, address: str, transport: str, timeout: float = 120.0) 
 
 
 def forks(state: State, *, address: str, transport: str, verify: bool, seconds: float) -> dict[str, Any]:
-    """Fork without pause for so long; the speed that was kept up, pauses between transfers included."""
+    """Fork without pause for so long; the speed that was kept up, pauses between transfers included, the speed of each
+    transfer, and from when to when it was (`time.monotonic`).
+    """
     chosen = _transport(state, transport)
     began = time.perf_counter()
     count = nbytes = 0
-    speeds = []
+    speeds, moments = [], list[float]()
+
+    def mark(done: int, total: int) -> None:
+        if done in (0, total):
+            moments.append(time.monotonic())
+
     while (spent := time.perf_counter() - began) < seconds:
-        report = tensorfork.fork_into(state.model, address, device=state.device, transport=chosen, verify=verify)
+        report = tensorfork.fork_into(
+            state.model, address, device=state.device, transport=chosen, verify=verify, progress=mark
+        )
         count, nbytes = count + 1, nbytes + report.nbytes
         speeds.append(report.gbps)
-    return {"forks": count, "seconds": spent, "gbps": nbytes / spent / 1e9, "transfers": speeds}
+    windows = list(zip(moments[::2], moments[1::2], strict=True))
+    return {"forks": count, "seconds": spent, "gbps": nbytes / spent / 1e9, "transfers": speeds, "windows": windows}
 
 
 def _transport(state: State, word: str) -> Any:

@@ -20,14 +20,14 @@ def prepare(state: State, *, load: str) -> None:
     state.kept["step"] = step
 
 
-def run(state: State, *, seconds: float) -> list[float]:
-    """Step after step, each waited for; how long each took, in ms."""
-    step, spent = state.kept["step"], list[float]()
-    end = time.perf_counter() + seconds
-    while (began := time.perf_counter()) < end:
+def run(state: State, *, seconds: float) -> list[tuple[float, float]]:
+    """Step after step, each waited for; when each began (`time.monotonic`), and how long it took, in ms."""
+    step, found = state.kept["step"], list[tuple[float, float]]()
+    end = time.monotonic() + seconds
+    while (began := time.monotonic()) < end:
         step()
-        spent.append(round(1e3 * (time.perf_counter() - began), 4))
-    return spent
+        found.append((began, round(1e3 * (time.monotonic() - began), 4)))
+    return found
 
 
 def _gemm(state: State) -> Callable[[], None]:
