@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,11 @@ def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
         speed = statistics.median(one for forked in case["detail"]["forks"] for one in forked["transfers"])
         ratio = steps["transfers"]["p99"] / steps["idle"]["p99"]
         lines.setdefault(name, []).append((speed, ratio, options))
-    for (name, points), colour in zip(lines.items(), _cycle(COLOURS), strict=False):
+    for (name, points), colour, below in zip(lines.items(), _cycle(COLOURS), cycle((-9, 3)), strict=False):
         points.sort()
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour, label=name)
         for x, y, options in points:
-            axes.annotate(options or "default", (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.annotate(options or "default", (x, y), fontsize=6, xytext=(3, below), textcoords="offset points")
     axes.axhline(1.0, color=IDLE, linewidth=0.8, linestyle=":")
     axes.set(xlabel="GB/s of a transfer", ylabel="p99 of the steps that meet a transfer, to idle")
     axes.set_title(f"Speed against the seed's steps: {machine}", fontsize=9)
