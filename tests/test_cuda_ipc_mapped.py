@@ -232,12 +232,12 @@ def test_one_that_does_not_close_leaves_the_others_closed(driver: Driver) -> Non
 
 def test_an_eighth_of_what_is_wanted_can_be_waited_for(driver: Driver) -> None:
     mapped = Mapped({i: Source(1, 1, b"%d" % i) for i in range(3)})
-    mapped.first(time.monotonic() + SOON)  # nothing is wanted yet
+    mapped.enough(time.monotonic() + SOON)  # nothing is wanted yet
     mapped.want([(2, 0), (1, 0)])
     with pytest.raises(tensorfork.TransferFailed):
-        mapped.first(time.monotonic() + 0.05)
+        mapped.enough(time.monotonic() + 0.05)
     driver.gate.set()
-    mapped.first(time.monotonic() + SOON)
+    mapped.enough(time.monotonic() + SOON)
     assert driver.opened
     mapped.close(time.monotonic() + SOON)
 
@@ -246,7 +246,7 @@ def test_an_eighth_is_more_than_one_where_many_are_wanted(driver: Driver) -> Non
     mapped = Mapped(sources(80))
     mapped.want([(i, 0) for i in range(80)])
     driver.gate.set()
-    mapped.first(soon())
+    mapped.enough(soon())
     assert len(mapped._found) >= 10
     mapped.close(soon())
 
@@ -258,5 +258,5 @@ def test_a_first_that_cannot_be_opened_says_why(driver: Driver) -> None:
     mapped.want([(2, 0)])
     for _ in range(2):  # whether it is known by now or not
         with pytest.raises(tensorfork.TransportUnavailable, match="no 2"):
-            mapped.first(time.monotonic() + SOON)
+            mapped.enough(time.monotonic() + SOON)
     mapped.close(time.monotonic() + SOON)

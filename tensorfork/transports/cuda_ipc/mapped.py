@@ -59,14 +59,14 @@ class Mapped:
                     opener.start()  # and waits until it is known
                     self._openers.append(opener)
 
-    def first(self, deadline: float) -> None:
+    def enough(self, deadline: float) -> None:
         """Wait until an eighth of what is wanted is open, if anything is; raises as `address` does for the first that
         failed.
         """
         with self._changed:
-            enough = -(-self._count() // 8)
+            eighth = -(-self._count() // 8)
             over = self._changed.wait_for(
-                lambda: len(self._found) >= enough or self._failed, max(0.0, deadline - time.monotonic())
+                lambda: len(self._found) >= eighth or self._failed, max(0.0, deadline - time.monotonic())
             )
             failed = next(iter(self._failed), None)
         if failed is not None:

@@ -58,7 +58,7 @@ class IpcSession(Session):
         opened while bytes move: that takes longer than while nothing does, and less than one after the other.
         """
         try:
-            self._memory.first(deadline)
+            self._memory.enough(deadline)
         except TransferFailed as error:
             raise TransportUnavailable(f"cuda_ipc: {error}") from error
 
