@@ -7,10 +7,13 @@ New tensors lie in one allocation for each device, sharing storages as the seed'
 memory only in `Target.install`, the last step of a fork, as the same object.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from attrs import evolve, field, frozen
@@ -22,8 +25,8 @@ from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
 
 Device = str | torch.device | None
-_under_way: set[int] = set()
-"""What forks of this process fill just now: addresses of storages, and ids of meta tensors."""
+_filled: WeakSet[Survey] = WeakSet()
+"""What forks of this process fill just now. Weak: one that an interrupt leaves in goes with its frame."""
 _lock = threading.Lock()
 
 
@@ -84,20 +87,55 @@ def room_for_all(theirs: ModelLayout, device: Device) -> Room:
 def alone(ours: Survey) -> Iterator[None]:
     """Round a fork into these tensors: of two at once, each would write over what the other one has verified.
 
-    Raises `ValueError` while another one fills some of them, or memory that they share, in this process.
+    Raises `ValueError` while another one of this process fills some of them, or of the same bytes.
     """
-    storages = zip(ours.memory.addresses, ours.layout.storages, strict=True)
-    filled = {address for address, storage in storages if address is not None and storage.nbytes}
-    filled |= {id(tensor) for tensor in ours.tensors.values() if tensor.is_meta}  # alive, so at no storage's address
-    with _lock:
-        if not _under_way.isdisjoint(filled):
-            raise ValueError("another fork into this model is under way in this process; wait until it has ended")
-        _under_way.update(filled)
     try:
+        with _lock:
+            if any(_meet(ours, other) for other in _filled):
+                raise ValueError("another fork into this model is under way in this process; wait until it has ended")
+            _filled.add(ours)
+        if not all(tensor.is_meta for tensor in _metas(ours)):
+            raise ValueError("another fork into this model ended while it was looked at; fork again")
         yield
     finally:
-        with _lock:
-            _under_way.difference_update(filled)
+        _filled.discard(ours)
+
+
+def _meet(one: Survey, other: Survey) -> bool:
+    """Whether the two have meta tensors, or bytes, in common."""
+    ids = {id(tensor) for tensor in _metas(one)}
+    if any(id(tensor) in ids for tensor in _metas(other)):
+        return True
+    both = sorted([*_stretches(one), *_stretches(other)])
+    return any(before[1] > after[0] for before, after in pairwise(both))
+
+
+def _metas(ours: Survey) -> list[torch.Tensor]:
+    addresses = ours.memory.addresses
+    return [ours.tensors[tensor.name] for tensor in ours.layout.tensors if addresses[tensor.storage] is None]
+
+
+def _stretches(ours: Survey) -> list[tuple[int, int]]:
+    """From where to where tensors lie, gaps between their elements included; none of them overlap."""
+    addresses = ours.memory.addresses
+    found: list[tuple[int, int]] = []
+    starts = ((addresses[tensor.storage], tensor) for tensor in ours.layout.tensors if tensor.numel)
+    for start, extent in sorted((base + tensor.offset, tensor.extent) for base, tensor in starts if base is not None):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], start + extent)
+        else:
+            found.append((start, start + extent))
+    return found
+
+
+def _after_fork() -> None:
+    """In the child: whoever was filling these is not there."""
+    global _lock
+    _lock = threading.Lock()
+    _filled.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @frozen

@@ -16,7 +16,7 @@ from processes import Child
 from torch import nn
 
 import tensorfork
-from tensorfork import LayoutMismatch, Session, UnsupportedTensor, api, forking
+from tensorfork import LayoutMismatch, Session, UnsupportedTensor, api, forking, target
 from tensorfork.bootstrap import Conversation
 from tensorfork.collector import put_off_collections
 from tensorfork.strided import SCRATCH
@@ -657,29 +657,74 @@ def test_what_turns_out_not_to_work_when_it_is_to_be_ready_is_no_transport(monke
 # Two at once.
 
 
-def layers(device: str = "cpu") -> dict[str, torch.Tensor]:
-    return {name: torch.full((1000,), float(i), device=device) for i, name in enumerate(("a.weight", "b.weight"), 1)}
+def layers(device: str = "cpu", nbytes: int = 4000) -> dict[str, torch.Tensor]:
+    return {name: torch.full((nbytes // 4,), float(i), device=device) for i, name in enumerate(("a.w", "b.w"), 1)}
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_fork_into_a_model_that_is_being_filled_is_refused(
-    seed_of: Callable[[Any], tensorfork.Seed], device: str
+def in_one_allocation(nbytes: int = 4000) -> dict[str, torch.Tensor]:
+    """As a fork leaves them that made them."""
+    buffer = torch.zeros(nbytes // 2)
+    return dict(zip(("a.w", "b.w"), buffer.split(nbytes // 4), strict=True))
+
+
+MODELS = {"each by itself": layers, "in one allocation": in_one_allocation, "meta": lambda: layers("meta")}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("part_first", [False, True], ids=["the whole first", "a part first"])
+def test_a_fork_into_what_is_being_filled_is_refused(
+    seed_of: Callable[[Any], tensorfork.Seed], make: Callable[[], dict[str, torch.Tensor]], part_first: bool
 ) -> None:
-    seed, model, refused = seed_of(layers()), layers(device), list[str]()
-    part = {"again": model["b.weight"]}
-    other = seed_of({"again": torch.zeros(1000)})
+    model, refused = make(), list[str]()
+    part = {"again": model["b.w"]}
+    whole, other = seed_of(layers()), seed_of({"again": torch.full((1000,), 9.0)})
+    first, second = (part, other), (model, whole)
+    if not part_first:
+        first, second = second, first
+
+    def fork(into: Any, seed: tensorfork.Seed, progress: Any = None) -> None:
+        tensorfork.fork_into(into, seed.address, device="cpu", transport="zeromq", timeout=SECONDS, progress=progress)
 
     def meanwhile(_done: int, _total: int) -> None:
-        for address, into in ((seed.address, model), (other.address, part)):
-            with pytest.raises(ValueError, match="under way") as caught:
-                tensorfork.fork_into(into, address, device="cpu", transport="zeromq", timeout=SECONDS)
-            refused.append(str(caught.value))
+        with pytest.raises(ValueError, match="under way") as caught:
+            fork(*second)
+        refused.append(str(caught.value))
 
-    tensorfork.fork_into(model, seed.address, device="cpu", transport="zeromq", timeout=SECONDS, progress=meanwhile)
+    fork(*first, meanwhile)
     assert refused
+    assert fingerprints(first[0]) == fingerprints({"again": torch.full((1000,), 9.0)} if part_first else layers())
+    fork(*second)  # it is over
+
+
+def test_what_two_forks_have_in_common_is_bytes_and_not_pages(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
+    model, done = in_one_allocation(nbytes=64), list[int]()
+    model["empty"] = torch.empty(0)
+    seed = seed_of({**layers(nbytes=64), "empty": torch.empty(0)})
+
+    def meanwhile(*_: int) -> None:
+        part = {"b.w": model["b.w"], "empty": torch.empty(0)}
+        done.append(tensorfork.fork_into(part, seed.address, include=["b", "empty"], timeout=SECONDS).tensors)
+
+    tensorfork.fork_into(model, seed.address, include=["a", "empty"], timeout=SECONDS, progress=meanwhile)
+    assert done[0] == 2
+    assert fingerprints(model) == fingerprints({**layers(nbytes=64), "empty": torch.empty(0)})
+
+
+def test_a_model_that_was_filled_after_it_was_looked_at_is_refused(
+    seed_of: Callable[[Any], tensorfork.Seed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, model, alone = seed_of(layers()), layers("meta"), target.alone
+
+    def late(ours: Any) -> Any:
+        monkeypatch.setattr(target, "alone", alone)
+        tensorfork.fork_into(model, seed.address, device="cpu", timeout=SECONDS)
+        return alone(ours)
+
+    monkeypatch.setattr(target, "alone", late)
+    with pytest.raises(ValueError, match="fork again"):
+        tensorfork.fork_into(model, seed.address, device="cpu", timeout=SECONDS)
+    tensorfork.fork_into(model, seed.address, timeout=SECONDS)
     assert fingerprints(model) == fingerprints(layers())
-    tensorfork.fork_into(part, other.address, transport="zeromq", timeout=SECONDS)  # it is over
-    assert not model["b.weight"].any()
 
 
 def test_parts_of_a_model_are_filled_at_once(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
@@ -698,10 +743,11 @@ def test_parts_of_a_model_are_filled_at_once(seed_of: Callable[[Any], tensorfork
 def test_a_model_whose_fork_failed_may_be_forked_into_again(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
     seed, model = seed_of(layers()), layers("meta")
 
-    def fail(_done: int, _total: int) -> None:
-        raise RuntimeError("of the caller's")
+    def fail(done: int, _total: int) -> None:
+        if done:
+            raise RuntimeError("of the caller's")
 
     with pytest.raises(RuntimeError, match="of the caller's"):
-        tensorfork.fork_into(model, seed.address, device="cpu", timeout=SECONDS, progress=fail)
+        tensorfork.fork_into(model, seed.address, device="cpu", transport="gloo", timeout=SECONDS, progress=fail)
     tensorfork.fork_into(model, seed.address, device="cpu", timeout=SECONDS)
     assert fingerprints(model) == fingerprints(layers())

@@ -170,8 +170,8 @@ def pair_of_lanes(theirs: torch.Tensor, ours: torch.Tensor) -> Iterator[tuple[Gl
     from torch.distributed import PrefixStore
 
     until = time.monotonic() + SECONDS
-    _, store, port = serve_store("127.0.0.1", None, until)
-    stores = [PrefixStore("x", one) for one in (store, reach_store("127.0.0.1", port, until))]
+    _, host, port = serve_store("127.0.0.1", None, until)
+    stores = [PrefixStore("x", reach_store(host, port, until)) for _ in range(2)]
 
     def lane(rank: int, tensor: torch.Tensor) -> Callable[[], GlooLane]:
         memory = RegionsOfOneSide([tensorfork.Region(0, tensor.data_ptr(), tensor.nbytes, "cpu")])

@@ -18,7 +18,7 @@ from tensorfork.transports.nccl.lane import SEED, WINDOW, Ctas, Lane, Settings
 from tensorfork.transports.nccl.lanes import make, rehearse
 from tensorfork.transports.nccl.memory import Memory
 from tensorfork.transports.nccl.parcels import Stretch, read_page
-from tensorfork.transports.nccl.rendezvous import Watch, local_address, numeric, serve_store, together
+from tensorfork.transports.nccl.rendezvous import Stores, Watch, local_address, numeric, serve_store, together
 from tensorfork.transports.nccl.talk import MAX_PAIRS, Talk
 
 CATCH_UP = 0.01
@@ -61,7 +61,8 @@ class GroupExport(Export):
         self._lanes: list[Lane] = []
         self._pairs: list[tuple[str, str]] = []
         self._ended, self._serving = threading.Event(), threading.Lock()
-        self._server, self._store, port = serve_store(site.bind, ports, deadline)
+        self._server, own, port = serve_store(site.bind, ports, deadline)
+        self._stores: Stores | None = Stores(own, port, deadline, self._look)
         ctas = [settings.ctas.fewest, settings.ctas.most, settings.ctas.cluster]
         self.offer = msgpack.packb(
             [self._token, port, settings.parcel, settings.bucket, settings.small, ctas, cuda.host()]
@@ -88,7 +89,7 @@ class GroupExport(Export):
         self._abort()
         served = self._serving.acquire(timeout=max(0.1, deadline - time.monotonic()))
         if served:
-            self._server = self._store = None
+            self._server = self._stores = None
             self._serving.release()
         return served
 
@@ -118,11 +119,14 @@ class GroupExport(Export):
             if time.monotonic() > until:
                 raise TransportUnavailable("the group was not made in time")
 
-        def maker(number: int, pair: tuple[str, str]) -> Callable[[], Lane]:
-            store = PrefixStore(f"{self._token}/{number}", self._store)
+        def maker(number: int, pair: tuple[str, str], client: Any) -> Callable[[], Lane]:
+            store = PrefixStore(f"{self._token}/{number}", client)
             return lambda: make(pair, store, SEED, self._memory, settings, own, until)
 
-        makers = [maker(number, pair) for number, pair in enumerate(wanted, len(self._pairs))]
+        assert self._stores is not None
+        clients = self._stores.take(len(wanted), until, look)
+        numbers = range(len(self._pairs), len(self._pairs) + len(wanted))
+        makers = [maker(*each) for each in zip(numbers, wanted, clients, strict=True)]
         for pair in wanted:
             rehearse(pair, SEED, self._memory, settings)
         self._lanes += together(makers, Lane.close, "tensorfork-join", look)

@@ -1,13 +1,13 @@
 """Regions as torch sees them: tensors over raw addresses, and small stretches into a bucket and out of it."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import evolve
 
 from tensorfork import cuda
-from tensorfork.transports.base import Place, Region
+from tensorfork.transports.base import Place, Region, RemoteRegion
 from tensorfork.transports.nccl.parcels import Stretch
 
 
@@ -25,9 +25,7 @@ class Memory:
 
     def holds(self, stretch: Stretch, device: str) -> bool:
         """Whether a stretch lies within one of the regions, on that device."""
-        id, offset, nbytes = stretch
-        region = self._regions.get(id)
-        return region is not None and region.device == device and 0 <= offset <= region.nbytes - nbytes
+        return holds(self._regions, stretch, device)
 
     def byte_on(self, device: str) -> Stretch:
         """One byte of some region on that device, which must be one of `devices`."""
@@ -44,6 +42,13 @@ class Memory:
         if tensor is None:
             tensor = self._tensors[id] = as_tensor(self._regions[id])
         return tensor.narrow(0, offset, nbytes)
+
+
+def holds(regions: Mapping[int, Region | RemoteRegion], stretch: Stretch, device: str) -> bool:
+    """Whether a stretch lies within one of these regions, on that device."""
+    id, offset, nbytes = stretch
+    region = regions.get(id)
+    return region is not None and region.device == device and 0 <= offset <= region.nbytes - nbytes
 
 
 def as_tensor(region: Region) -> torch.Tensor:

@@ -44,8 +44,8 @@ def span(until: float) -> datetime.timedelta:
     return datetime.timedelta(milliseconds=max(1, int((until - time.monotonic()) * 1000)))
 
 
-def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, Any, int]:
-    """A store that listens where the seed does, a client of it, for groups that may outlive it, and its port.
+def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, str, int]:
+    """A store that listens where the seed does, and the address and port at which it is reached from here.
 
     Raises `TransportUnavailable`.
     """
@@ -61,11 +61,11 @@ def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, Any,
         )
     except RuntimeError as error:
         raise TransportUnavailable(f"torch cannot serve a store at {Address(own, port)}: {error}") from error
-    return store, reach_store(own, port, until), port
+    return store, own, port
 
 
 def reach_store(host: str, port: int, until: float) -> Any:
-    """The seed's store, from the fork. Raises `TransportUnavailable`; waits without holding up other threads."""
+    """A client of a store. Raises `TransportUnavailable`; waits without holding up other threads."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
@@ -151,6 +151,28 @@ class Task(Generic[T]):
             if unwanted:
                 self._discard(made)
         self._over.set()
+
+
+class Stores:
+    """Clients of one store: one for each group, since what waits for a key holds up whatever else is said through the
+    same client, and groups that begin in another order on either side would wait for each other.
+
+    `look` is called now and then while torch tries, and may raise. Raises `TransportUnavailable`.
+    """
+
+    def __init__(self, host: str, port: int, until: float, look: Callable[[], object]) -> None:
+        self._host, self._port = host, port
+        self._ready = [self._reach(until, look)]
+
+    def take(self, count: int, until: float, look: Callable[[], object]) -> list[Any]:
+        """So many clients that nobody else has. One after another: torch was seen to stall where several connect."""
+        found, self._ready = self._ready[:count], self._ready[count:]
+        return found + [self._reach(until, look) for _ in range(count - len(found))]
+
+    def _reach(self, until: float, look: Callable[[], object]) -> Any:
+        # on a thread that holds on to nothing of ours while torch retries, however long that is
+        reach = Task(lambda: reach_store(self._host, self._port, until), lambda _: None, "tensorfork-join")
+        return reach.result(look)
 
 
 def together(

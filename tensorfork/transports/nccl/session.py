@@ -16,9 +16,9 @@ from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, T
 from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
 from tensorfork.transports.nccl.lane import FORK, WINDOW, Ctas, Lane, Settings
 from tensorfork.transports.nccl.lanes import make
-from tensorfork.transports.nccl.memory import Memory
+from tensorfork.transports.nccl.memory import Memory, holds
 from tensorfork.transports.nccl.parcels import Parcel, pages, schedule
-from tensorfork.transports.nccl.rendezvous import Task, Watch, local_address, reach_store, together
+from tensorfork.transports.nccl.rendezvous import Stores, Task, Watch, local_address, together
 from tensorfork.transports.nccl.talk import Talk
 
 LISTEN = 0.002
@@ -75,9 +75,7 @@ class GroupSession(Session):
         pairs = [(one, other) for one in theirs for other in ours]
         self._first = pairs if len(pairs) == 1 else []  # else the copies say which are needed
         until = min(deadline, time.monotonic() + joining)
-        # which holds on to nothing of ours while torch retries, however long that is
-        reach = Task(lambda: reach_store(seed, port, until), lambda _: None, "tensorfork-join")
-        self._store = reach.result(_patience(until))
+        self._stores: Stores | None = Stores(seed, port, until, _patience(until))
         self._meeting: Task[list[Lane]] | None = None
         if self._first:
             self._meeting = Task(lambda: self._join(self._first, until, self._wanted), _close_all, "tensorfork-meet")
@@ -117,8 +115,8 @@ class GroupSession(Session):
                 pull.run(copies, self._checked(schedule(copies, numbers, limits)), self._lanes, window)
             except BaseException as error:
                 undrained = self._drain(window)
-                if not isinstance(error, RuntimeError | TensorForkError):
-                    raise  # of the caller's, from `done`
+                if error is pull.callers or not isinstance(error, RuntimeError | TensorForkError):
+                    raise
                 raise TransferFailed(f"{self._seed}: {pull.reason(error)}", undrained=undrained) from error
         self._broken = bool(watch.reason)  # it may have ended just when it was to be aborted
 
@@ -127,7 +125,7 @@ class GroupSession(Session):
         self._ended.set()
         if self._meeting is not None:
             self._meeting.give_up(ENDING)
-        lanes, self._lanes, self._store, self._meeting = self._lanes, [], None, None
+        lanes, self._lanes, self._stores, self._meeting = self._lanes, [], None, None
         idle, self._broken = not self._broken, True  # the last pull was whole, or there was none
         for lane in lanes:
             lane.close(idle)
@@ -149,12 +147,17 @@ class GroupSession(Session):
             patience()
             look()
 
+        stores = self._stores
         try:
             look()
+            if stores is None:
+                raise TransferFailed("this session is closed")
             own = local_address(self._seed)
             self._talk.say("join", pairs, [ctas.fewest, ctas.most, ctas.cluster], own, until=until)
             self._expect("ready", until, look)
-            makers = [self._maker(number, pair, own, until) for number, pair in enumerate(pairs, len(self._pairs))]
+            clients = stores.take(len(pairs), until, both)
+            numbers = range(len(self._pairs), len(self._pairs) + len(pairs))
+            makers = [self._maker(*each, own, until) for each in zip(numbers, pairs, clients, strict=True)]
             lanes = together(makers, Lane.close, "tensorfork-join", both)
             self._expect("joined", until, look)
             return lanes
@@ -164,10 +167,10 @@ class GroupSession(Session):
                 raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
             raise
 
-    def _maker(self, number: int, pair: tuple[str, str], own: str, until: float) -> Callable[[], Lane]:
+    def _maker(self, number: int, pair: tuple[str, str], client: Any, own: str, until: float) -> Callable[[], Lane]:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        store = PrefixStore(f"{self._token}/{number}", self._store)
+        store = PrefixStore(f"{self._token}/{number}", client)
         return lambda: make(pair, store, FORK, self._memory, self._settings, own, until)
 
     def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
@@ -185,10 +188,12 @@ class GroupSession(Session):
             raise TransferFailed(f"a copy names the region {error}, and there is none of that number") from error
 
     def _checked(self, parcels: Iterable[Parcel]) -> Iterator[Parcel]:
-        """The same. Raises `TransferFailed` at one that does not fit into our regions; the seed looks at its own."""
+        """The same. Raises `TransferFailed` at one that does not lie within the regions of both sides."""
         for parcel in parcels:
-            device = self._pairs[parcel.lane][FORK]
-            if not all(self._memory.holds(stretch, device) for stretch in parcel.ours):
+            theirs, ours = self._pairs[parcel.lane]
+            if not all(holds(self._remote, stretch, theirs) for stretch in parcel.theirs):
+                raise TransferFailed("a copy lies outside the seed's regions")
+            if not all(holds(self._ours, stretch, ours) for stretch in parcel.ours):
                 raise TransferFailed("a copy lies outside our regions")
             yield parcel
 
@@ -214,7 +219,12 @@ class GroupSession(Session):
 class _Pull:
     """One pull, under way. A parcel counts when it has arrived here, and the seed has said that it left whole: of an
     operation that the seed aborts, this side cannot tell that the bytes never came.
+
+    Attributes:
+        callers: what `done` raised.
     """
+
+    callers: BaseException | None = None
 
     def __init__(
         self, talk: Talk, watch: Watch, cancel: threading.Event, deadline: float, done: Callable[[int], None]
@@ -326,7 +336,11 @@ class _Pull:
                     self._say_done(i)
 
     def _say_done(self, i: int) -> None:
-        self._done(i)
+        try:
+            self._done(i)
+        except BaseException as error:
+            self.callers = error
+            raise
         if self._cancel.is_set():
             raise TransferFailed("the transfer was cancelled")
 
