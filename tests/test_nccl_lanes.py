@@ -1,4 +1,4 @@
-"""Leases with several devices on either side: a lane for each pair. The devices are made up, and gloo moves the bytes."""
+"""Leases with several devices on either side, a lane for each pair: the devices are made up, gloo moves the bytes."""
 
 import ctypes
 import random

@@ -174,6 +174,14 @@ def test_a_page_is_written_while_what_came_before_it_moves() -> None:
     ]  # fmt: skip
 
 
+def test_the_first_parcel_is_begun_soon_and_those_behind_it_grow() -> None:
+    copies = [Copy(0, 1, i << 20, 1, i << 20, 1 << 20) for i in range(8000)]
+    many = [len(one.copies) for one in schedule(copies, [0] * 8000, {0: Limits(1 << 30, 1, 1)})]
+    assert many == [128, 256, 512, 1024, 1024, 1024, 1024, 1024, 1024, 960]
+    long = [one.nbytes >> 20 for one in schedule([Copy(0, 1, 0, 1, 0, 5 << 30)], [0], {0: Limits(1 << 30, 1, 1)})]
+    assert long == [512, 1024, 1024, 1024, 1024, 512]
+
+
 def test_lanes_take_turns() -> None:
     copies = [Copy(0, 1, i * 100, 1, i * 100, 100) for i in range(8)]
     parcels = schedule(copies, [0] * 4 + [1] * 4, {0: Limits(100, 1, 1), 1: Limits(100, 1, 1)})

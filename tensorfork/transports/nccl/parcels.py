@@ -17,9 +17,9 @@ from tensorfork.transports.base import Copy
 STRETCHES = 1024
 """Stretches in one parcel, at most."""
 FIRST, FEW = 512 << 20, 128
-"""Bytes and stretches of a lane's first parcel, at most; each one after it may have twice as many. While both sides
-begin the first, nothing moves, and each stretch adds 7 us to that; and it must last until the next is begun, up to 1 ms
-later, in which 370 MB cross NVLink."""
+"""Bytes and stretches of a lane's first parcel that is not packed, at most; each one after it may have twice as many.
+While both sides begin the first, nothing moves, and each stretch adds 7 us to that; and it must last until the next is
+begun, up to 1 ms later, in which 370 MB cross NVLink."""
 PAGE = 512 << 10
 """Bytes of parcels in one message; a message on a channel has at most 1 MiB."""
 
