@@ -236,12 +236,16 @@ class TransportSuite:
             pass  # it needs the seed already to open a session
         assert time.monotonic() - started < MARGIN * (2 * self.short + 1)
 
-    def test_what_done_raises_ends_the_pull_and_reaches_the_caller(self, lab: Lab) -> None:
-        def stumble(_: int) -> None:
-            raise KeyboardInterrupt
+    @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+    def test_what_done_raises_ends_the_pull_and_reaches_the_caller(self, lab: Lab, kind: type[BaseException]) -> None:
+        error = kind("of the caller's")
 
-        with lab.lease([self.big], [self.big]) as lease, pytest.raises(KeyboardInterrupt):
+        def stumble(_: int) -> None:
+            raise error
+
+        with lab.lease([self.big], [self.big]) as lease, pytest.raises(kind) as caught:
             lease.attempt(lease.stripes(16), then=stumble)
+        assert caught.value is error
 
     def test_closing_twice_and_after_a_failure_is_harmless(self, lab: Lab) -> None:
         with lab.lease([1000], [1000]) as lease:
