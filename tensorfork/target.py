@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from attrs import evolve, field, frozen
@@ -25,9 +25,10 @@ from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
 
 Device = str | torch.device | None
-_filled: WeakSet[Survey] = WeakSet()
+_filled: dict[object, ref[Survey]] = {}
 """What forks of this process fill just now. Weak: one that an interrupt leaves in goes with its frame."""
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""From a look at these to an entry. They are taken out without it, as the garbage collector may do that anywhere."""
 
 
 @frozen
@@ -89,16 +90,18 @@ def alone(ours: Survey) -> Iterator[None]:
 
     Raises `ValueError` while another one of this process fills some of them, or of the same bytes.
     """
+    mark = object()
     try:
         with _lock:
-            if any(_meet(ours, other) for other in _filled):
+            others = [other for held in list(_filled.values()) if (other := held()) is not None]
+            if any(_meet(ours, other) for other in others):
                 raise ValueError("another fork into this model is under way in this process; wait until it has ended")
-            _filled.add(ours)
+            _filled[mark] = ref(ours, lambda _: _filled.pop(mark, None))
         if not all(tensor.is_meta for tensor in _metas(ours)):
             raise ValueError("another fork into this model ended while it was looked at; fork again")
         yield
     finally:
-        _filled.discard(ours)
+        _filled.pop(mark, None)
 
 
 def _meet(one: Survey, other: Survey) -> bool:
@@ -131,7 +134,7 @@ def _stretches(ours: Survey) -> list[tuple[int, int]]:
 def _after_fork() -> None:
     """In the child: whoever was filling these is not there."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _filled.clear()
 
 

@@ -727,6 +727,33 @@ def test_a_model_that_was_filled_after_it_was_looked_at_is_refused(
     assert fingerprints(model) == fingerprints(layers())
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_whoever_is_not_refused_fills_the_model(
+    seed_of: Callable[[Any], tensorfork.Seed], make: Callable[[], dict[str, torch.Tensor]]
+) -> None:
+    seed, model, ended = seed_of(layers()), make(), list[str]()
+    together = threading.Barrier(4)
+
+    def fork() -> None:
+        together.wait(SECONDS)
+        try:
+            tensorfork.fork_into(model, seed.address, device="cpu", transport="zeromq", timeout=SECONDS)
+            ended.append("filled")
+        except ValueError:
+            ended.append("refused")
+
+    threads = [threading.Thread(target=fork) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert len(ended) == together.parties
+    assert "filled" in ended
+    assert fingerprints(model) == fingerprints(layers())
+    gc.collect()
+    assert not target._filled
+
+
 def test_parts_of_a_model_are_filled_at_once(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
     seed, model, filled = seed_of(layers()), layers("meta"), list[int]()
 
