@@ -19,6 +19,7 @@ import tensorfork
 from tensorfork import LayoutMismatch, Session, UnsupportedTensor, api, forking, target
 from tensorfork.bootstrap import Conversation
 from tensorfork.collector import put_off_collections
+from tensorfork.layout import survey
 from tensorfork.strided import SCRATCH
 from tensorfork.transports.zeromq import ZeroMQ
 
@@ -752,6 +753,54 @@ def test_whoever_is_not_refused_fills_the_model(
     assert fingerprints(model) == fingerprints(layers())
     gc.collect()
     assert not target._filled
+
+
+def test_a_fork_that_ends_while_another_is_looked_at_disturbs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    surveys = [survey(layers()) for _ in range(4)]
+    meet, looks = target._meet, list[bool]()
+    with contextlib.ExitStack() as others:
+        for ours in surveys[1:]:
+            others.enter_context(target.alone(ours))
+
+        def ending(one: Any, other: Any) -> bool:
+            others.close()
+            looks.append(meet(one, other))
+            return looks[-1]
+
+        monkeypatch.setattr(target, "_meet", ending)
+        with target.alone(surveys[0]):
+            assert looks == [False] * 3
+    assert not target._filled
+
+
+def test_models_with_tied_tensors_are_filled_at_once(seed_of: Callable[[Any], tensorfork.Seed]) -> None:
+    def tied(device: str) -> dict[str, torch.Tensor]:
+        both = torch.full((100,), 3.0, device=device)
+        return {"one": both, "other": both, "part": both[10:20]}
+
+    seed, done = seed_of(tied("cpu")), list[int]()
+    models = [{name: torch.zeros_like(t) for name, t in tied("cpu").items()} for _ in range(2)]
+    for model in models:
+        model["other"], model["part"] = model["one"], model["one"][10:20]
+
+    def meanwhile(*_: int) -> None:
+        done.append(tensorfork.fork_into(models[1], seed.address, timeout=SECONDS).tensors)
+
+    tensorfork.fork_into(models[0], seed.address, timeout=SECONDS, progress=meanwhile)
+    assert done
+    assert all(fingerprints(model) == fingerprints(tied("cpu")) for model in models)
+
+
+def test_a_child_process_may_fill_what_its_parent_was_filling() -> None:
+    ours = survey(layers())
+    with target.alone(ours), target._lock:
+        if not (child := os.fork()):
+            try:
+                with target.alone(ours):
+                    os._exit(7)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_parts_of_a_model_are_filled_at_once(seed_of: Callable[[Any], tensorfork.Seed]) -> None:

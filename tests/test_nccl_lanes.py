@@ -24,11 +24,15 @@ GPUS = [f"cuda:{i}" for i in range(3)]
 
 
 @pytest.fixture(autouse=True)
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+def clients(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Any]]:
+    """Pretends; the clients of the store that the groups of each rank got."""
+    got: dict[int, list[Any]] = {0: [], 1: []}
+
     def as_tensor(region: Region) -> torch.Tensor:
         return torch.frombuffer((ctypes.c_char * region.nbytes).from_address(region.address), dtype=torch.uint8)
 
     def make(pair: Any, store: Any, rank: int, memory: Any, settings: Any, address: str, until: float) -> GlooLane:
+        got[rank].append(store.underlying_store)
         lane = GlooLane(store, rank, memory, "cpu", settings.bucket, address, until)
         lane.greet(until)
         return lane
@@ -37,6 +41,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "make", make)
     monkeypatch.setattr(export, "make", make)
     monkeypatch.setattr(export, "rehearse", lambda *_: None)
+    return got
 
 
 class Side:
@@ -87,7 +92,9 @@ def draw_copies(draw: random.Random, theirs: Side, ours: Side, sources: Sequence
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_every_copy_goes_through_the_lane_of_its_devices_and_arrives_whole(seed: int) -> None:
+def test_every_copy_goes_through_the_lane_of_its_devices_and_arrives_whole(
+    seed: int, clients: dict[int, list[Any]]
+) -> None:
     draw = random.Random(seed)
     theirs, ours = Side(GPUS, torch.Generator().manual_seed(seed)), Side(GPUS[:2], None)
     with leased(theirs, ours, parcel=draw.choice([512, 1 << 20]), bucket=4096, small=draw.choice([1, 1000])) as opened:
@@ -105,6 +112,9 @@ def test_every_copy_goes_through_the_lane_of_its_devices_and_arrives_whole(seed:
     for buffer in ours.buffers:
         assert not buffer[:EDGE].any()
         assert not buffer[-EDGE:].any()
+    for got in clients.values():
+        assert len(got) == 6
+        assert not any(one is other for i, one in enumerate(got) for other in got[:i])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ class GroupSession(Session):
         pairs = self._first or self._pairs_of(copies)
         self._broken = True  # until it is over
         window: deque[tuple[Parcel, Any]] = deque()
+        made: Sequence[Lane] = ()
         with Watch(deadline, LATE, cancel, self._abort) as watch:
             pull = _Pull(self._talk, watch, cancel, deadline, done)
             try:
@@ -112,9 +113,9 @@ class GroupSession(Session):
                 lanes = {pair: i for i, pair in enumerate(self._pairs)}
                 numbers = [0] * len(copies) if self._first else [lanes[pair] for pair in pairs]
                 limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
-                pull.run(copies, self._checked(schedule(copies, numbers, limits)), self._lanes, window)
+                pull.run(copies, self._checked(schedule(copies, numbers, limits)), made := self._lanes, window)
             except BaseException as error:
-                undrained = self._drain(window)
+                undrained = self._drain(window, made)
                 if error is pull.callers or not isinstance(error, RuntimeError | TensorForkError):
                     raise
                 raise TransferFailed(f"{self._seed}: {pull.reason(error)}", undrained=undrained) from error
@@ -201,13 +202,13 @@ class GroupSession(Session):
         for lane in self._lanes:
             lane.abort()
 
-    def _drain(self, window: Sequence[tuple[Parcel, Any]]) -> list[tuple[int, int]]:
+    def _drain(self, window: Sequence[tuple[Parcel, Any]], lanes: Sequence[Lane]) -> list[tuple[int, int]]:
         """Stop everything; the stretches, as (address, bytes), that may be written to all the same."""
         self._abort()
         end = time.monotonic() + DRAINING
         undrained = []
         for parcel, begun in window:
-            lane = self._lanes[parcel.lane]
+            lane = lanes[parcel.lane]
             while not (quiet := lane.quiet(begun)) and time.monotonic() < end:
                 time.sleep(0.01)
             if not quiet:
