@@ -611,6 +611,7 @@ def test_collections_come_on_again_where_no_thread_can_be_started(monkeypatch: p
     assert gc.isenabled()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # other tests leave torch's threads
 def test_a_process_that_is_forked_off_meanwhile_collects() -> None:
     with put_off_collections(60):
         child = os.fork()
@@ -791,6 +792,7 @@ def test_models_with_tied_tensors_are_filled_at_once(seed_of: Callable[[Any], te
     assert all(fingerprints(model) == fingerprints(tied("cpu")) for model in models)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # other tests leave torch's threads
 def test_a_child_process_may_fill_what_its_parent_was_filling() -> None:
     ours = survey(layers())
     with target.alone(ours), target._lock:
