@@ -1,7 +1,7 @@
 """Charts, drawn from the JSON that a run wrote. matplotlib is imported here and nowhere else."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def phases(cases: Sequence[Case], file: Path, machine: str) -> bool:
         return False
     figure, axes = _figure(len(bars), "ms", f"Whole cold forks, by phase: {machine}")
     lefts = [0.0] * len(bars)
-    for phase, colour in zip(max((spent for _, spent in bars), key=len), _cycle(COLOURS), strict=False):
+    for phase, colour in zip(max((spent for _, spent in bars), key=len), cycle(COLOURS), strict=False):
         widths = [1e3 * spent.get(phase, 0.0) for _, spent in bars]
         axes.barh(range(len(bars)), widths, left=lefts, height=0.7, color=colour, label=phase)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
@@ -108,7 +108,7 @@ def steps(cases: Sequence[Case], file: Path, machine: str) -> bool:
 
     figure, panels = plt.subplots(1, len(loads), figsize=(6 * len(loads), 4), squeeze=False)
     for axes, (load, found) in zip(panels[0], loads.items(), strict=True):
-        for case, colour in zip(found, _cycle(COLOURS), strict=False):
+        for case, colour in zip(found, cycle(COLOURS), strict=False):
             for when, style in (("idle", ":"), ("forks", "-"), ("transfers", "--")):
                 if when in case["detail"]["steps"]:
                     label = case["detail"]["transport"] if when == "forks" else None
@@ -122,8 +122,9 @@ def steps(cases: Sequence[Case], file: Path, machine: str) -> bool:
 
 def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
     """The speed of a transfer, against what it does to the seed's steps."""
-    found = [case for case in cases if "steps" in case["detail"] and case["detail"]["load"] != "llama"]
-    found = [case for case in found if "transfers" in case["detail"]["steps"]]
+    found = [
+        case for case in cases if "transfers" in case["detail"].get("steps", ()) and case["detail"]["load"] != "llama"
+    ]
     if len(found) < 2:
         return False
     import matplotlib.pyplot as plt
@@ -136,7 +137,7 @@ def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
         speed = statistics.median(one for forked in case["detail"]["forks"] for one in forked["transfers"])
         ratio = steps["transfers"]["p99"] / steps["idle"]["p99"]
         lines.setdefault(name, []).append((speed, ratio, options))
-    for (name, points), colour, below in zip(lines.items(), _cycle(COLOURS), cycle((-9, 3)), strict=False):
+    for (name, points), colour, below in zip(lines.items(), cycle(COLOURS), cycle((-9, 3)), strict=False):
         points.sort()
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour, label=name)
         for x, y, options in points:
@@ -171,11 +172,6 @@ def _tail(histogram: Sequence[tuple[float, int]]) -> tuple[list[float], list[flo
     total = sum(count for _, count in histogram)
     below = list(accumulate(count for _, count in histogram))
     return [bound for bound, _ in histogram][:-1], [1 - count / total for count in below][:-1]
-
-
-def _cycle(colours: Sequence[str]) -> Iterator[str]:
-    while True:
-        yield from colours
 
 
 def _save(figure: Any, file: Path) -> bool:

@@ -139,10 +139,9 @@ def _cold(
     """
     hows = [(verify, how) for _ in range(max(1, count)) for verify, how in VERIFIED.items()]
     ready = [_fresh(bench, f"fork{i}", bench.sink, transport, wait=False) for i in range(len(hows))]
-    joins = limits.joins(bench, max(1, count)) if limits.SEND in beside else []
     for worker in ready:
         bench.result(worker, START)
-    joining = [join() for join in joins]
+    joining = limits.joins(bench, max(1, count)) if limits.SEND in beside else []
     found: dict[str, list[dict[str, Any]]] = {how: [] for how in VERIFIED.values()}
     speeds: dict[str, list[float]] = {name: [] for name in beside}
     for worker, (verify, how) in zip(ready, hows, strict=True):

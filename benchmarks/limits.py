@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from benchmarks.bench import START, Bench, free_port
@@ -52,21 +51,19 @@ def send(bench: Bench, outcome: Outcome) -> dict[str, Measure]:
     return {SEND: lambda: bench.all(pair, "raw.nccl_send")[1]}
 
 
-def joins(bench: Bench, count: int) -> list[Measure]:
-    """To make a group, in seconds; each of fresh processes, and for one time."""
+def joins(bench: Bench, count: int) -> list[float]:
+    """Make a group so many times, of fresh processes each; seconds."""
     pairs = [
         [bench.start(f"join{i}-{rank}", device, alone=True) for rank, device in enumerate((bench.source, bench.sink))]
         for i in range(count)
     ]
     bench.all([worker for pair in pairs for worker in pair], "sides.warm_up", timeout=START)
-
-    def timed(pair: Sequence[Worker]) -> float:
-        spent = join(bench, pair)
+    spent = []
+    for pair in pairs:
+        spent.append(join(bench, pair))
         for worker in pair:
             worker.close()
-        return spent
-
-    return [partial(timed, pair) for pair in pairs]
+    return spent
 
 
 def join(bench: Bench, pair: Sequence[Worker]) -> float:

@@ -8,7 +8,7 @@ piece longer than the transport likes.
 import sys
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from attrs import frozen
@@ -99,14 +99,22 @@ def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, P
 
 def complete(pairs: Sequence[Pair], ours: Mapping[int, Place], done: Sequence[Copy]) -> list[str]:
     """The names of the tensors whose every byte the done copies brought."""
-    arrived: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for copy in sorted(done, key=lambda copy: (copy.into, copy.at)):
-        spans = arrived[copy.into]
-        if spans and spans[-1][1] >= copy.at:
-            spans[-1] = (spans[-1][0], max(spans[-1][1], copy.at + copy.nbytes))
-        else:
-            spans.append((copy.at, copy.at + copy.nbytes))
+    came: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for copy in done:
+        came[copy.into].append((copy.at, copy.at + copy.nbytes))
+    arrived = {region: union(spans) for region, spans in came.items()}
     return [pair.name for pair in pairs if _arrived(pair, ours, arrived)]
+
+
+def union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What these (start, end) hold together: in order, what touches or overlaps as one."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:

@@ -20,7 +20,7 @@ from attrs import evolve, field, frozen
 
 from tensorfork.install import Installation, check, like, plain_mode
 from tensorfork.layout import ModelLayout, StorageLayout, Survey, TensorLayout
-from tensorfork.plan import Pair
+from tensorfork.plan import Pair, union
 from tensorfork.spans import ALIGNMENT
 from tensorfork.transports.base import Region
 
@@ -121,14 +121,9 @@ def _metas(ours: Survey) -> list[torch.Tensor]:
 def _stretches(ours: Survey) -> list[tuple[int, int]]:
     """From where to where tensors lie, gaps between their elements included; none of them overlap."""
     addresses = ours.memory.addresses
-    found: list[tuple[int, int]] = []
     starts = ((addresses[tensor.storage], tensor) for tensor in ours.layout.tensors if tensor.numel)
-    for start, extent in sorted((base + tensor.offset, tensor.extent) for base, tensor in starts if base is not None):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], start + extent)
-        else:
-            found.append((start, start + extent))
-    return found
+    firsts = ((base + tensor.offset, tensor.extent) for base, tensor in starts if base is not None)
+    return union((first, first + extent) for first, extent in firsts)
 
 
 def _after_fork() -> None:

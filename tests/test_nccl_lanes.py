@@ -157,8 +157,9 @@ def test_a_copy_that_fits_neither_side_fails_the_pull_and_touches_nothing_else(b
 def test_groups_share_no_client_of_the_store() -> None:
     until = time.monotonic() + SECONDS
     server, host, port = serve_store("127.0.0.1", None, until)
-    stores = Stores(host, port, until, lambda: None)
-    clients = [*stores.take(2, until, lambda: None), *stores.take(1, until, lambda: None)]
+    stores = Stores(host, port, "token", until, lambda: None)
+    taken = [*stores.take(2, until, lambda: None), *stores.take(1, until, lambda: None)]
+    clients = [store.underlying_store for store in taken]
     assert len({id(client) for client in clients}) == 3
     waiting = threading.Thread(target=clients[0].get, args=("said",))
     waiting.start()

@@ -62,7 +62,7 @@ class GroupExport(Export):
         self._pairs: list[tuple[str, str]] = []
         self._ended, self._serving = threading.Event(), threading.Lock()
         self._server, own, port = serve_store(site.bind, ports, deadline)
-        self._stores: Stores | None = Stores(own, port, deadline, self._look)
+        self._stores: Stores | None = Stores(own, port, self._token, deadline, self._look)
         ctas = [settings.ctas.fewest, settings.ctas.most, settings.ctas.cluster]
         self.offer = msgpack.packb(
             [self._token, port, settings.parcel, settings.bucket, settings.small, ctas, cuda.host()]
@@ -103,8 +103,6 @@ class GroupExport(Export):
                 raise ProtocolError(f"a message {words[0][:20]!r} came where none is expected")
 
     def _join(self, pairs: Sequence[Any], ctas: Ctas, address: str, talk: Talk) -> None:
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
         until = min(self._deadline, time.monotonic() + self._joining)
         wanted = [self._pair(pair) for pair in pairs]
         if len(self._pairs) + len(wanted) > MAX_PAIRS:
@@ -119,14 +117,11 @@ class GroupExport(Export):
             if time.monotonic() > until:
                 raise TransportUnavailable("the group was not made in time")
 
-        def maker(number: int, pair: tuple[str, str], client: Any) -> Callable[[], Lane]:
-            store = PrefixStore(f"{self._token}/{number}", client)
+        def maker(pair: tuple[str, str], store: Any) -> Callable[[], Lane]:
             return lambda: make(pair, store, SEED, self._memory, settings, own, until)
 
         assert self._stores is not None
-        clients = self._stores.take(len(wanted), until, look)
-        numbers = range(len(self._pairs), len(self._pairs) + len(wanted))
-        makers = [maker(*each) for each in zip(numbers, wanted, clients, strict=True)]
+        makers = [maker(*each) for each in zip(wanted, self._stores.take(len(wanted), until, look), strict=True)]
         for pair in wanted:
             rehearse(pair, SEED, self._memory, settings)
         self._lanes += together(makers, Lane.close, "tensorfork-join", look)

@@ -27,6 +27,8 @@ Stretch = tuple[int, int, int]
 """A region's id, an offset in it, and bytes."""
 
 _HEAD = struct.Struct("<HBxI")
+_ROW = _HEAD.size + 24 * STRETCHES
+"""Bytes of one parcel in a page, at most."""
 
 
 @frozen
@@ -86,15 +88,10 @@ def pages(parcels: Iterable[Parcel]) -> Iterator[tuple[bytes, list[Parcel]]]:
     held: list[Parcel] = []
     before = 0
     for parcel in parcels:
-        row = _HEAD.pack(parcel.lane, parcel.packed, len(parcel.theirs))
-        row += struct.pack(f"<{3 * len(parcel.theirs)}Q", *chain.from_iterable(parcel.theirs))
-        if held and len(page) + len(row) > PAGE:
-            yield bytes(page), held
-            before += len(held)
-            page, held = bytearray(), []
-        page += row
+        page += _HEAD.pack(parcel.lane, parcel.packed, len(parcel.theirs))
+        page += struct.pack(f"<{3 * len(parcel.theirs)}Q", *chain.from_iterable(parcel.theirs))
         held.append(parcel)
-        if len(held) >= before:
+        if len(held) >= before or len(page) + _ROW > PAGE:
             yield bytes(page), held
             before += len(held)
             page, held = bytearray(), []

@@ -154,20 +154,26 @@ class Task(Generic[T]):
 
 
 class Stores:
-    """Clients of one store: one for each group, since what waits for a key holds up whatever else is said through the
-    same client, and groups that begin in another order on either side would wait for each other.
+    """What the groups of one lease find one another in: parts of one store, in the same order on either side, each
+    through a client of its own. What waits for a key holds up whatever else is said through the same client, and groups
+    that begin in another order on either side would wait for each other.
 
     `look` is called now and then while torch tries, and may raise. Raises `TransportUnavailable`.
     """
 
-    def __init__(self, host: str, port: int, until: float, look: Callable[[], object]) -> None:
-        self._host, self._port = host, port
+    def __init__(self, host: str, port: int, token: str, until: float, look: Callable[[], object]) -> None:
+        self._host, self._port, self._token = host, port, token
+        self._taken = 0
         self._ready = [self._reach(until, look)]
 
     def take(self, count: int, until: float, look: Callable[[], object]) -> list[Any]:
-        """So many clients that nobody else has. One after another: torch was seen to stall where several connect."""
-        found, self._ready = self._ready[:count], self._ready[count:]
-        return found + [self._reach(until, look) for _ in range(count - len(found))]
+        """The next so many. They connect one after another: torch was seen to stall where several do."""
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+        clients, self._ready = self._ready[:count], self._ready[count:]
+        clients += [self._reach(until, look) for _ in range(count - len(clients))]
+        first, self._taken = self._taken, self._taken + count
+        return [PrefixStore(f"{self._token}/{number}", client) for number, client in enumerate(clients, first)]
 
     def _reach(self, until: float, look: Callable[[], object]) -> Any:
         # on a thread that holds on to nothing of ours while torch retries, however long that is

@@ -60,7 +60,7 @@ class GroupSession(Session):
         joining: float,
         deadline: float,
     ) -> None:
-        self._token, port, self._settings, same_host = _read_offer(offer, settings)
+        token, port, self._settings, same_host = _read_offer(offer, settings)
         self.fabric = "tcp" if not settings.nccl else "p2p" if same_host else "network"
         self._seed, self._joining = seed, joining
         self._remote = {region.id: region for region in remote}
@@ -75,7 +75,7 @@ class GroupSession(Session):
         pairs = [(one, other) for one in theirs for other in ours]
         self._first = pairs if len(pairs) == 1 else []  # else the copies say which are needed
         until = min(deadline, time.monotonic() + joining)
-        self._stores: Stores | None = Stores(seed, port, until, _patience(until))
+        self._stores: Stores | None = Stores(seed, port, token, until, _patience(until))
         self._meeting: Task[list[Lane]] | None = None
         if self._first:
             self._meeting = Task(lambda: self._join(self._first, until, self._wanted), _close_all, "tensorfork-meet")
@@ -156,9 +156,9 @@ class GroupSession(Session):
             own = local_address(self._seed)
             self._talk.say("join", pairs, [ctas.fewest, ctas.most, ctas.cluster], own, until=until)
             self._expect("ready", until, look)
-            clients = stores.take(len(pairs), until, both)
-            numbers = range(len(self._pairs), len(self._pairs) + len(pairs))
-            makers = [self._maker(*each, own, until) for each in zip(numbers, pairs, clients, strict=True)]
+            makers = [
+                self._maker(*each, own, until) for each in zip(pairs, stores.take(len(pairs), until, both), strict=True)
+            ]
             lanes = together(makers, Lane.close, "tensorfork-join", both)
             self._expect("joined", until, look)
             return lanes
@@ -168,10 +168,7 @@ class GroupSession(Session):
                 raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
             raise
 
-    def _maker(self, number: int, pair: tuple[str, str], client: Any, own: str, until: float) -> Callable[[], Lane]:
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-        store = PrefixStore(f"{self._token}/{number}", client)
+    def _maker(self, pair: tuple[str, str], store: Any, own: str, until: float) -> Callable[[], Lane]:
         return lambda: make(pair, store, FORK, self._memory, self._settings, own, until)
 
     def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
@@ -194,7 +191,7 @@ class GroupSession(Session):
             theirs, ours = self._pairs[parcel.lane]
             if not all(holds(self._remote, stretch, theirs) for stretch in parcel.theirs):
                 raise TransferFailed("a copy lies outside the seed's regions")
-            if not all(holds(self._ours, stretch, ours) for stretch in parcel.ours):
+            if not all(self._memory.holds(stretch, ours) for stretch in parcel.ours):
                 raise TransferFailed("a copy lies outside our regions")
             yield parcel
 
@@ -219,13 +216,8 @@ class GroupSession(Session):
 
 class _Pull:
     """One pull, under way. A parcel counts when it has arrived here, and the seed has said that it left whole: of an
-    operation that the seed aborts, this side cannot tell that the bytes never came.
-
-    Attributes:
-        callers: what `done` raised.
+    operation that the seed aborts, this side cannot tell that the bytes never came. `callers` is what `done` raised.
     """
-
-    callers: BaseException | None = None
 
     def __init__(
         self, talk: Talk, watch: Watch, cancel: threading.Event, deadline: float, done: Callable[[int], None]
@@ -238,6 +230,7 @@ class _Pull:
         self._left: list[int] = []  # bytes that each copy still needs
         self._arrived = self._sent = self._counted = 0  # parcels
         self._failed = ""
+        self.callers: BaseException | None = None
 
     def run(
         self,
