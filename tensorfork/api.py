@@ -99,8 +99,8 @@ def fork_into(
     seed's do, once everything has been verified; until then, and after any failure, they stay meta. For the first two
     seconds the process collects no garbage.
 
-    A model that is published itself is to be filled under its seed's `Seed.updating`, as whatever else changes it: forks
-    of it would see two moments otherwise.
+    A model that is published itself is to be filled under its seed's `Seed.updating`, as with all that changes it:
+    forks of it would see two moments otherwise.
 
     Args:
         model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and strides: built
