@@ -4,38 +4,33 @@ seed = tensorfork.publish(model)                      # in the running instance
 report = tensorfork.fork_into(model, seed.address)    # in the new one
 """
 
-from tensorfork.api import fork, fork_into, publish
-from tensorfork.errors import (
-    IdentityMismatch,
-    LayoutMismatch,
-    PeerRefused,
-    PeerUnreachable,
-    ProtocolError,
-    SeedChanged,
-    TensorForkError,
-    TransferFailed,
-    TransportUnavailable,
-    UnsupportedTensor,
-    VerificationFailed,
-)
-from tensorfork.identity import Identity, Rank
-from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
-from tensorfork.placement import Placement
-from tensorfork.report import ForkReport
-from tensorfork.seed import Seed, SeedStats
-from tensorfork.transports.base import (
-    Channel,
-    Copy,
-    Export,
-    Facts,
-    Place,
-    Region,
-    RemoteRegion,
-    Session,
-    Site,
-    Transport,
-)
-from tensorfork.version import __version__
+from tensorfork.interpreter.garbage_collection import gc_paused as _gc_paused
+
+with _gc_paused():  # behind torch a collection is due, which would double the time of this import
+    from tensorfork.api import fork, fork_into, publish
+    from tensorfork.errors import (
+        IdentityMismatch,
+        LayoutMismatch,
+        PeerRefused,
+        PeerUnreachable,
+        ProtocolError,
+        SeedChanged,
+        TensorForkError,
+        TransferFailed,
+        TransportUnavailable,
+        UnsupportedTensor,
+        VerificationFailed,
+    )
+    from tensorfork.identity import Identity, Rank
+    from tensorfork.interpreter.settings import allow_process_settings
+    from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
+    from tensorfork.placement import Placement
+    from tensorfork.regions import Copy, Place, Region, RemoteRegion
+    from tensorfork.report import ForkReport
+    from tensorfork.seed.handle import Seed
+    from tensorfork.seed.leases import SeedStats
+    from tensorfork.transports.base import Channel, Export, Facts, Session, Site, Transport
+    from tensorfork.version import __version__
 
 __all__ = [
     "Channel",
@@ -69,6 +64,7 @@ __all__ = [
     "UnsupportedTensor",
     "VerificationFailed",
     "__version__",
+    "allow_process_settings",
     "fork",
     "fork_into",
     "publish",

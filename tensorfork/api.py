@@ -1,32 +1,35 @@
-"""The story: publish a model in one process, fork it in another."""
+"""The public functions: publish a model in one process, fork it in another. `tensorfork.fork.steps` has a fork's steps."""
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve
 
-from tensorfork import forking, target
-from tensorfork.collector import put_off_collections
-from tensorfork.errors import SeedChanged, TensorForkError, TransportUnavailable, UnsupportedTensor
-from tensorfork.forking import Peer, Progress
+from tensorfork.digest import warm_up
+from tensorfork.errors import UnsupportedTensor
+from tensorfork.fork import destination, steps
+from tensorfork.fork.destination import DestinationMemory
+from tensorfork.fork.exclusive import exclusive_fill
+from tensorfork.fork.match import match
+from tensorfork.fork.new_storages import Device, named_device
+from tensorfork.fork.steps import Filling, Terms
+from tensorfork.fork.transfer import Progress
 from tensorfork.identity import Identity, Rank
-from tensorfork.layout import ModelLayout, survey
-from tensorfork.plan import match
+from tensorfork.interpreter.garbage_collection import gc_paused
+from tensorfork.layout import ModelLayout
+from tensorfork.model.describe import describe
+from tensorfork.model.selection import Patterns, Selection
 from tensorfork.report import ForkReport, Stopwatch
-from tensorfork.seed import Seed
-from tensorfork.selection import Patterns, Selection
-from tensorfork.target import Device, Room, Target
+from tensorfork.seed.handle import Seed
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
-from tensorfork.verify import Verification, warm_up
 
 TIMEOUT = 300.0
-"""Seconds a fork may take, unless told otherwise."""
-UNCOLLECTED = 2.0
-"""Seconds of a fork in which no garbage is collected: those that go over NVLink are over by then."""
+"""Seconds that a fork may take, unless the caller says otherwise."""
+GC_PAUSE = 2.0
+"""Seconds of a fork in which no garbage is collected, at most. Forks over NVLink have ended by then."""
 
 
 def publish(
@@ -65,17 +68,17 @@ def publish(
         TransportUnavailable: one of the transports named cannot work here.
         OSError: the address cannot be listened on.
     """
-    with put_off_collections():
-        ours = survey(model, Selection(include, exclude), identity, rank)
-        if lost := [name for name, tensor in ours.tensors.items() if tensor.is_meta]:
-            raise UnsupportedTensor(f"{lost[0]} is on the meta device and has no bytes to fork; load the model first")
-        gpus = {tensor.device for tensor in ours.tensors.values() if tensor.is_cuda}
+    with gc_paused():
+        model_here = describe(model, Selection(include, exclude), identity, rank)
+        if meta := [name for name, tensor in model_here.tensors.items() if tensor.is_meta]:
+            raise UnsupportedTensor(f"{meta[0]} is on the meta device and has no bytes to fork; load the model first")
+        gpus = {tensor.device for tensor in model_here.tensors.values() if tensor.is_cuda}
     for device in gpus:
         torch.cuda.current_stream(device).synchronize()
-    warm_up(gpus)
-    offered = _offered(transports)
-    with put_off_collections():
-        return Seed(ours.layout, ours.tensors, ours.memory, offered, bind, advertise)
+    warm_up.begin(gpus)
+    offered = registry.offered(transports)
+    with gc_paused():
+        return Seed(model_here.layout, model_here.tensors, model_here.memory, offered, bind, advertise)
 
 
 def fork_into(
@@ -122,23 +125,23 @@ def fork_into(
         TensorForkError: see docs/errors.md for each kind, and for the state it leaves the model in.
         TypeError, ValueError: bad arguments, or another fork into the model is under way; nothing was touched.
     """
-    deadline = time.monotonic() + timeout
-    terms = _Terms(transport, deadline, verify, restarts, progress, identity, rank, Selection(include, exclude))
-    with put_off_collections(UNCOLLECTED):
+    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    with gc_paused(GC_PAUSE):
         watch = Stopwatch()
         watch.enter("survey")
-        ours = survey(model, terms.selection)
+        ours = describe(model, terms.selection)
         if verify:
-            warm_up({tensor.device for tensor in ours.tensors.values()} | target.given(device))
+            warm_up.begin({tensor.device for tensor in ours.tensors.values()} | named_device(device))
 
-        def room(theirs: ModelLayout, enter: Callable[[str], object]) -> Room:
+        def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
             enter("match")
             pairs = match(theirs, ours.layout)
             enter("allocate")
-            return target.room_for(pairs, theirs, ours, device)
+            return destination.memory_for(pairs, theirs, ours, device)
 
-        with target.alone(ours):
-            report, _ = _fork(peer, _Into(room, lambda room: target.prepare(ours, room)), terms, watch)
+        with exclusive_fill(ours):
+            filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory))
+            report, _ = steps.run(peer, filling, terms, watch)
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
@@ -160,145 +163,20 @@ def fork(
 
     The arguments and errors are those of `fork_into`. After a failure there is nothing.
     """
-    deadline = time.monotonic() + timeout
-    terms = _Terms(transport, deadline, verify, restarts, progress, identity, rank, Selection(include, exclude))
+    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, Selection(include, exclude))
     if verify:
-        warm_up(target.given(device))
+        warm_up.begin(named_device(device))
 
-    def room(theirs: ModelLayout, enter: Callable[[str], object]) -> Room:
+    def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
         if unused := terms.selection.unused([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
-        return target.room_for_all(theirs, device)
+        return destination.memory_for_all(theirs, device)
 
-    with put_off_collections(UNCOLLECTED):
-        return dict(_fork(peer, _Into(room, target.build), terms, Stopwatch())[1].tensors)
-
-
-@frozen
-class _Terms:
-    """What the caller of a fork wants; see `fork_into` for each."""
-
-    transport: str | Transport
-    deadline: float
-    verify: bool
-    restarts: int
-    progress: Progress | None
-    identity: Identity | None
-    rank: Rank | None
-    selection: Selection
+    with gc_paused(GC_PAUSE):
+        _, copied = steps.run(peer, Filling(allocate, destination.tensors_of_copy), terms, Stopwatch())
+        return dict(copied.tensors)
 
 
-@frozen
-class _Into:
-    """How what is filled is made: room for the seed's tensors; and, while a transport gets ready, the tensors in it."""
-
-    room: Callable[[ModelLayout, Callable[[str], object]], Room]
-    fill: Callable[[Room], Target]
-
-
-def _fork(peer: str, into: _Into, terms: _Terms, watch: Stopwatch) -> tuple[ForkReport, Target]:
-    deadline = terms.deadline
-    wanted = forking.transports(terms.transport)
-    watch.enter("resolve")
-    with Peer(peer, deadline) as seed:
-        watch.enter("hello")
-        seed.greet(deadline)
-        not_compared = seed.compare(terms.identity, terms.rank)
-        watch.enter("layout")
-        theirs = seed.layout(deadline)
-        taken, left_out = theirs.only(terms.selection.takes)
-        room = into.room(taken, watch.enter)
-        if terms.verify:
-            warm_up(room.devices)
-        fill = cache(lambda: into.fill(room))
-        for attempt in range(terms.restarts + 1):
-            try:
-                report = _copy(seed, theirs, room, fill, wanted, terms, watch)
-                break
-            except SeedChanged:
-                if attempt == terms.restarts:
-                    raise
-                pause = 0.01 * 2 ** min(attempt, 5)  # a change takes its time, and restarts are counted
-                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-    watch.enter("install")
-    filled = fill()
-    filled.install()
-    return evolve(
-        report,
-        seconds=dict(watch.stop()),
-        restarts=attempt,
-        not_compared=(*not_compared, *([] if terms.verify else ["digests"])),
-        left_out=tuple(left_out),
-        left_out_by_seed=theirs.left_out,
-    ), filled
-
-
-def _copy(
-    seed: Peer,
-    theirs: ModelLayout,
-    room: Room,
-    fill: Callable[[], Target],
-    wanted: Sequence[Transport],
-    terms: _Terms,
-    watch: Stopwatch,
-) -> ForkReport:
-    """One attempt: with the first transport that works between the two."""
-    verify, deadline = terms.verify, terms.deadline
-    passed_over: dict[str, str] = {}
-    for transport in wanted:
-        why_not = forking.reason_against(transport, seed, room.regions)
-        if why_not is None:
-            try:
-                with forking.lease(seed, transport, room, deadline, digests=verify, enter=watch.enter) as held:
-                    watch.enter("allocate")
-                    into = fill()
-                    watch.enter("match")
-                    plan = forking.plan(held, into, seed)
-                    watch.enter("verify")
-                    verification = Verification(into.tensors, into.pairs, held.ours, plan.copies) if verify else None
-                    try:
-                        watch.enter("open")
-                        held.session.ready(deadline)
-                        watch.enter("transfer")
-                        nbytes = forking.pull(held, plan, into, seed, deadline, terms.progress, verification)
-                        watch.enter("verify")
-                        forking.check(held, seed, deadline)
-                        if verification is not None:
-                            forking.verify(held, seed, theirs, verification, deadline)
-                    finally:
-                        into.touch()  # whether all of it came or some
-                        if verification is not None:
-                            verification.close()
-                return ForkReport(
-                    peer=seed.address,
-                    transport=transport.name,
-                    fabric=held.session.fabric,
-                    tensors=len(into.tensors),
-                    nbytes=nbytes,
-                    generation=held.generation,
-                    seconds={},
-                    verified=verify,
-                    passed_over=passed_over,
-                )
-            except TransportUnavailable as error:
-                why_not = str(error)
-        passed_over[transport.name] = why_not
-    reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
-    raise TransportUnavailable(f"{seed.address}: no transport works between the seed and this process: {reasons}")
-
-
-def _offered(wanted: Sequence[str | Transport] | None) -> dict[str, Transport]:
-    """The transports a seed offers, by name."""
-    if isinstance(wanted, str):
-        raise TypeError(f"transports must be a sequence of names or transports; write [{wanted!r}]")
-    offered: dict[str, Transport] = {}
-    for one in registry.names() if wanted is None else wanted:
-        try:
-            transport = one if isinstance(one, Transport) else registry.load(one)
-        except TensorForkError:
-            if wanted is not None:
-                raise
-            continue  # one of a third party's, broken; asking for it by name says why
-        offered[transport.name] = transport
-    return offered
+def _terms(timeout: float, transport: str | Transport, *rest: Any) -> Terms:
+    return Terms(transport, time.monotonic() + timeout, *rest)

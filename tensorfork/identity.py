@@ -8,34 +8,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from attrs import Attribute, field, fields, frozen
+from attrs import field, fields, frozen
 
-MAX_TEXT = 4096
-MAX_ENTRIES = 256
+from tensorfork.validators import index_field, optional_text_field, texts_field
+
 Differences = Mapping[str, tuple[object, object]]
 """By field: the seed's value and ours."""
-
-
-def _text(instance: object, attribute: "Attribute[Any]", value: object) -> None:
-    if value is not None and (type(value) is not str or len(value) > MAX_TEXT):
-        raise TypeError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]!r}")
-
-
-def _texts(instance: object, attribute: "Attribute[Any]", value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{attribute.name} must map texts to texts, not be {str(value)[:80]!r}")
-    if len(value) > MAX_ENTRIES:
-        raise ValueError(f"{attribute.name} has {len(value)} entries; {MAX_ENTRIES} at most")
-    for key, one in value.items():
-        if type(key) is not str or type(one) is not str or max(len(key), len(one)) > MAX_TEXT:
-            raise TypeError(f"{attribute.name} must map texts to texts, not {str(key)[:40]!r} to {str(one)[:40]!r}")
-
-
-def _index(instance: object, attribute: "Attribute[Any]", value: object) -> None:
-    if type(value) is not tuple or len(value) != 2 or not all(type(one) is int for one in value):
-        raise TypeError(f"{attribute.name} must be (index, size), not {str(value)[:80]}")
-    if not 0 <= value[0] < value[1]:
-        raise ValueError(f"{attribute.name} must be (index, size) with an index below the size, not {value}")
 
 
 def _frozen(value: Any) -> Any:
@@ -58,15 +36,15 @@ class Identity:
         tags: whatever else must be equal.
     """
 
-    model: str | None = field(default=None, validator=_text)
-    revision: str | None = field(default=None, validator=_text)
-    dtype: str | None = field(default=None, validator=_text)
-    quantization: str | None = field(default=None, validator=_text)
-    role: str | None = field(default=None, validator=_text)
-    engine: str | None = field(default=None, validator=_text)
-    engine_version: str | None = field(default=None, validator=_text)
-    kernels: Mapping[str, str] = field(factory=dict, converter=_frozen, validator=_texts, hash=False)
-    tags: Mapping[str, str] = field(factory=dict, converter=_frozen, validator=_texts, hash=False)
+    model: str | None = field(default=None, validator=optional_text_field)
+    revision: str | None = field(default=None, validator=optional_text_field)
+    dtype: str | None = field(default=None, validator=optional_text_field)
+    quantization: str | None = field(default=None, validator=optional_text_field)
+    role: str | None = field(default=None, validator=optional_text_field)
+    engine: str | None = field(default=None, validator=optional_text_field)
+    engine_version: str | None = field(default=None, validator=optional_text_field)
+    kernels: Mapping[str, str] = field(factory=dict, converter=_frozen, validator=texts_field, hash=False)
+    tags: Mapping[str, str] = field(factory=dict, converter=_frozen, validator=texts_field, hash=False)
 
     def differences(self, ours: "Identity") -> Differences:
         """Every field in which the seed's identity, this one, is not ours; of mappings, every entry."""
@@ -106,11 +84,11 @@ class Rank:
         dp: data parallelism; said for the reader's sake, and never compared.
     """
 
-    tp: tuple[int, int] = field(default=(0, 1), validator=_index)
-    pp: tuple[int, int] = field(default=(0, 1), validator=_index)
-    ep: tuple[int, int] = field(default=(0, 1), validator=_index)
-    cp: tuple[int, int] = field(default=(0, 1), validator=_index)
-    dp: tuple[int, int] = field(default=(0, 1), validator=_index)
+    tp: tuple[int, int] = field(default=(0, 1), validator=index_field)
+    pp: tuple[int, int] = field(default=(0, 1), validator=index_field)
+    ep: tuple[int, int] = field(default=(0, 1), validator=index_field)
+    cp: tuple[int, int] = field(default=(0, 1), validator=index_field)
+    dp: tuple[int, int] = field(default=(0, 1), validator=index_field)
 
     def differences(self, ours: "Rank") -> Differences:
         """Every coordinate in which the seed's rank, this one, is not ours, but for dp."""

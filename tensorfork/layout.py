@@ -1,14 +1,11 @@
-"""What a model is made of: its tensors, and the storages they lie in.
+"""The layout of a model: its tensors, and the storages they lie in. What a seed tells its forks; no addresses.
 
-`survey` walks a model and describes what it finds without copying a byte. The description (`ModelLayout`) is what a
-seed tells its forks; the addresses stay behind, in the `Memory` beside it.
-
-A storage, here, is a stretch of one allocation from the first byte that any published tensor uses to the last: a model
+A storage, here, is the part of one allocation from the first byte that any published tensor uses to the last: a model
 that holds ten rows of a large buffer publishes ten rows. Its start is rounded down to 512 bytes, so that a tensor is as
-well aligned in a fork's copy of the storage as in the seed's.
+well aligned in a fork's copy of the storage as in the seed's. `tensorfork.model.describe` makes layouts of models.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -16,27 +13,13 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 
-from tensorfork.collector import put_off_collections
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
-from tensorfork.placement import Placement, sizes
-from tensorfork.selection import Selection
-from tensorfork.spans import Home, home_of, spans_of
-from tensorfork.transports.base import Region
-from tensorfork.walk import Found, walk
+from tensorfork.placement import Placement
+from tensorfork.validators import natural_field, naturals_field, text_field
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def _natural(instance: Any, attribute: Any, value: Any) -> None:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{attribute.name} must be a natural number, not {str(value)[:80]}")
-
-
-def _text(instance: Any, attribute: Any, value: Any) -> None:
-    if type(value) is not str or len(value) > 4096:
-        raise ValueError(f"{attribute.name} must be a text of at most 4096 characters, not {str(value)[:80]}")
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def _placed(instance: Any, attribute: Any, value: Any) -> None:
@@ -59,12 +42,12 @@ class TensorLayout:
         placement: of a `DTensor`'s local shard, which part of the whole it is.
     """
 
-    name: str = field(validator=_text)
-    dtype: str = field(validator=_text)
-    shape: tuple[int, ...] = field(validator=sizes)
-    stride: tuple[int, ...] = field(validator=sizes)
-    storage: int = field(validator=_natural, eq=False)
-    offset: int = field(validator=_natural, eq=False)
+    name: str = field(validator=text_field)
+    dtype: str = field(validator=text_field)
+    shape: tuple[int, ...] = field(validator=naturals_field)
+    stride: tuple[int, ...] = field(validator=naturals_field)
+    storage: int = field(validator=natural_field, eq=False)
+    offset: int = field(validator=natural_field, eq=False)
     placement: Placement | None = field(default=None, validator=_placed)
 
     @property
@@ -100,11 +83,7 @@ class TensorLayout:
     @property
     def is_dense(self) -> bool:
         """Whether its elements fill its extent, each in a place of its own: contiguous, transposed or permuted."""
-        return (
-            _fills(zip(reversed(self.stride), reversed(self.shape), strict=True))  # the usual order
-            or _fills(sorted(zip(self.stride, self.shape, strict=True)))
-            or self.numel == 0
-        )
+        return is_dense(self.shape, self.stride)
 
     def difference(self, other: "TensorLayout") -> str | None:
         """In words, what makes it (the seed's) unlike the other (ours); None where a fork could fill it."""
@@ -132,8 +111,8 @@ class TensorLayout:
 class StorageLayout:
     """One storage: its bytes, and the device it is on in the process that describes it."""
 
-    nbytes: int = field(validator=_natural)
-    device: str = field(validator=_text)
+    nbytes: int = field(validator=natural_field)
+    device: str = field(validator=text_field)
 
 
 @frozen(repr=False)
@@ -188,81 +167,12 @@ class ModelLayout:
         )
 
 
-@frozen(eq=False, repr=False)
-class Memory:
-    """Where the storages of a `ModelLayout` lie in this process (None for meta ones); keeps them alive."""
-
-    addresses: Sequence[int | None]
-    keep: Sequence[torch.UntypedStorage]
-
-    def regions(self, layout: ModelLayout) -> list[Region]:
-        """One region for each storage that has bytes and memory, with the storage's index as its id."""
-        return [
-            Region(index, address, storage.nbytes, storage.device, self)
-            for index, (address, storage) in enumerate(zip(self.addresses, layout.storages, strict=True))
-            if address is not None and storage.nbytes
-        ]
-
-
-@frozen(eq=False, repr=False)
-class Survey:
-    """A model as it is here.
-
-    Attributes:
-        layout: its description.
-        tensors: the tensors by name, none of them made of others.
-        wrappers: those that are made of these, by name, the inner ones first.
-        memory: where they lie.
-    """
-
-    layout: ModelLayout
-    tensors: Mapping[str, torch.Tensor]
-    wrappers: Mapping[str, torch.Tensor]
-    memory: Memory
-
-
-def survey(
-    model: Any, selection: Selection | None = None, identity: Identity | None = None, rank: Rank | None = None
-) -> Survey:
-    """Describe a model, or what is selected of it. Copies nothing.
-
-    Raises:
-        TypeError: it is not a model.
-        UnsupportedTensor: it has a tensor that cannot be described; the message names it.
-    """
-    with put_off_collections():
-        return _survey(walk(model, selection), identity, rank)
-
-
-def _survey(found: Found, identity: Identity | None, rank: Rank | None) -> Survey:
-    homes = [home_of(name, tensor) for name, tensor in found.tensors.items()]
-    spans = spans_of(homes)
-    layouts = tuple(
-        _describe(name, tensor, home, found.placements.get(name))
-        for (name, tensor), home in zip(found.tensors.items(), homes, strict=True)
-    )
-    storages = tuple(StorageLayout(span.end - span.start, span.device) for span in spans.values())
-    memory = Memory([span.address for span in spans.values()], [kept for span in spans.values() for kept in span.keep])
-    layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
-    return Survey(layout, found.tensors, found.wrappers, memory)
-
-
-def _describe(name: str, tensor: torch.Tensor, home: Home, placement: Placement | None) -> TensorLayout:
-    span = home.span
-    shape = tuple(tensor.shape)
-    if (home.start - span.start) % tensor.element_size():
-        raise UnsupportedTensor(
-            f"{name}: in memory that it shares with other tensors it does not begin at a multiple of its element's "
-            "size, where no fork could have it; publish a copy"
-        )
-    return TensorLayout(
-        name,
-        _NAMES[tensor.dtype],
-        shape,
-        plain_stride(shape, tensor.stride()),
-        span.index,
-        home.start - span.start,
-        placement,
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements with these sizes and strides fill a stretch of memory, each in a place of its own."""
+    return (
+        _fills(zip(reversed(stride), reversed(shape), strict=True))  # contiguous, as most are
+        or _fills(sorted(zip(stride, shape, strict=True)))
+        or 0 in shape
     )
 
 

@@ -5,16 +5,7 @@ from typing import Any
 from attrs import field, frozen
 from attrs.validators import and_, instance_of, max_len
 
-
-def sizes(instance: Any, attribute: Any, value: Any) -> None:
-    """Validate a tuple of natural numbers."""
-    if type(value) is tuple and len(value) <= 64:
-        for size in value:  # a loop: there are two of these a tensor
-            if type(size) is not int or size < 0:
-                break
-        else:
-            return
-    raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
+from tensorfork.validators import naturals_field
 
 
 @frozen(repr=False)
@@ -27,7 +18,7 @@ class Placement:
             ``Shard(dim=0) 1/4``; where it is replicated, without, as every index holds the same.
     """
 
-    shape: tuple[int, ...] = field(validator=sizes)
+    shape: tuple[int, ...] = field(validator=naturals_field)
     how: str = field(validator=and_(instance_of(str), max_len(4096)))
 
     @classmethod

@@ -6,7 +6,7 @@ import time
 import torch
 
 from benchmarks.worker.state import State
-from tensorfork.checksum import Checksums
+from tensorfork.digest.batch import DigestBatch
 
 TICK = 0.001
 
@@ -18,7 +18,7 @@ def digests(state: State) -> dict[str, float]:
     """
     state.sync()
     began = time.perf_counter()
-    checksums = Checksums.of(state.tensors)
+    checksums = DigestBatch.of(state.tensors)
     prepared, used = time.perf_counter(), time.process_time()
     checksums.compute()
     state.sync()

@@ -18,8 +18,8 @@ import pytest
 
 pytest.register_assert_rewrite("tensorfork.testing.lab", "tensorfork.testing.suite")
 
-from tensorfork.testing import faults  # noqa: E402  # after that line, which concerns what is imported next
-from tensorfork.testing.faults import Fault, FaultyTransport  # noqa: E402
-from tensorfork.testing.suite import TransportSuite  # noqa: E402
+from tensorfork.testing import faults
+from tensorfork.testing.faults import Fault, FaultyTransport
+from tensorfork.testing.suite import TransportSuite
 
 __all__ = ["Fault", "FaultyTransport", "TransportSuite", "faults"]

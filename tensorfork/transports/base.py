@@ -12,57 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 from typing import Any, ClassVar, Protocol
 
-from attrs import field, frozen
+from attrs import frozen
+
+from tensorfork.regions import Copy, Place, Region, RemoteRegion
 
 Facts = Mapping[str, Any]
 """What one side can do, as values msgpack carries: None, bool, int, float, str, bytes, lists and dicts of them."""
-
-
-@frozen
-class Region:
-    """A stretch of this process's memory that a transport may touch. Raw addresses live here and nowhere else.
-
-    `owner` is what keeps that memory alive. A transport whose library goes on writing after a failure, and cannot be
-    stopped, holds on to it until that is over.
-    """
-
-    id: int
-    address: int
-    nbytes: int
-    device: str
-    owner: Any = field(default=None, eq=False, repr=False)
-
-
-@frozen
-class RemoteRegion:
-    """What the other side is told of a `Region`."""
-
-    id: int
-    nbytes: int
-    device: str
-
-
-@frozen
-class Place:
-    """Where the first byte of something lies: a region's id, and the offset in it."""
-
-    region: int
-    offset: int
-
-
-@frozen
-class Copy:
-    """`nbytes` bytes from `offset` of the remote region `region` to `at` of our region `into`.
-
-    `source` says which seed, by its number in a fork that reads from several.
-    """
-
-    source: int
-    region: int
-    offset: int
-    into: int
-    at: int
-    nbytes: int
 
 
 @frozen

@@ -3,20 +3,20 @@
 A transport is imported when it is first asked for: `import tensorfork` loads none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from tensorfork.errors import TransportUnavailable
+from tensorfork.errors import TensorForkError, TransportUnavailable
 from tensorfork.transports.base import Transport
 
 GROUP = "tensorfork.transports"
 BUILT_IN = {
     "cuda_ipc": "tensorfork.transports.cuda_ipc:CudaIpc",
     "transfer_engine": "tensorfork.transports.transfer_engine:TransferEngine",
-    "nccl": "tensorfork.transports.nccl:NCCL",
-    "gloo": "tensorfork.transports.nccl:Gloo",
+    "nccl": "tensorfork.transports.process_group:NCCL",
+    "gloo": "tensorfork.transports.process_group:Gloo",
     "zeromq": "tensorfork.transports.zeromq:ZeroMQ",
 }
 AUTO = ("cuda_ipc", "transfer_engine:rdma", "nccl", "zeromq")
@@ -46,6 +46,25 @@ def load(name: str) -> Transport:
     if not isinstance(made, Transport):
         raise TransportUnavailable(f"the transport {name!r} made a {type(made).__name__}, not a tensorfork.Transport")
     return made
+
+
+def offered(wanted: Sequence[str | Transport] | None) -> dict[str, Transport]:
+    """The transports that a seed offers, by name: those that are wanted, or all.
+
+    Raises `TransportUnavailable` where one that is wanted cannot be loaded, `TypeError` for a single name.
+    """
+    if isinstance(wanted, str):
+        raise TypeError(f"transports must be a sequence of names or transports; write [{wanted!r}]")
+    found: dict[str, Transport] = {}
+    for one in names() if wanted is None else wanted:
+        try:
+            transport = one if isinstance(one, Transport) else load(one)
+        except TensorForkError:
+            if wanted is not None:
+                raise
+            continue  # a broken one of a third party's; asking for it by name says why
+        found[transport.name] = transport
+    return found
 
 
 def _factory(name: str) -> Any:

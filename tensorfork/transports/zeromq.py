@@ -25,13 +25,18 @@ from typing import Any, ClassVar
 import torch
 import zmq
 from attrs import define, frozen
-from zmq.utils.monitor import recv_monitor_message
 
-from tensorfork import cuda
 from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed, TransportUnavailable
-from tensorfork.sockets import Address, Bell, Lender, bind, connect, context, make, milliseconds, resolve
-from tensorfork.staging import RegionMemory, Slot, keep_freed_memory
-from tensorfork.transports.base import Channel, Copy, Export, Facts, Region, RemoteRegion, Session, Site, Transport
+from tensorfork.interpreter import process
+from tensorfork.interpreter.c_allocator import retain_freed_memory
+from tensorfork.memory.staging import HostAccess, PinnedBuffer
+from tensorfork.regions import Copy, Region, RemoteRegion
+from tensorfork.sockets.address import Address, resolve
+from tensorfork.sockets.monitor import recv_event
+from tensorfork.sockets.waker import Waker
+from tensorfork.sockets.zero_copy import ZeroCopySender
+from tensorfork.sockets.zmq_sockets import bind, connect, new_context, new_socket, poll_timeout
+from tensorfork.transports.base import Channel, Export, Facts, Session, Site, Transport
 
 FRAME = 2 << 20
 """Bytes of one answer at most. Smaller ones cost more switches between threads, larger ones leave the cache."""
@@ -77,11 +82,11 @@ class ZeroMQ(Transport):
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`: which host this is."""
-        return {"host": cuda.host()}
+        return {"host": process.host_id()}
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "_Export":
         """See `Transport.export`."""
-        return _Export(regions, site.bind, self._ports, on_host=fork.get("host") == cuda.host())
+        return _Export(regions, site.bind, self._ports, on_host=fork.get("host") == process.host_id())
 
     def open(
         self,
@@ -109,17 +114,17 @@ class _Export(Export):
         self._token = secrets.token_bytes(16)
         self._context = _context(2)
         try:
-            self._memory = RegionMemory(regions, SLOTS, FRAME)
+            self._memory = HostAccess(regions, SLOTS, FRAME)
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        self._socket = make(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
+        self._socket = new_socket(self._context, zmq.ROUTER, max_message=_MAX_REQUEST, queue=4 * WINDOW)
         self._socket.router_mandatory = True
         if on_host:
             self._socket.sndbuf = SEND_BUFFER
-        self._lender = Lender(self._socket)
+        self._lender = ZeroCopySender(self._socket)
         self._in_use: dict[int, Sequence[zmq.MessageTracker]] = {}
-        self._bell, self._ended = Bell(), threading.Event()
+        self._bell, self._ended = Waker(), threading.Event()
         self._serving = threading.Lock()
         try:
             port = self._bind(host, ports)
@@ -206,7 +211,7 @@ class _Export(Export):
         self._socket.send_multipart(sent, zmq.NOBLOCK, copy=False)
         return trackers
 
-    def _free_slot(self) -> Slot:
+    def _free_slot(self) -> PinnedBuffer:
         """The slot used longest ago, once libzmq has let go of it."""
         slot = self._memory.next_slot()
         for tracker in self._in_use.pop(id(slot), ()):
@@ -244,11 +249,11 @@ class _Session(Session):
         self._token, self._seed = token, seed
         self._context = _context(min(connections, 4))
         try:
-            self._memory = RegionMemory(regions, SLOTS // 2, FRAME)
+            self._memory = HostAccess(regions, SLOTS // 2, FRAME)
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        keep_freed_memory(FREED)
+        retain_freed_memory(FREED)
         ahead = max(1, min(AHEAD, 4 * AHEAD // connections))
         self._lines = [self._connect(ahead) for _ in range(connections)]
         self._number = 0
@@ -273,7 +278,7 @@ class _Session(Session):
         try:
             while self._ask(requests):
                 self._check(deadline, cancel)
-                ready = dict(poller.poll(min(milliseconds(deadline), 200)))
+                ready = dict(poller.poll(min(poll_timeout(deadline), 200)))
                 for line in self._lines:
                     if line.monitor in ready:
                         self._notice(line)
@@ -301,7 +306,7 @@ class _Session(Session):
         self._lines = []
 
     def _connect(self, ahead: int) -> _Line:
-        line = make(self._context, zmq.DEALER, max_message=FRAME, queue=0)  # the window bounds what is sent
+        line = new_socket(self._context, zmq.DEALER, max_message=FRAME, queue=0)  # the window bounds what is sent
         line.rcvhwm = ahead
         line.reconnect_ivl = -1
         monitor = line.get_monitor_socket(zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL)
@@ -400,12 +405,12 @@ class _Session(Session):
             raise TransferFailed(f"{self._seed} had not sent everything by the deadline")
 
     def _notice(self, line: _Line) -> None:
-        recv_monitor_message(line.monitor)
+        recv_event(line.monitor)
         raise TransferFailed(f"{self._seed} closed the connection, or died")
 
 
 def _context(io_threads: int) -> "zmq.Context[zmq.Socket[bytes]]":
     try:
-        return context(io_threads)
+        return new_context(io_threads)
     except OSError as error:
         raise TransportUnavailable(f"zeromq: {error.strerror}") from error

@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from threading import Event
 from typing import ClassVar
 
-from tensorfork import blocks, cuda
-from tensorfork.blocks import Block, Published
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
-from tensorfork.transports.base import Channel, Export, Facts, Place, Region, RemoteRegion, Site, Transport
-from tensorfork.transports.cuda_ipc.offer import ASKED, SAID, this_process, write_offer
+from tensorfork.interpreter import process
+from tensorfork.interpreter.process import process_token
+from tensorfork.memory import allocations, cuda
+from tensorfork.memory.allocations import Allocation, PublishedAllocations
+from tensorfork.regions import Place, Region, RemoteRegion
+from tensorfork.transports.base import Channel, Export, Facts, Site, Transport
+from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, write_offer
 from tensorfork.transports.cuda_ipc.session import SMALL_BATCH, IpcSession
+from tensorfork.transports.rate_limit import check_rate
 
 
 class CudaIpc(Transport):
@@ -33,13 +37,12 @@ class CudaIpc(Transport):
     piece = 1 << 30
 
     def __init__(self, *, rate_limit: float | None = None) -> None:
-        if rate_limit is not None and not rate_limit > 0:
-            raise ValueError(f"rate_limit must be bytes a second, more than none, not {rate_limit}")
+        check_rate(rate_limit)
         self._rate_limit = rate_limit
         if rate_limit is not None:
             self.piece = SMALL_BATCH
-        self._published = Published()
-        self._told: tuple[Sequence[Region], Sequence[Block], bytes] | None = None  # at the last lease
+        self._published = PublishedAllocations()
+        self._told: tuple[Sequence[Region], Sequence[Allocation], bytes] | None = None  # at the last lease
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
@@ -48,10 +51,10 @@ class CudaIpc(Transport):
             raise TransportUnavailable("cuda_ipc moves GPU memory, and there is none in this model")
         found = self._published.add(regions)
         return {
-            "host": cuda.host(),
-            "process": this_process(),
-            "gpus": [cuda.uuid(device) for device in devices],
-            "closed": blocks.why_not_exportable(found),
+            "host": process.host_id(),
+            "process": process_token(),
+            "gpus": [cuda.device_uuid(device) for device in devices],
+            "closed": allocations.why_not_exportable(found),
         }
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
@@ -65,18 +68,18 @@ class CudaIpc(Transport):
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """See `Transport.cover`: handles are for whole allocations."""
-        return blocks.cover(regions)
+        return allocations.enclosing_allocations(regions)
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "IpcExport":
         """See `Transport.export`."""
         found = self._published.check(regions)
-        if fork.get("process") == this_process():
+        if fork.get("process") == process_token():
             return IpcExport(regions, write_offer(regions, {}))
         told = self._told
         if told is not None and told[0] is regions and told[1] == found:
             return IpcExport(regions, told[2])
         try:
-            said = write_offer(regions, {one.start: cuda.export_handle(one.start, one.device) for one in found})
+            said = write_offer(regions, {one.start: cuda.export_ipc_handle(one.start, one.device) for one in found})
             self._told = regions, found, said
             return IpcExport(regions, said)
         except cuda.DriverError as error:
@@ -127,9 +130,9 @@ class IpcExport(Export):
             if asked == b"":
                 self._released = True
                 return
-            id, offset, nbytes = ASKED.unpack(asked)
+            id, offset, nbytes = CPU_REQUEST.unpack(asked)
             region = self._host.get(id)
-            if region is None or nbytes > SAID or offset + nbytes > region.nbytes:
+            if region is None or nbytes > CPU_CHUNK or offset + nbytes > region.nbytes:
                 channel.send(b"", time.monotonic() + 1)
             else:
                 channel.send(ctypes.string_at(region.address + offset, nbytes), time.monotonic() + 1)

@@ -1,28 +1,27 @@
 """What a seed tells a fork of its memory, and what both must agree on to read what of it is on the CPU."""
 
-import os
-import secrets
 import struct
 from collections.abc import Mapping, Sequence
 
 from attrs import frozen
 
-from tensorfork import cuda
 from tensorfork.errors import TransportUnavailable
-from tensorfork.transports.base import Region, RemoteRegion
+from tensorfork.interpreter.process import process_token
+from tensorfork.memory import cuda
+from tensorfork.regions import Region, RemoteRegion
 
 _OFFER = struct.Struct("<16sI")
-_EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE}s")
-ASKED = struct.Struct("<QQQ")
-SAID = 512 << 10
+
+_EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE_BYTES}s")
+
+CPU_REQUEST = struct.Struct("<QQQ")
+
+CPU_CHUNK = 512 << 10
 """Bytes of a CPU's region in one message of the channel."""
 
 
-_this_process = secrets.token_bytes(8)
-
-
 @frozen
-class Source:
+class RemoteAllocation:
     """A region of the seed's: its address there, and a handle for it, or none within one process."""
 
     address: int
@@ -35,14 +34,14 @@ def write_offer(regions: Sequence[Region], handles: Mapping[int, bytes]) -> byte
     process.
     """
     exported = [
-        _EXPORTED.pack(region.id, region.address, handles.get(region.address, bytes(cuda.HANDLE)))
+        _EXPORTED.pack(region.id, region.address, handles.get(region.address, bytes(cuda.HANDLE_BYTES)))
         for region in regions
         if region.device != "cpu"
     ]
-    return _OFFER.pack(this_process(), len(exported)) + b"".join(exported)
+    return _OFFER.pack(process_token(), len(exported)) + b"".join(exported)
 
 
-def read_offer(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int, Source]]:
+def read_offer(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int, RemoteAllocation]]:
     """Whether the seed is in this process, and where each of its regions is. Raises `TransportUnavailable`."""
     if len(offer) < _OFFER.size or (len(offer) - _OFFER.size) % _EXPORTED.size:
         raise TransportUnavailable("what the seed offers is not an offer of cuda_ipc; use one version on both sides")
@@ -53,10 +52,7 @@ def read_offer(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict
         raise TransportUnavailable(
             "the seed's offer over cuda_ipc does not fit its regions; use one version on both sides"
         )
-    within = process == this_process()
-    return within, {id: Source(address, sizes[id], None if within else handle) for id, address, handle in found}
-
-
-def this_process() -> bytes:
-    """This process, in a way that survives neither os.fork() nor a second host."""
-    return _this_process + os.getpid().to_bytes(8, "little")
+    within = process == process_token()
+    return within, {
+        id: RemoteAllocation(address, sizes[id], None if within else handle) for id, address, handle in found
+    }

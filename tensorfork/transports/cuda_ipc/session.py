@@ -9,11 +9,14 @@ from threading import Event
 import torch
 from attrs import frozen
 
-from tensorfork import cuda
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
-from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
-from tensorfork.transports.cuda_ipc.mapped import Mapped
-from tensorfork.transports.cuda_ipc.offer import ASKED, SAID, read_offer
+from tensorfork.memory import cuda, streams
+from tensorfork.regions import Copy, Region, RemoteRegion
+from tensorfork.transports.base import Channel, Session
+from tensorfork.transports.checks import check_bounds, check_going_on
+from tensorfork.transports.cuda_ipc.handles import RemoteHandles
+from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, read_offer
+from tensorfork.transports.rate_limit import RateLimiter
 
 BATCH = 1 << 30
 """Bytes of copies, or a little more, that are enqueued together, and whose completion is one event: an event between
@@ -22,6 +25,8 @@ SMALL_BATCH = 32 << 20
 """The same for models of less than some of these, so that they too are seen to arrive."""
 WINDOW = 3
 """Batches under way on a device."""
+CATCH_UP = 0.01
+"""Seconds lost by waking late that a rate limit makes up for."""
 POLL = 50e-6
 """Seconds between two looks at the events."""
 
@@ -40,12 +45,12 @@ class IpcSession(Session):
         within, offered = read_offer(offer, remote)
         self.fabric = "same process" if within else "cuda ipc"
         self._channel, self._closed = channel, False
-        self._rate_limit, self._began, self._launched, self._deadline = rate_limit, 0.0, 0, 0.0
+        self._rate_limit, self._limiter, self._deadline = rate_limit, RateLimiter(rate_limit), 0.0
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
-        self._streams = {device: cuda.take_stream(device) for device in devices}
-        self._memory = Mapped(offered)
+        self._streams = {device: streams.acquire_stream(device) for device in devices}
+        self._memory = RemoteHandles(offered)
         try:
             if len(devices) == 1 and offered:
                 self._memory.want([(id, devices[0]) for id in offered])
@@ -65,22 +70,22 @@ class IpcSession(Session):
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
         for copy in copies:
-            self._check_bounds(copy)
+            self._check(copy)
         pending: list[_Pending] = []
         for device, stream in self._streams.items():
             mine = [i for i, copy in enumerate(copies) if self._runs_on(copy) == device]
             stream.wait_stream(torch.cuda.current_stream(device))
             self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
             pending.append(_Pending(device, deque(mine), self._batch(sum(copies[i].nbytes for i in mine))))
-        self._began, self._launched, self._deadline = time.monotonic(), 0, deadline
+        self._limiter, self._deadline = RateLimiter(self._rate_limit, catch_up=CATCH_UP), deadline
         flying: deque[_Flying] = deque()
         try:
             while pending or flying:
-                _check(deadline, cancel)
+                check_going_on(deadline, cancel)
                 pending = [one for one in pending if self._launch(one, copies, flying)]
                 while flying and flying[0].event.query():
                     for i in flying.popleft().copies:
-                        _check(deadline, cancel)
+                        check_going_on(deadline, cancel)
                         done(i)
                 if pending or flying:
                     time.sleep(POLL)
@@ -101,7 +106,7 @@ class IpcSession(Session):
         self._closed = True
         self._memory.close(deadline)
         while self._streams:
-            cuda.give_stream(self._streams.popitem()[1])
+            streams.release_stream(self._streams.popitem()[1])
         try:
             self._channel.send(b"", max(deadline, time.monotonic() + 1))
         except PeerUnreachable:
@@ -110,7 +115,7 @@ class IpcSession(Session):
     def _launch(self, pending: "_Pending", copies: Sequence[Copy], flying: "deque[_Flying]") -> bool:
         """Enqueue what the window allows, and what of it is open by now; False when there is nothing left."""
         stream = self._streams[pending.device]
-        while pending.copies and len(flying) < WINDOW * len(self._streams) and self._may_launch():
+        while pending.copies and len(flying) < WINDOW * len(self._streams) and not self._limiter.wait(time.monotonic()):
             batch = self._open_by_now(pending, copies, sum(one.device == pending.device for one in flying))
             if not batch:
                 break
@@ -119,9 +124,9 @@ class IpcSession(Session):
                 copy = copies[i]
                 source = self._memory.address(copy.region, pending.device, self._deadline) + copy.offset
                 moves.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
-                self._launched += copy.nbytes
+            self._limiter.spend(sum(nbytes for _, _, nbytes in moves), time.monotonic())
             with self._memory.pause():
-                cuda.copy_all(stream, moves)
+                cuda.copy_batch(stream, moves)
                 event = torch.cuda.Event()
                 event.record(stream)
             flying.append(_Flying(pending.device, event, batch))
@@ -142,12 +147,6 @@ class IpcSession(Session):
             return []
         return [pending.copies.popleft() for _ in range(count if flying else max(1, count))]
 
-    def _may_launch(self) -> bool:
-        """Whether what has been launched is within the limit."""
-        if self._rate_limit is None:
-            return True
-        return self._launched <= (time.monotonic() - self._began) * self._rate_limit
-
     def _batch(self, nbytes: int) -> int:
         """Bytes to be enqueued together, of so many."""
         batch = min(BATCH, max(SMALL_BATCH, nbytes // 8))
@@ -157,21 +156,18 @@ class IpcSession(Session):
         device = self._regions[copy.into].device
         return None if device == "cpu" else cuda.device_index(device)
 
-    def _check_bounds(self, copy: Copy) -> None:
-        remote, ours = self._remote.get(copy.region), self._regions.get(copy.into)
-        if remote is None or ours is None:
-            raise TransferFailed(f"{copy} names a region that was not leased")
-        if copy.offset + copy.nbytes > remote.nbytes or copy.at + copy.nbytes > ours.nbytes:
-            raise TransferFailed(f"{copy} lies outside the leased regions")
+    def _check(self, copy: Copy) -> None:
+        check_bounds(copy, self._remote, self._regions)
+        remote, ours = self._remote[copy.region], self._regions[copy.into]
         if (remote.device == "cpu") != (ours.device == "cpu"):
             raise TransportUnavailable("cuda_ipc does not move bytes between a GPU and a CPU; zeromq does")
 
     def _read_out(self, copy: Copy, deadline: float, cancel: Event) -> None:
         """Fetch bytes of the seed's CPU over the channel."""
-        for start in range(0, copy.nbytes, SAID):
-            _check(deadline, cancel)
-            nbytes = min(SAID, copy.nbytes - start)
-            self._channel.send(ASKED.pack(copy.region, copy.offset + start, nbytes), deadline)
+        for start in range(0, copy.nbytes, CPU_CHUNK):
+            check_going_on(deadline, cancel)
+            nbytes = min(CPU_CHUNK, copy.nbytes - start)
+            self._channel.send(CPU_REQUEST.pack(copy.region, copy.offset + start, nbytes), deadline)
             said = self._channel.recv(deadline)
             if len(said) != nbytes:
                 raise TransferFailed("the seed sent another number of bytes than was asked for")
@@ -195,10 +191,3 @@ class _Flying:
     device: int
     event: "torch.cuda.Event"
     copies: Sequence[int]
-
-
-def _check(deadline: float, cancel: Event) -> None:
-    if cancel.is_set():
-        raise TransferFailed("the transfer was cancelled")
-    if time.monotonic() >= deadline:
-        raise TransferFailed("the seed's memory was not read whole by the deadline")

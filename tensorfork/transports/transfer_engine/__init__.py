@@ -4,32 +4,24 @@ The seed registers its memory with an engine and takes no further part; the fork
 says what that needs, and what it opens to whom.
 """
 
-import socket
 import time
 import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tensorfork.blocks import Published
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
-from tensorfork.sockets import Address, resolve
-from tensorfork.transports.base import (
-    Channel,
-    Facts,
-    Place,
-    Region,
-    RemoteRegion,
-    Site,
-    Transport,
-)
-from tensorfork.transports.transfer_engine import agree, engine, library
-from tensorfork.transports.transfer_engine.engine import FABRICS, Peer
+from tensorfork.memory.allocations import PublishedAllocations
+from tensorfork.regions import Place, Region, RemoteRegion
+from tensorfork.sockets.address import Address, local_address, resolve
+from tensorfork.transports.base import Channel, Facts, Site, Transport
+from tensorfork.transports.rate_limit import RateLimiter, check_rate
+from tensorfork.transports.transfer_engine import engine, fabrics, library
+from tensorfork.transports.transfer_engine.enclosing import enclosing_regions
+from tensorfork.transports.transfer_engine.engine import FABRICS, RemoteEngine
 from tensorfork.transports.transfer_engine.export import EngineExport, Offer, offer
-from tensorfork.transports.transfer_engine.kept import Kept
-from tensorfork.transports.transfer_engine.quarantine import quarantine
-from tensorfork.transports.transfer_engine.reads import Pace
-from tensorfork.transports.transfer_engine.regions import cover
+from tensorfork.transports.transfer_engine.registration_cache import RegistrationCache
 from tensorfork.transports.transfer_engine.session import EngineSession
+from tensorfork.transports.transfer_engine.undrained import undrained_reads
 
 __all__ = ["TransferEngine"]
 
@@ -66,42 +58,41 @@ class TransferEngine(Transport):
         for one in fabrics:
             if one not in FABRICS:
                 raise ValueError(f"{one!r} is not a fabric of transfer_engine; those are {', '.join(FABRICS)}")
-        if rate_limit is not None and not rate_limit > 0:
-            raise ValueError(f"rate_limit is bytes a second, more than 0; not {rate_limit}")
+        check_rate(rate_limit)
         if piece is not None and piece < 1 << 20:
             raise ValueError(f"piece must be 1 MiB or more, not {piece} bytes")
         if isinstance(nics, str):
             raise TypeError(f"nics must be a sequence of names; write [{nics!r}]")
         self._fabrics, self._nics = fabrics, tuple(nics)
         self._rate, self._keep = rate_limit, keep_registered
-        self.piece = Pace(rate_limit).piece(piece or ((32 << 20) if fabrics == ("tcp",) else (256 << 20)))
-        self._published = Published()
-        self._kept = Kept()
+        self.piece = RateLimiter(rate_limit).piece(piece or ((32 << 20) if fabrics == ("tcp",) else (256 << 20)))
+        self._published = PublishedAllocations()
+        self._kept = RegistrationCache()
         weakref.finalize(self, self._kept.forget).atexit = False
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
         library.wheel()  # before anything is asked of the driver
-        return agree.facts(regions, self._published.add(regions), self._fabrics, self._nics)
+        return fabrics.facts(regions, self._published.add(regions), self._fabrics, self._nics)
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
         """See `Transport.why_not`."""
         try:
-            agree.choose(fork, seed)
+            fabrics.choose(fork, seed)
         except TransportUnavailable as error:
             return str(error)
         return None
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """See `Transport.cover`: allocator blocks on GPUs; on CPUs, what overlaps, and close neighbours of many."""
-        return cover(regions)
+        return enclosing_regions(regions)
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> EngineExport:
         """See `Transport.export`."""
         found = self._published.check(regions)
-        fabric = agree.choose(fork, agree.facts(regions, found, self._fabrics, self._nics))
+        fabric = fabrics.choose(fork, fabrics.facts(regions, found, self._fabrics, self._nics))
         try:
-            quarantine.wait([(one.address, one.nbytes) for one in regions], time.monotonic(), lambda: False)
+            undrained_reads.wait([(one.address, one.nbytes) for one in regions], time.monotonic(), lambda: False)
         except TransferFailed as error:
             raise TransportUnavailable(str(error)) from error
         made = engine.engine(fabric, site.host, self._nics)
@@ -135,21 +126,10 @@ class TransferEngine(Transport):
             found = resolve(Address(host, offered.port), deadline)
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
-        mine = engine.own(offered.nonce) or engine.engine(offered.fabric, _reached_by(found), self._nics)
-        address = mine.address(Peer(found.host, offered.port, offered.nonce, offered.serial))
+        mine = engine.own(offered.nonce) or engine.engine(offered.fabric, local_address(found.host), self._nics)
+        address = mine.address(RemoteEngine(found.host, offered.port, offered.nonce, offered.serial))
         made = EngineSession(
             mine, address, offered.regions, remote, regions, channel, piece=self.piece, rate=self._rate
         )
         made.start(deadline)
         return made
-
-
-def _reached_by(peer: Address) -> str:
-    """The address of ours that a peer would see: over rdma, its engine may call back there."""
-    family = socket.AF_INET6 if ":" in peer.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((peer.host, peer.port))
-        except OSError as error:
-            raise TransportUnavailable(f"{peer} cannot be reached from here: {error}") from error
-        return str(probe.getsockname()[0])

@@ -23,12 +23,13 @@ from typing import Any, Self
 import torch
 from attrs import frozen
 
-from tensorfork import blocks, cuda
 from tensorfork.errors import TransferFailed, TransportUnavailable
-from tensorfork.transports.base import Region
+from tensorfork.interpreter.environment import environment
+from tensorfork.memory import allocations, cuda
+from tensorfork.regions import Region
 from tensorfork.transports.transfer_engine import library
-from tensorfork.transports.transfer_engine.spans import Spans
-from tensorfork.transports.transfer_engine.turn import Turn
+from tensorfork.transports.transfer_engine.peer_lock import PeerLock
+from tensorfork.transports.transfer_engine.registrations import Registrations
 
 log = logging.getLogger("tensorfork")
 
@@ -36,23 +37,6 @@ FABRICS = ("nvlink", "rdma", "tcp")
 EXIT = 2.0
 """Seconds that Python's exit waits for calls to return."""
 
-_NEVER = dict.fromkeys(
-    (
-        "MC_FORCE_TCP",
-        "MC_FORCE_HCA",
-        "MC_FORCE_MNNVL",
-        "MC_FORCE_SHM",
-        "MC_INTRANODE_NVLINK",
-        "MC_LEGACY_RPC_PORT_BINDING",
-        "MC_USE_TENT",
-        "MC_USE_TEV1",
-    )
-)
-_ENVIRONMENT: dict[str, dict[str, str | None]] = {
-    "nvlink": {**_NEVER, "MC_INTRANODE_NVLINK": "1"},
-    "rdma": {**_NEVER, "MC_FORCE_HCA": "1"},  # without it, an engine that finds no NIC quietly takes TCP
-    "tcp": {**_NEVER, "MC_FORCE_TCP": "1"},
-}
 _LANES = "MC_TCP_LANES_PER_PEER", "16"
 """After a failure, each of a peer's connections is idle for a second, and then takes on the next read in its queue: so
 with as many connections as reads in the window, about, what has failed is over soon."""
@@ -80,7 +64,7 @@ class Outcome(enum.Enum):
 
 
 @frozen
-class Peer:
+class RemoteEngine:
     """Another engine: how it is addressed, and which descriptions of it are told apart."""
 
     host: str
@@ -136,11 +120,11 @@ class Engine:
             raise TransportUnavailable(f"{host}: for IPv6, set MC_USE_IPV6=1 in the environment of both processes")
         self.fabric, self.host = fabric, host
         self.nonce, self.broken = secrets.token_bytes(8), False
-        self._forks, self._turn = _forks, Turn()
+        self._forks, self._turn = _forks, PeerLock()
         self._seen: dict[tuple[str, int], dict[bytes, int]] = {}
         self._known: set[str] = set()
         lanes = {_LANES[0]: os.environ.get(*_LANES)}
-        with _gate, library.environment(_ENVIRONMENT[fabric] | lanes):
+        with _gate, environment(library.ENVIRONMENT[fabric], lanes):
             self._mooncake: Any = module.TransferEngine()
             protocol = "rdma" if fabric == "rdma" else "tcp"  # what nvlink is reached by: the environment decides
             code = self._mooncake.initialize(host, "P2PHANDSHAKE", protocol, ",".join(nics))
@@ -151,9 +135,9 @@ class Engine:
                 )
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mooncake))  # it is never destroyed: see above
             self.port = int(self._mooncake.get_rpc_port())
-        self.spans = Spans(self._register, self._unregister, self._identify)
+        self.spans = Registrations(self._register, self._unregister, self._identify)
 
-    def address(self, peer: Peer) -> str:
+    def address(self, peer: RemoteEngine) -> str:
         """The name to give to `read`.
 
         An engine keeps the first description it gets under a name, registrations and all. So a peer with other memory
@@ -166,13 +150,13 @@ class Engine:
             zeros = seen.setdefault(peer.nonce + peer.serial, len(seen))
         return self._join(peer.host, "0" * zeros + str(peer.port))
 
-    def meet(self, work: Callable[[Callable[[], None]], Any]) -> "Meeting":
+    def meet(self, work: Callable[[Callable[[], None]], Any]) -> "Handshake":
         """Do `work`, which reads from a peer for the first time, on another thread. It is given what to call when it
         has met the peer, if it does more than that.
 
         Mooncake asks for the peer's description inside that first read, and waits 60 s for one that is stopped.
         """
-        return Meeting(self, work)
+        return Handshake(self, work)
 
     def knows(self, address: str) -> bool:
         """Whether it has read from there before: handles over nvlink, once opened, stay so."""
@@ -252,7 +236,7 @@ class Engine:
             log.warning("Mooncake did not unregister %d regions: %s", len(regions), explain(code))
 
     def _identify(self, region: Region) -> int:
-        return 0 if region.device == "cpu" else blocks.block(region.address).buffer_id
+        return 0 if region.device == "cpu" else allocations.allocation_at(region.address).buffer_id
 
     def _check_process(self) -> None:
         if self._forks != _forks:
@@ -266,7 +250,7 @@ class Engine:
         return f"<Engine {self.fabric} {self._join(self.host, str(self.port))}{' broken' * self.broken}>"
 
 
-class Meeting:
+class Handshake:
     """What `Engine.meet` does, under way. Whoever begins one waits for it, to its end."""
 
     def __init__(self, engine: Engine, work: Callable[[Callable[[], None]], Any]) -> None:
@@ -336,7 +320,7 @@ def _on(device: str) -> ExitStack:
     stack = ExitStack()
     if device != "cpu":
         stack.enter_context(torch.cuda.device(device))
-        stack.enter_context(cuda.current(cuda.device_index(device)))
+        stack.enter_context(cuda.current_context(cuda.device_index(device)))
         stack.enter_context(cuda.relaxed_capture())
     return stack
 

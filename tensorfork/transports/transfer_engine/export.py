@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from attrs import frozen
 
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
-from tensorfork.transports.base import Channel, Export, Region
+from tensorfork.regions import Region
+from tensorfork.transports.base import Channel, Export
 from tensorfork.transports.transfer_engine.engine import FABRICS, Engine
-from tensorfork.transports.transfer_engine.spans import Holding
+from tensorfork.transports.transfer_engine.registrations import Registration
 
 QUIET = b"quiet"
 """What a fork says when nothing of it reads from the seed any more."""
@@ -71,7 +72,7 @@ class Offer:
             ) from error
 
 
-def offer(engine: Engine, holding: Holding, regions: Sequence[Region]) -> bytes:
+def offer(engine: Engine, holding: Registration, regions: Sequence[Region]) -> bytes:
     """What forks are told of regions that are held."""
     serial = b"" if engine.fabric == "tcp" else holding.serial(by_mapping=engine.fabric == "nvlink")
     offered = {region.id: OfferedRegion(region.address, tuple(holding.cuts(region))) for region in regions}
@@ -81,7 +82,7 @@ def offer(engine: Engine, holding: Holding, regions: Sequence[Region]) -> bytes:
 class EngineExport(Export):
     """One lease, which releases `holding`. `kept` says that the registration outlives it."""
 
-    def __init__(self, engine: Engine, holding: Holding, offer: bytes, *, kept: bool) -> None:
+    def __init__(self, engine: Engine, holding: Registration, offer: bytes, *, kept: bool) -> None:
         self.offer = offer
         self._engine, self._holding, self._kept = engine, holding, kept
         self._ended, self._serving = threading.Event(), threading.Event()

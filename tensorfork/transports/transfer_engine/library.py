@@ -9,10 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +17,8 @@ import torch
 from attrs import frozen
 
 from tensorfork.errors import TransportUnavailable
+from tensorfork.interpreter.environment import environment
+from tensorfork.interpreter.settings import process_settings_allowed
 
 EXTRAS = {
     "mooncake-transfer-engine": "transfer-engine",
@@ -36,10 +35,26 @@ _PACKAGES = {
     "libcurl": "libcurl4",
 }
 """Debian's names for what the wheels link against and do not bring."""
+_NEVER = dict.fromkeys(
+    (
+        "MC_FORCE_TCP",
+        "MC_FORCE_HCA",
+        "MC_FORCE_MNNVL",
+        "MC_FORCE_SHM",
+        "MC_INTRANODE_NVLINK",
+        "MC_LEGACY_RPC_PORT_BINDING",
+        "MC_USE_TENT",
+        "MC_USE_TEV1",
+    )
+)
+ENVIRONMENT: dict[str, dict[str, str | None]] = {
+    "nvlink": {**_NEVER, "MC_INTRANODE_NVLINK": "1"},
+    "rdma": {**_NEVER, "MC_FORCE_HCA": "1"},  # without it, an engine that finds no NIC quietly takes TCP
+    "tcp": {**_NEVER, "MC_FORCE_TCP": "1"},
+}
+"""What Mooncake must read when an engine for a fabric is initialised; it chooses the transport by that alone."""
 _SILENT = 3
 """glog's level of fatal messages."""
-
-_lock = threading.RLock()
 
 
 @frozen
@@ -93,37 +108,14 @@ def load() -> Any:
     """
     if "mooncake.engine" in sys.modules:
         return sys.modules["mooncake.engine"]
-    with environment({"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR"), "MC_LOG_DIR": None}):
+    with environment({"MC_LOG_DIR": None}, {"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR")}):
         try:
             module = importlib.import_module("mooncake.engine")
         except ImportError as error:
             raise TransportUnavailable(_what_is_missing(error)) from error
-    if "MC_LOG_LEVEL" not in os.environ:
+    if "MC_LOG_LEVEL" not in os.environ and process_settings_allowed():
         _silence()
     return module
-
-
-@contextmanager
-def environment(changes: Mapping[str, str | None]) -> Iterator[None]:
-    """The process's environment, changed inside and restored behind; None stands for a name that is not set.
-
-    One caller at a time: what Mooncake reads in there is what this caller wants.
-    """
-    with _lock:
-        before = {name: os.environ.get(name) for name in changes}
-        try:
-            _set(changes)
-            yield
-        finally:
-            _set(before)
-
-
-def _set(changes: Mapping[str, str | None]) -> None:
-    for name, value in changes.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def _wheels() -> list[Wheel]:

@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from attrs import define, frozen
 
-from tensorfork.transports.base import Copy, Region
+from tensorfork.regions import Copy, Region
 from tensorfork.transports.transfer_engine.export import OfferedRegion
 
-SMALLEST = 64 << 10
-"""Bytes of a read, at least, where a rate is to be kept."""
 BATCHES = 4
 """About so many are made for each thread of what is read in batches, if there are so many reads: so that there is
 progress."""
@@ -35,28 +33,8 @@ WINDOWS = {
 }
 
 
-class Pace:
-    """Says when the next read may begin, so that no more than `rate` bytes a second are asked for on average."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate, self._next = rate, 0.0
-
-    def wait(self, now: float) -> float:
-        """Seconds until a read may begin; 0 for at once."""
-        return max(0.0, self._next - now) if self._rate else 0.0
-
-    def spend(self, nbytes: int, now: float) -> None:
-        """A read begins."""
-        if self._rate:
-            self._next = max(self._next, now) + nbytes / self._rate
-
-    def piece(self, nbytes: int) -> int:
-        """The longest read, where `nbytes` would be the longest without a rate: a tenth of a second's bytes."""
-        return nbytes if not self._rate else max(SMALLEST, min(nbytes, int(self._rate / 10)))
-
-
 @define
-class Job:
+class Read:
     """A read that is still to be begun, of the copy of that number."""
 
     copy: int
@@ -66,12 +44,12 @@ class Job:
     device: str
 
 
-def jobs_of(
+def reads_of(
     copies: Sequence[Copy],
     regions: Mapping[int, Region],
     offered: Mapping[int, OfferedRegion],
     piece: int,
-) -> list[Job]:
+) -> list[Read]:
     """The copies in pieces that cross no registration."""
     jobs = []
     for i, copy in enumerate(copies):
@@ -80,7 +58,9 @@ def jobs_of(
         for cut in [*(cut for cut in theirs.cuts if at < cut < end), end]:
             while at < cut:
                 nbytes = min(piece, cut - at)
-                jobs.append(Job(i, ours.address + copy.at + at - copy.offset, theirs.address + at, nbytes, ours.device))
+                jobs.append(
+                    Read(i, ours.address + copy.at + at - copy.offset, theirs.address + at, nbytes, ours.device)
+                )
                 at += nbytes
     return jobs
 
@@ -88,7 +68,7 @@ def jobs_of(
 class Arrivals:
     """Counts what has arrived of copies, and says `done` for each when it is whole: those of no bytes at once."""
 
-    def __init__(self, copies: int, jobs: Sequence[Job], done: Callable[[int], object]) -> None:
+    def __init__(self, copies: int, jobs: Sequence[Read], done: Callable[[int], object]) -> None:
         self._left, self._done = Counter(job.copy for job in jobs), done
         for i in range(copies):
             if not self._left[i]:
@@ -101,9 +81,9 @@ class Arrivals:
             self._done(copy)
 
 
-def in_batches(jobs: Sequence[Job], window: Window, rate: float | None, count: int) -> Iterator[list[Job]]:
+def in_batches(jobs: Sequence[Read], window: Window, rate: float | None, count: int) -> Iterator[list[Read]]:
     """About so many batches, each of jobs of one device; with a rate, one at a time."""
-    batch: list[Job] = []
+    batch: list[Read] = []
     room, most = 0, min(window.nbytes, _share(jobs, count))
     for job in jobs:
         full = len(batch) == window.count or job.nbytes > room or rate is not None
@@ -118,7 +98,7 @@ def in_batches(jobs: Sequence[Job], window: Window, rate: float | None, count: i
         yield batch
 
 
-def _share(jobs: Sequence[Job], count: int) -> int:
+def _share(jobs: Sequence[Read], count: int) -> int:
     """Bytes of one of so many batches, with which what does not fit to the byte makes no further one."""
     sizes = [job.nbytes for job in jobs]
     return sum(sizes) // count + max(sizes, default=0)

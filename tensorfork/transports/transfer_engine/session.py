@@ -12,13 +12,16 @@ from threading import Event
 import torch
 
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
-from tensorfork.transports.base import Channel, Copy, Region, RemoteRegion, Session
-from tensorfork.transports.transfer_engine.engine import Engine, Meeting, Outcome
+from tensorfork.regions import Copy, Region, RemoteRegion
+from tensorfork.transports.base import Channel, Session
+from tensorfork.transports.checks import check_bounds, check_going_on
+from tensorfork.transports.rate_limit import RateLimiter
+from tensorfork.transports.transfer_engine.enclosing import enclosing_regions
+from tensorfork.transports.transfer_engine.engine import Engine, Handshake, Outcome
 from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
-from tensorfork.transports.transfer_engine.quarantine import Flight, quarantine
-from tensorfork.transports.transfer_engine.reads import BATCHES, WINDOWS, Arrivals, Job, Pace, in_batches, jobs_of
-from tensorfork.transports.transfer_engine.regions import cover
-from tensorfork.transports.transfer_engine.spans import Holding
+from tensorfork.transports.transfer_engine.reads import BATCHES, WINDOWS, Arrivals, Read, in_batches, reads_of
+from tensorfork.transports.transfer_engine.registrations import Registration
+from tensorfork.transports.transfer_engine.undrained import InFlightRead, undrained_reads
 
 log = logging.getLogger("tensorfork")
 
@@ -60,9 +63,9 @@ class EngineSession(Session):
         self._regions = {region.id: region for region in regions}
         self._gpus = sorted({region.device for region in regions} - {"cpu"})
         self._window, self._rate, self._piece = WINDOWS[engine.fabric], rate, piece
-        self._holding: Holding | None = None
+        self._holding: Registration | None = None
         self._ready = self._closed = self._unquiet = False
-        self._meeting: Meeting | None = None
+        self._meeting: Handshake | None = None
         self._mapped = Event()
         self._new = not engine.knows(address)
 
@@ -93,19 +96,19 @@ class EngineSession(Session):
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`."""
-        _check(deadline, cancel)
+        check_going_on(deadline, cancel)
         self.ready(deadline)
         for copy in copies:
-            self._check_bounds(copy)
+            check_bounds(copy, self._remote, self._regions)
         targets = [(self._regions[copy.into].address + copy.at, copy.nbytes) for copy in copies]
-        quarantine.wait(targets, deadline, cancel.is_set)
-        _check(deadline, cancel)
+        undrained_reads.wait(targets, deadline, cancel.is_set)
+        check_going_on(deadline, cancel)
         self._engine.settle(self._gpus)  # nothing of this process may still be using what is written now
         if self.fabric == "nvlink":
             self._mapped.set()
             self._run_batches(copies, deadline, done, cancel)
             return
-        flying: deque[Flight] = deque()
+        flying: deque[InFlightRead] = deque()
         try:
             self._run(copies, flying, deadline, done, cancel)
         except BaseException as error:
@@ -149,31 +152,31 @@ class EngineSession(Session):
     def _run(
         self,
         copies: Sequence[Copy],
-        flying: deque[Flight],
+        flying: deque[InFlightRead],
         deadline: float,
         done: Callable[[int], None],
         cancel: Event,
     ) -> None:
-        pace = Pace(self._rate)
+        limiter = RateLimiter(self._rate)
         jobs = deque(self._jobs(copies))
         arrivals = Arrivals(len(copies), jobs, done)
         under_way = 0
         while jobs or flying:
-            _check(deadline, cancel)
+            check_going_on(deadline, cancel)
             arrived, failed = self._over(flying)
             under_way -= sum(flight.nbytes for flight in arrived)
             while jobs and not failed and len(flying) < self._window.count and under_way < self._window.nbytes:
                 now = time.monotonic()
-                if pace.wait(now) or now >= deadline:
+                if limiter.wait(now) or now >= deadline:
                     break
                 job = jobs.popleft()
                 under_way += job.nbytes
-                pace.spend(job.nbytes, now)
+                limiter.spend(job.nbytes, now)
                 self._begin(job, flying, deadline)
             if arrived and self.fabric == "tcp":  # its copies to GPUs may still be on their way when it calls them done
                 self._engine.settle(self._gpus)
             for flight in arrived:
-                _check(deadline, cancel)
+                check_going_on(deadline, cancel)
                 arrivals.count(flight.copy)
             if failed:
                 raise TransferFailed(
@@ -183,7 +186,7 @@ class EngineSession(Session):
             if flying and not arrived:
                 cancel.wait(self._window.pause)
             elif not flying and jobs:
-                cancel.wait(min(0.1, max(self._window.pause, pace.wait(time.monotonic()))))
+                cancel.wait(min(0.1, max(self._window.pause, limiter.wait(time.monotonic()))))
 
     def _run_batches(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """Over nvlink. Threads read one batch after another, so that what `done` does costs the link no time. Nothing
@@ -194,7 +197,7 @@ class EngineSession(Session):
         batches = deque(in_batches(jobs, self._window, self._rate, threads * BATCHES))
         count = len(batches)
         arrivals = Arrivals(len(copies), jobs, done)
-        over: queue.SimpleQueue[Sequence[Job] | BaseException] = queue.SimpleQueue()
+        over: queue.SimpleQueue[Sequence[Read] | BaseException] = queue.SimpleQueue()
         enough = Event()
         readers = [
             threading.Thread(
@@ -210,7 +213,7 @@ class EngineSession(Session):
                 reader.start()
             for _ in range(count):
                 for job in self._next(over, deadline, cancel):
-                    _check(deadline, cancel)
+                    check_going_on(deadline, cancel)
                     arrivals.count(job.copy)
         finally:
             enough.set()
@@ -218,13 +221,13 @@ class EngineSession(Session):
 
     def _read_batches(
         self,
-        batches: deque[list[Job]],
+        batches: deque[list[Read]],
         deadline: float,
-        say: Callable[[Sequence[Job] | BaseException], None],
+        say: Callable[[Sequence[Read] | BaseException], None],
         enough: Event,
     ) -> None:
         """On its thread: takes batches, and says each that has arrived, or why one has not."""
-        pace = Pace(self._rate)
+        limiter = RateLimiter(self._rate)
         try:
             while batches:
                 try:
@@ -232,12 +235,12 @@ class EngineSession(Session):
                 except IndexError:  # another thread has it
                     return
                 _on_our_device(batch[0].device)
-                while early := pace.wait(time.monotonic()):
+                while early := limiter.wait(time.monotonic()):
                     if enough.wait(early):
                         return
                 if enough.is_set():
                     return
-                pace.spend(sum(job.nbytes for job in batch), time.monotonic())
+                limiter.spend(sum(job.nbytes for job in batch), time.monotonic())
                 stretches = [(job.into, job.source, job.nbytes) for job in batch]
                 self._engine.read_all(self._address, stretches, batch[0].device, deadline, enough)
                 say(batch)
@@ -246,10 +249,10 @@ class EngineSession(Session):
             enough.set()
 
     def _next(
-        self, over: "queue.SimpleQueue[Sequence[Job] | BaseException]", deadline: float, cancel: Event
-    ) -> Sequence[Job]:
+        self, over: "queue.SimpleQueue[Sequence[Read] | BaseException]", deadline: float, cancel: Event
+    ) -> Sequence[Read]:
         while True:
-            _check(deadline, cancel)
+            check_going_on(deadline, cancel)
             try:
                 said = over.get(timeout=min(LOOK, max(0.0, deadline - time.monotonic())))
             except queue.Empty:
@@ -258,11 +261,11 @@ class EngineSession(Session):
                 raise said
             return said
 
-    def _jobs(self, copies: Sequence[Copy]) -> list[Job]:
-        return jobs_of(copies, self._regions, self._offered, self._piece)
+    def _jobs(self, copies: Sequence[Copy]) -> list[Read]:
+        return reads_of(copies, self._regions, self._offered, self._piece)
 
-    def _begin(self, job: Job, flying: deque[Flight], deadline: float) -> None:
-        flight = Flight(job.copy, job.into, job.nbytes)
+    def _begin(self, job: Read, flying: deque[InFlightRead], deadline: float) -> None:
+        flight = InFlightRead(job.copy, job.into, job.nbytes)
         flying.append(flight)  # first: an interrupt between the two must not lose sight of it
         try:
             flight.number = self._engine.read(self._address, job.into, job.source, job.nbytes, job.device, deadline)
@@ -270,7 +273,7 @@ class EngineSession(Session):
             flying.pop()
             raise
 
-    def _over(self, flying: deque[Flight]) -> tuple[list[Flight], bool]:
+    def _over(self, flying: deque[InFlightRead]) -> tuple[list[InFlightRead], bool]:
         """The reads that have arrived, and whether any has failed; both are taken out of those that fly."""
         arrived, failed = [], False
         for _ in range(len(flying)):
@@ -284,7 +287,7 @@ class EngineSession(Session):
                 flying.popleft()
         return arrived, failed
 
-    def _drain(self, flying: deque[Flight], deadline: float) -> list[Flight]:
+    def _drain(self, flying: deque[InFlightRead], deadline: float) -> list[InFlightRead]:
         """Wait a little for reads to be over; what then is not goes into quarantine, with what keeps it alive."""
         now = time.monotonic()
         until = max(now + GRACE, min(deadline, now + PATIENCE))
@@ -301,7 +304,7 @@ class EngineSession(Session):
                 self._unquiet = True
                 holding, self._holding = self._holding, None
                 keep = [region.owner for region in self._regions.values()]
-                quarantine.take(left, self._engine.outcome, holding.release if holding else _nothing, keep)
+                undrained_reads.take(left, self._engine.outcome, holding.release if holding else _nothing, keep)
         return left
 
     def _map(self, deadline: float, met: Callable[[], None]) -> None:
@@ -337,9 +340,9 @@ class EngineSession(Session):
         _on_our_device(device)
         scratch = torch.empty(64, dtype=torch.uint8, device=device)
         region = Region(0, scratch.data_ptr(), scratch.nbytes, device, scratch)
-        holding = self._engine.spans.hold(cover([region])[0], deadline) if self.fabric == "rdma" else None
+        holding = self._engine.spans.hold(enclosing_regions([region])[0], deadline) if self.fabric == "rdma" else None
         over = holding.release if holding else _nothing
-        flight = Flight(0, region.address, 1)
+        flight = InFlightRead(0, region.address, 1)
         outcome = Outcome.FAILED
         try:
             flight.number = self._engine.read(self._address, region.address, source, 1, device, deadline)
@@ -349,20 +352,11 @@ class EngineSession(Session):
                 time.sleep(self._window.pause)
         finally:
             if outcome is Outcome.RUNNING:
-                quarantine.take([flight], self._engine.outcome, over, scratch)
+                undrained_reads.take([flight], self._engine.outcome, over, scratch)
             else:
                 over()
         if outcome is not Outcome.DONE:
             raise TransferFailed(f"the first byte from {self._address} did not come")
-
-    def _check_bounds(self, copy: Copy) -> None:
-        remote, ours = self._remote.get(copy.region), self._regions.get(copy.into)
-        if remote is None or ours is None or copy.region not in self._offered:
-            raise TransferFailed(f"{copy} names a region that was not leased")
-        if min(copy.offset, copy.at, copy.nbytes) < 0:
-            raise TransferFailed(f"{copy} lies outside the leased regions")
-        if copy.offset + copy.nbytes > remote.nbytes or copy.at + copy.nbytes > ours.nbytes:
-            raise TransferFailed(f"{copy} lies outside the leased regions")
 
 
 def _join(threads: Sequence[threading.Thread]) -> None:
@@ -383,13 +377,6 @@ def _on_our_device(device: str) -> None:
     """
     if device != "cpu":
         torch.cuda.set_device(device)
-
-
-def _check(deadline: float, cancel: Event) -> None:
-    if cancel.is_set():
-        raise TransferFailed("the transfer was cancelled")
-    if time.monotonic() >= deadline:
-        raise TransferFailed("not everything had arrived by the deadline")
 
 
 def _nothing() -> None:

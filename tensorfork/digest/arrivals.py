@@ -1,0 +1,131 @@
+"""The fork's digests, computed while bytes still arrive.
+
+The tensors are cut into parts, in the order in which their bytes come. When the last copy of a part has arrived, a
+thread of its own digests it, on streams of its own, while the next parts are under way; at the end only the last
+part is left to wait for. On the CPU everything is digested at the end, as sums and sockets share its cores.
+"""
+
+import queue
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import define
+
+from tensorfork.digest import warm_up
+from tensorfork.digest.batch import DigestBatch
+from tensorfork.layout import TensorLayout
+from tensorfork.memory import cuda, streams
+from tensorfork.regions import Copy, Place
+
+PARTS = 8
+
+MIN_PART_BYTES = 512 << 20
+"""Bytes of a part, at least: what is worth a thread's waking."""
+
+
+@define
+class _Part:
+    names: list[str]
+    missing: int
+    """Copies that have not arrived."""
+    first: int
+    last: int
+    """The range of its copies, last excluded."""
+
+
+class ArrivalDigests:
+    """The digests of what arrives. Tell it of each copy with `arrived`; `digests` waits for the rest."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        layouts: Sequence[TensorLayout],
+        ours: Mapping[int, Place],
+        copies: Sequence[Copy],
+    ) -> None:
+        self._tensors = tensors
+        warm_up.wait({tensor.device for tensor in tensors.values()})
+        self._parts = _cut(tensors, layouts, ours, copies)
+        self._firsts = [part.first for part in self._parts]
+        early = {name for part in self._parts for name in part.names}
+        self._late = [name for name in tensors if name not in early]
+        self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._found: dict[str, int] = {}
+        self._error: BaseException | None = None
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tensorfork-verify", daemon=True)
+        if self._parts:
+            self._thread.start()
+
+    def arrived(self, i: int) -> None:
+        """Copy i has."""
+        at = bisect_right(self._firsts, i) - 1
+        while at >= 0 and self._parts[at].first <= i < self._parts[at].last:  # a copy may reach into two parts
+            part = self._parts[at]
+            part.missing -= 1
+            if not part.missing:
+                self._ready.put(at)
+            at -= 1
+
+    def digests(self) -> dict[str, int]:
+        """Of every tensor, once all bytes are there."""
+        late = {name: self._tensors[name] for name in self._late}
+        with streams.on_side_streams({tensor.device for tensor in late.values()}):
+            self._found |= DigestBatch.of(late).compute()
+        self._end()
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+    def close(self) -> None:
+        """Stop, whatever is left to do."""
+        self._given_up.set()
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            self._ready.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            cuda.relax_capture()
+            prepared = [DigestBatch.of({name: self._tensors[name] for name in part.names}) for part in self._parts]
+            with streams.on_side_streams({tensor.device for tensor in self._tensors.values()}):
+                while (at := self._ready.get()) is not None:
+                    self._found |= prepared[at].compute(self._given_up.is_set)
+        except BaseException as error:  # handed to whoever asks for the digests
+            self._error = error
+
+
+def _cut(
+    tensors: Mapping[str, torch.Tensor],
+    layouts: Sequence[TensorLayout],
+    ours: Mapping[int, Place],
+    copies: Sequence[Copy],
+) -> list[_Part]:
+    """Dense tensors of GPUs, in the order of the copies that fill them, in parts of about one size."""
+    placed = []
+    for layout in layouts:
+        if tensors[layout.name].is_cuda and layout.numel and layout.is_dense:
+            place = ours[layout.storage]
+            placed.append(((place.region, place.offset + layout.offset), layout))
+    placed.sort(key=lambda one: one[0])
+    size = max(MIN_PART_BYTES, sum(layout.nbytes for _, layout in placed) // PARTS)
+    starts = [(copy.into, copy.at) for copy in copies]
+    parts: list[_Part] = []
+    filled = size
+    for (region, at), layout in placed:
+        first = max(0, bisect_right(starts, (region, at)) - 1)
+        last = bisect_left(starts, (region, at + layout.nbytes))
+        if filled >= size:
+            parts.append(_Part([], 0, first, last))
+            filled = 0
+        parts[-1].names.append(layout.name)
+        parts[-1].last = max(parts[-1].last, last)
+        filled += layout.nbytes
+    for part in parts:
+        part.missing = part.last - part.first
+    return parts

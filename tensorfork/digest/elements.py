@@ -1,0 +1,80 @@
+"""A tensor's bytes, in the order in which they lie: as views where they can be, copied in bounded parts where not."""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from tensorfork import layout
+
+
+def gather_on_host(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
+    """Copy `nbytes` bytes from byte `start` of each dense tensor to a row of words. Any alignment, and no torch."""
+    into, step = rows.data_ptr(), rows.stride(0) * 8
+    for i, tensor in enumerate(tensors):
+        ctypes.memmove(into + i * step, tensor.data_ptr() + start, nbytes)
+
+
+def gather_on_device(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
+    """The same in one operation, for memory that only torch can copy."""
+    parts = [as_bytes(tensor, start, (nbytes,), (1,)) for tensor in tensors]
+    torch.stack(parts, out=rows.view(torch.uint8)[:, :nbytes])
+
+
+def as_bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
+    """The bytes from byte `start` of a tensor on, as a view."""
+    at = tensor.storage_offset() * tensor.element_size() + start
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at, shape, stride)
+
+
+def fill(stage: torch.Tensor, tensor: torch.Tensor, row: int, most: int) -> Iterator[int]:
+    """Copy the tensor's elements into the stage, in order, no operation on more than `most` of them; yields when it
+    is full, with the bytes to be taken: whole rows of `row` bytes, but for the last time.
+    """
+    itemsize = tensor.element_size()
+    view = stage.view(tensor.dtype)
+    used, room = 0, view.numel()
+    for part in slabs(tensor, min(room // 2, most)):
+        n = part.numel()
+        if used + n > room:
+            whole, left = divmod(used * itemsize, row)
+            yield whole * row
+            stage[:left] = stage[whole * row :][:left]
+            used = left // itemsize
+        view[used : used + n].view(part.shape).copy_(part)
+        used += n
+    if used:
+        yield used * itemsize
+
+
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers: copied as they are, and known to every operation."""
+    if tensor.element_size() == 16:
+        tensor = torch.view_as_real(tensor)
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def by_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its dimensions by falling stride: contiguous, if its elements fill a stretch of memory."""
+    stride, shape = tensor.stride(), tensor.shape
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-stride[i], -shape[i])))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill a stretch of memory, in whatever order of dimensions."""
+    return tensor.is_contiguous() or layout.is_dense(tensor.shape, tensor.stride())
+
+
+def slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """Cut along the leading dimensions into parts of at most `most` elements, in order."""
+    if tensor.numel() <= most:
+        yield tensor
+        return
+    inner = tensor.numel() // len(tensor)
+    count = max(1, most // inner)
+    for start in range(0, len(tensor), count):
+        part = tensor.narrow(0, start, min(count, len(tensor) - start))
+        if inner > most:
+            yield from slabs(part[0], most)
+        else:
+            yield part

@@ -1,0 +1,33 @@
+"""Which transport to use: what the caller asks for, and what stands against each."""
+
+from collections.abc import Sequence
+
+from tensorfork.errors import TransportUnavailable
+from tensorfork.fork.connection import SeedConnection
+from tensorfork.regions import Region
+from tensorfork.transports import registry
+from tensorfork.transports.base import Transport
+
+
+def transports_to_try(wanted: str | Transport) -> list[Transport]:
+    """The transports to try, in order. Raises `TypeError`, or `TransportUnavailable` for a name that there is not."""
+    if isinstance(wanted, Transport):
+        return [wanted]
+    if not isinstance(wanted, str):
+        raise TypeError(f"transport must be a name or a Transport, not {type(wanted).__name__}")
+    return [registry.load(name) for name in (registry.AUTO if wanted == "auto" else [wanted])]
+
+
+def reason_against(transport: Transport, seed: SeedConnection, regions: Sequence[Region]) -> str | None:
+    """Why a transport cannot be used between us and the seed; None if nothing stands against it."""
+    offered = seed.welcome.transports.get(transport.name)
+    if offered is None:
+        return f"the seed does not offer it; it offers: {', '.join(seed.welcome.transports) or 'nothing'}"
+    if offered.why_not is not None:
+        return f"the seed cannot: {offered.why_not}"
+    try:
+        return transport.why_not(transport.facts(regions), offered.facts)
+    except TransportUnavailable as error:
+        return str(error)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a seed that says something else
+        return f"what the seed says of it makes no sense: {error!r}"

@@ -1,0 +1,170 @@
+"""The steps of one fork, from hello to installation. `tensorfork.fork_into` and `tensorfork.fork` are both `run`.
+
+    connect ─ hello ─ compare ─ layout ─ match ─ allocate ─┐
+       ┌───────────────────────────────────────────────────┘
+       └▶ for each transport that can work: lease ─ open ─ pull ─ check ─ verify     (again, after SeedChanged)
+                                                                            └▶ install
+
+A failure before `pull` leaves the model untouched. From then on tensors that had memory may hold some of the seed's
+bytes; meta tensors stay meta until `install`, which gives memory to all of them or to none.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from attrs import evolve, frozen
+
+from tensorfork.digest import warm_up
+from tensorfork.digest.arrivals import ArrivalDigests
+from tensorfork.errors import SeedChanged, TransportUnavailable
+from tensorfork.fork import transfer, verification
+from tensorfork.fork.choice import reason_against, transports_to_try
+from tensorfork.fork.connection import SeedConnection
+from tensorfork.fork.destination import Destination, DestinationMemory
+from tensorfork.fork.lease import lease
+from tensorfork.identity import Identity, Rank
+from tensorfork.layout import ModelLayout
+from tensorfork.model.selection import Selection
+from tensorfork.report import ForkReport, Stopwatch
+from tensorfork.transports.base import Transport
+
+
+@frozen
+class Terms:
+    """What the caller of a fork asks for; `tensorfork.fork_into` describes each."""
+
+    transport: str | Transport
+    deadline: float
+    verify: bool
+    restarts: int
+    progress: transfer.Progress | None
+    identity: Identity | None
+    rank: Rank | None
+    selection: Selection
+
+
+@frozen
+class Filling:
+    """How the destination is made, in two steps.
+
+    Attributes:
+        allocate: memory for the seed's tensors. It is told the layout, and calls its second argument with the phase
+            that begins.
+        tensors: the tensors in that memory; made while the transport opens.
+    """
+
+    allocate: Callable[[ModelLayout, Callable[[str], object]], DestinationMemory]
+    tensors: Callable[[DestinationMemory], Destination]
+
+
+def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[ForkReport, Destination]:
+    """Fork from the seed at `peer`: every step, in order.
+
+    Raises:
+        TensorForkError: docs/errors.md has each kind, and the state it leaves.
+        ValueError: `peer` or the device cannot be used.
+    """
+    candidates = transports_to_try(terms.transport)
+    watch.enter("resolve")
+    with SeedConnection(peer, terms.deadline) as seed:
+        watch.enter("hello")
+        seed.greet(terms.deadline)
+        not_compared = seed.compare(terms.identity, terms.rank)
+        watch.enter("layout")
+        layout = seed.layout(terms.deadline)
+        taken, left_out = layout.only(terms.selection.takes)
+        memory = filling.allocate(taken, watch.enter)
+        if terms.verify:
+            warm_up.begin(memory.devices)
+        attempt = _Attempt(seed, layout, memory, cache(lambda: filling.tensors(memory)), terms, watch)
+        report = _with_restarts(lambda: attempt.first_that_works(candidates), terms)
+    watch.enter("install")
+    filled = attempt.destination()
+    filled.install()
+    return evolve(
+        report,
+        seconds=dict(watch.stop()),
+        not_compared=(*not_compared, *([] if terms.verify else ["digests"])),
+        left_out=tuple(left_out),
+        left_out_by_seed=layout.left_out,
+    ), filled
+
+
+def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkReport:
+    """Begin again after `SeedChanged`, as often as the caller allows; a change takes a while, so wait in between."""
+    for restarts in range(terms.restarts + 1):
+        try:
+            return evolve(attempt(), restarts=restarts)
+        except SeedChanged:
+            if restarts == terms.restarts:
+                raise
+            pause = 0.01 * 2 ** min(restarts, 5)
+            time.sleep(max(0.0, min(pause, terms.deadline - time.monotonic())))
+    raise AssertionError("restarts is negative")
+
+
+@frozen
+class _Attempt:
+    """One attempt to copy everything, of one moment of the seed's."""
+
+    seed: SeedConnection
+    layout: ModelLayout
+    memory: DestinationMemory
+    destination: Callable[[], Destination]
+    terms: Terms
+    watch: Stopwatch
+
+    def first_that_works(self, candidates: Sequence[Transport]) -> ForkReport:
+        """Copy with the first transport that works between the two processes.
+
+        Raises `TransportUnavailable`, with the reason for each, where none does.
+        """
+        passed_over: dict[str, str] = {}
+        for transport in candidates:
+            why_not = reason_against(transport, self.seed, self.memory.regions)
+            if why_not is None:
+                try:
+                    return evolve(self._copy(transport), passed_over=passed_over)
+                except TransportUnavailable as error:
+                    why_not = str(error)
+            passed_over[transport.name] = why_not
+        reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
+        raise TransportUnavailable(
+            f"{self.seed.address}: no transport works between the seed and this process: {reasons}"
+        )
+
+    def _copy(self, transport: Transport) -> ForkReport:
+        """Lease, open, pull, check, verify."""
+        terms, seed, enter = self.terms, self.seed, self.watch.enter
+        deadline = terms.deadline
+        with lease(seed, transport, self.memory, deadline, digests=terms.verify, enter=enter) as held:
+            enter("allocate")
+            into = self.destination()
+            enter("match")
+            plan = transfer.plan(held, into, seed)
+            enter("verify")
+            digests = ArrivalDigests(into.tensors, into.layouts, held.ours, plan.copies) if terms.verify else None
+            try:
+                enter("open")
+                held.session.ready(deadline)
+                enter("transfer")
+                nbytes = transfer.pull(held, plan, into, seed, deadline, terms.progress, digests)
+                enter("verify")
+                verification.check_generation(held, seed, deadline)
+                if digests is not None:
+                    verification.compare_digests(held, seed, self.layout, digests, deadline)
+            finally:
+                into.mark_changed()  # whether all of it arrived or some
+                if digests is not None:
+                    digests.close()
+        return ForkReport(
+            peer=seed.address,
+            transport=transport.name,
+            fabric=held.session.fabric,
+            tensors=len(into.tensors),
+            nbytes=nbytes,
+            generation=held.generation,
+            seconds={},
+            verified=terms.verify,
+        )

@@ -1,0 +1,107 @@
+"""Tensors whose elements lie in too many stretches to be fetched one by one: fetched with their gaps into bounded
+scratch, slab by slab, and copied into place on our side, which leaves the gaps untouched.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from threading import Event
+
+import torch
+from attrs import frozen
+
+from tensorfork.fork.pairs import Pair
+from tensorfork.fork.runs import MAX_RUNS, grid_of, runs_of
+from tensorfork.layout import TensorLayout
+from tensorfork.regions import Copy, Place, Region
+from tensorfork.transports.base import Session
+
+SCRATCH = 16 << 20
+"""Bytes of scratch, at most, on each device that needs any."""
+_Grid = Sequence[tuple[int, int]]
+_FIRST_ID = 1 << 31
+"""Ids of scratch regions, beyond those of any storage."""
+
+
+@frozen
+class Scratch:
+    """Room for slabs, by device."""
+
+    buffers: Mapping[torch.device, torch.Tensor]
+
+    @classmethod
+    def for_tensors(cls, tensors: Iterable[tuple[TensorLayout, torch.device]]) -> "Scratch":
+        """As much as tensors with gaps may need, each given with where it is; none where all are in few stretches."""
+        needs: dict[torch.device, int] = {}
+        for tensor, device in tensors:
+            if len(runs_of(tensor, MAX_RUNS)) > MAX_RUNS:
+                needs[device] = min(SCRATCH, max(needs.get(device, 0), tensor.extent))
+        return cls({on: torch.empty(nbytes, dtype=torch.uint8, device=on) for on, nbytes in needs.items()})
+
+    @property
+    def regions(self) -> list[Region]:
+        """One for each device."""
+        return [
+            Region(_FIRST_ID + i, buffer.data_ptr(), buffer.nbytes, str(device), buffer)
+            for i, (device, buffer) in enumerate(self.buffers.items())
+        ]
+
+    def place(self, device: torch.device, ours: Mapping[int, Place]) -> Place:
+        """Where a device's buffer lies in the transport's regions."""
+        return ours[_FIRST_ID + list(self.buffers).index(device)]
+
+
+def pull_strided(
+    session: Session,
+    pair: Pair,
+    tensor: torch.Tensor,
+    theirs: Mapping[int, Place],
+    ours: Mapping[int, Place],
+    scratch: Scratch,
+    deadline: float,
+) -> None:
+    """Fill one such tensor. Raises what `Session.pull` raises; slabs filled before that stay."""
+    buffer, into = scratch.buffers[tensor.device], scratch.place(tensor.device, ours)
+    place = theirs[pair.theirs.storage]
+    start = tensor.storage_offset() * tensor.element_size()
+    length, steps = grid_of(pair.ours)
+    for offset, grid, piece in _slabs(length, steps, buffer.nbytes):
+        nbytes = _extent(piece, grid)
+        source = place.offset + pair.theirs.offset + offset
+        session.pull(
+            [Copy(0, place.region, source, into.region, into.offset, nbytes)], deadline, lambda _: None, Event()
+        )
+        shape = [size for _, size in grid] + [piece]
+        stride = [step for step, _ in grid] + [1]
+        with torch.inference_mode():
+            destination = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            destination.set_(tensor.untyped_storage(), start + offset, shape, stride)
+            destination.copy_(buffer.as_strided(shape, stride))
+            if tensor.is_cuda:  # the scratch is written again, by whatever the transport writes with
+                torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _slabs(length: int, grid: _Grid, room: int) -> Iterator[tuple[int, _Grid, int]]:
+    """Cut a grid into parts that fit into `room` bytes with their gaps, and in which no stretch meets another: each
+    with its offset, its grid and the bytes of its stretches.
+    """
+    if not grid:
+        for start in range(0, length, room):
+            yield start, (), min(room, length - start)
+        return
+    (step, size), inner = grid[0], grid[1:]
+    within = _extent(length, inner)
+    if within <= room and _apart(length, grid):
+        count = 1 + (room - within) // step
+        for first in range(0, size, count):
+            yield first * step, ((step, min(count, size - first)), *inner), length
+    else:
+        for i in range(size):
+            for offset, part, piece in _slabs(length, inner, room):
+                yield i * step + offset, part, piece
+
+
+def _apart(length: int, grid: _Grid) -> bool:
+    return all(step >= _extent(length, grid[i + 1 :]) for i, (step, _) in enumerate(grid))
+
+
+def _extent(length: int, grid: _Grid) -> int:
+    return length + sum(step * (size - 1) for step, size in grid)

@@ -1,0 +1,1 @@
+"""Memory of this process: the CUDA driver, allocations and whether they can be exported, pinned staging, raw bytes."""

@@ -1,0 +1,71 @@
+"""Raw memory as tensors.
+
+Through DLPack, the exchange protocol for arrays, by ctypes: it serves CPU and CUDA alike, and needs no numpy.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from tensorfork.regions import Region
+
+_CPU, _CUDA = 1, 2
+
+_UINT = 1
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _ManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+_lent: dict[int, Any] = {}
+"""Descriptions that torch still holds, by address."""
+
+
+def _give_back(address: int) -> None:
+    _lent.pop(address, None)
+
+
+_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_give_back)
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory of this process as a uint8 tensor [nbytes] that does not own it: its user keeps the memory alive."""
+    shape = (ctypes.c_int64 * 1)(nbytes)
+    managed = _ManagedTensor()
+    managed.tensor.data = address
+    managed.tensor.device_type = _CPU if device.type == "cpu" else _CUDA
+    managed.tensor.device_id = device.index or 0
+    managed.tensor.ndim, managed.tensor.code, managed.tensor.bits, managed.tensor.lanes = 1, _UINT, 8, 1
+    managed.tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+    managed.deleter = ctypes.cast(_deleter, ctypes.c_void_p)
+    where = ctypes.addressof(managed)
+    _lent[where] = managed, shape
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(where, b"dltensor", None))
+    return tensor
+
+
+def region_bytes(region: Region) -> torch.Tensor:
+    """A region as a uint8 tensor [nbytes] that does not own it."""
+    return bytes_at(region.address, region.nbytes, torch.device(region.device))

@@ -1,0 +1,103 @@
+"""The description of a model: its tensors, and the storages they lie in, without copying a byte.
+
+`describe` walks a model. What it finds (`ModelLayout`) is what a seed tells its forks; the addresses stay in this process,
+in the `ModelMemory` beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from tensorfork.errors import UnsupportedTensor
+from tensorfork.identity import Identity, Rank
+from tensorfork.interpreter.garbage_collection import gc_paused
+from tensorfork.layout import DTYPE_NAMES, ModelLayout, StorageLayout, TensorLayout, plain_stride
+from tensorfork.model.selection import Selection
+from tensorfork.model.storages import TensorLocation, locate, storage_extents
+from tensorfork.model.walk import FoundTensors, walk
+from tensorfork.placement import Placement
+from tensorfork.regions import Region
+
+
+@frozen(eq=False, repr=False)
+class ModelMemory:
+    """Where the storages of a `ModelLayout` lie in this process (None for meta ones); keeps them alive."""
+
+    addresses: Sequence[int | None]
+    keep: Sequence[torch.UntypedStorage]
+
+    def regions(self, layout: ModelLayout) -> list[Region]:
+        """One region for each storage that has bytes and memory, with the storage's index as its id."""
+        return [
+            Region(index, address, storage.nbytes, storage.device, self)
+            for index, (address, storage) in enumerate(zip(self.addresses, layout.storages, strict=True))
+            if address is not None and storage.nbytes
+        ]
+
+
+@frozen(eq=False, repr=False)
+class LocalModel:
+    """A model as it is here.
+
+    Attributes:
+        layout: its description.
+        tensors: the tensors by name, none of them made of others.
+        wrappers: those that are made of these, by name, the inner ones first.
+        memory: where they lie.
+    """
+
+    layout: ModelLayout
+    tensors: Mapping[str, torch.Tensor]
+    wrappers: Mapping[str, torch.Tensor]
+    memory: ModelMemory
+
+
+def describe(
+    model: Any, selection: Selection | None = None, identity: Identity | None = None, rank: Rank | None = None
+) -> LocalModel:
+    """Describe a model, or what is selected of it. Copies nothing.
+
+    Raises:
+        TypeError: it is not a model.
+        UnsupportedTensor: it has a tensor that cannot be described; the message names it.
+    """
+    with gc_paused():
+        return _describe(walk(model, selection), identity, rank)
+
+
+def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None) -> LocalModel:
+    locations = [locate(name, tensor) for name, tensor in found.tensors.items()]
+    extents = storage_extents(locations)
+    layouts = tuple(
+        _tensor_layout(name, tensor, location, found.placements.get(name))
+        for (name, tensor), location in zip(found.tensors.items(), locations, strict=True)
+    )
+    storages = tuple(StorageLayout(extent.end - extent.start, extent.device) for extent in extents.values())
+    memory = ModelMemory(
+        [extent.address for extent in extents.values()], [kept for extent in extents.values() for kept in extent.keep]
+    )
+    layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
+    return LocalModel(layout, found.tensors, found.wrappers, memory)
+
+
+def _tensor_layout(
+    name: str, tensor: torch.Tensor, location: TensorLocation, placement: Placement | None
+) -> TensorLayout:
+    extent = location.extent
+    shape = tuple(tensor.shape)
+    if (location.start - extent.start) % tensor.element_size():
+        raise UnsupportedTensor(
+            f"{name}: in memory that it shares with other tensors it does not begin at a multiple of its element's "
+            "size, where no fork could have it; publish a copy"
+        )
+    return TensorLayout(
+        name,
+        DTYPE_NAMES[tensor.dtype],
+        shape,
+        plain_stride(shape, tensor.stride()),
+        extent.index,
+        location.start - extent.start,
+        placement,
+    )

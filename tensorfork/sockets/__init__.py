@@ -1,0 +1,1 @@
+"""ZeroMQ sockets with every limit set, addresses, and what wakes a thread that polls."""

@@ -1,0 +1,108 @@
+"""Which fabric two processes can use: what each says of itself, and the choice, which is pure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorfork.errors import TransportUnavailable
+from tensorfork.interpreter.environment import forbidden_changes
+from tensorfork.interpreter.process import host_and_network_id, process_token
+from tensorfork.memory.allocations import Allocation, why_not_exportable
+from tensorfork.regions import Region
+from tensorfork.transports.base import Facts
+from tensorfork.transports.transfer_engine import library
+
+INFINIBAND = Path("/sys/class/infiniband")
+"""Where Linux lists RDMA NICs."""
+
+
+def facts(
+    regions: Sequence[Region], blocks: Sequence[Allocation], fabrics: Sequence[str], nics: Sequence[str]
+) -> Facts:
+    """What this side can do with regions, and the blocks that those of GPUs lie in.
+
+    Raises `TransportUnavailable` where Mooncake is not installed as it should be.
+    """
+    wheel = library.wheel()
+    devices = sorted({region.device for region in regions})
+    found: dict[str, Any] = {
+        "wheel": str(wheel),
+        "cuda": wheel.cuda,
+        "fabrics": list(fabrics),
+        "host": host_and_network_id(),
+        "process": process_token(),
+        "devices": devices,
+        "nics": [name for name in found_nics() if not nics or name in nics],
+        "closed": why_not_exportable(blocks),
+    }
+    if forbidden := {one: why for one in fabrics if (why := forbidden_changes(library.ENVIRONMENT[one]))}:
+        found["forbidden"] = forbidden
+    return found
+
+
+def found_nics() -> list[str]:
+    """The names of this host's RDMA NICs."""
+    try:
+        return sorted(path.name for path in INFINIBAND.iterdir())
+    except OSError:
+        return []
+
+
+def choose(fork: Facts, seed: Facts) -> str:
+    """The fabric for these two. Raises `TransportUnavailable` with what speaks against each that was asked for."""
+    asked = [str(fabric) for fabric in fork.get("fabrics", [])]
+    reasons = []
+    for fabric in asked:
+        why_not = _not_offered(fabric) if fabric not in seed.get("fabrics", []) else _why_not(fabric, fork, seed)
+        if why_not is None:
+            return fabric
+        reasons.append(f"{fabric}: {why_not}")
+    raise TransportUnavailable("; ".join(reasons) or "no fabric was asked for")
+
+
+def _why_not(fabric: str, fork: Facts, seed: Facts) -> str | None:
+    for side, said in (("fork", fork), ("seed", seed)):
+        if fabric in said.get("forbidden", {}):
+            return f"on the {side}'s side {said['forbidden'][fabric]}"
+    return _WHY_NOT[fabric](fork, seed)
+
+
+def _not_offered(fabric: str) -> str:
+    return (
+        f"the seed does not offer it; publish there with transports=['transfer_engine:{fabric}'], and mind that "
+        "nothing protects the ports it opens"
+        if fabric == "tcp"
+        else f"the seed does not offer it; publish there with transports=['transfer_engine:{fabric}']"
+    )
+
+
+def _not_nvlink(fork: Facts, seed: Facts) -> str | None:
+    for side, said in (("fork", fork), ("seed", seed)):
+        if not said.get("cuda"):
+            return f"the {side}'s {said.get('wheel')} was built without CUDA"
+        if not said.get("devices") or "cpu" in said["devices"]:
+            return f"it carries the memory of GPUs alone, and some of the {side}'s is on the CPU; cuda_ipc takes both"
+    if fork.get("host") is None or fork.get("host") != seed.get("host"):
+        return "the two are not on one host, with one network"
+    if fork.get("process") == seed.get("process"):
+        return "both are one process, which cannot open its own memory; cuda_ipc takes that"
+    closed = seed.get("closed")
+    return None if closed is None else str(closed)
+
+
+def _not_rdma(fork: Facts, seed: Facts) -> str | None:
+    for side, said in (("fork", fork), ("seed", seed)):
+        if not said.get("nics"):
+            return f"the {side} has no RDMA NIC"
+    return _not_on_gpus(fork, seed)
+
+
+def _not_on_gpus(fork: Facts, seed: Facts) -> str | None:
+    for side, said in (("fork", fork), ("seed", seed)):
+        gpus = [device for device in said.get("devices", []) if device != "cpu"]
+        if gpus and not said.get("cuda"):
+            return f"the {side}'s tensors are on {gpus[0]}, and its {said.get('wheel')} was built without CUDA"
+    return None
+
+
+_WHY_NOT = {"nvlink": _not_nvlink, "rdma": _not_rdma, "tcp": _not_on_gpus}

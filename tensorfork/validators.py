@@ -1,0 +1,75 @@
+"""Validators of attrs fields: a value of a caller's or a peer's has exactly its declared type, and a bounded size.
+
+Functions named `*_field` are what attrs calls, with (instance, attribute, value). The others check a value by itself.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from attrs import Attribute
+
+MAX_TEXT = 4096
+"""Characters of one text."""
+MAX_ENTRIES = 256
+"""Entries of one mapping."""
+MAX_DIMENSIONS = 64
+
+Field: TypeAlias = "Attribute[Any]"
+
+
+def is_text(value: object) -> bool:
+    """Whether it is a str of at most `MAX_TEXT` characters."""
+    return type(value) is str and len(value) <= MAX_TEXT
+
+
+def is_natural(value: object) -> bool:
+    """Whether it is an int of at least 0; a bool is none."""
+    return type(value) is int and value >= 0
+
+
+def text_field(instance: object, attribute: Field, value: object) -> None:
+    """Raise `ValueError` unless the value is a short text."""
+    if not is_text(value):
+        raise ValueError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]}")
+
+
+def optional_text_field(instance: object, attribute: Field, value: object) -> None:
+    """Raise `TypeError` unless the value is None or a short text."""
+    if value is not None and not is_text(value):
+        raise TypeError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]!r}")
+
+
+def texts_field(instance: object, attribute: Field, value: object) -> None:
+    """Raise unless the value maps at most `MAX_ENTRIES` short texts to short texts."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{attribute.name} must map texts to texts, not be {str(value)[:80]!r}")
+    if len(value) > MAX_ENTRIES:
+        raise ValueError(f"{attribute.name} has {len(value)} entries; {MAX_ENTRIES} at most")
+    for key, one in value.items():
+        if not is_text(key) or not is_text(one):
+            raise TypeError(f"{attribute.name} must map texts to texts, not {str(key)[:40]!r} to {str(one)[:40]!r}")
+
+
+def natural_field(instance: object, attribute: Field, value: object) -> None:
+    """Raise `ValueError` unless the value is an int of at least 0."""
+    if not is_natural(value):
+        raise ValueError(f"{attribute.name} must be a natural number, not {str(value)[:80]}")
+
+
+def naturals_field(instance: object, attribute: Field, value: object) -> None:
+    """Raise `ValueError` unless the value is a tuple of at most `MAX_DIMENSIONS` ints of at least 0."""
+    if type(value) is tuple and len(value) <= MAX_DIMENSIONS:
+        for size in value:  # a loop, and no call in it: each tensor has two of these tuples
+            if type(size) is not int or size < 0:
+                break
+        else:
+            return
+    raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
+
+
+def index_field(instance: object, attribute: Field, value: object) -> None:
+    """Raise unless the value is (index, size), two ints with 0 <= index < size."""
+    if type(value) is not tuple or len(value) != 2 or not all(type(one) is int for one in value):
+        raise TypeError(f"{attribute.name} must be (index, size), not {str(value)[:80]}")
+    if not 0 <= value[0] < value[1]:
+        raise ValueError(f"{attribute.name} must be (index, size) with an index below the size, not {value}")

@@ -1,0 +1,267 @@
+"""The messages between a fork and a seed: attrs classes to msgpack and back, versioned and bounded.
+
+A frame is ``[MAGIC, VERSION, number, kind, body]`` in msgpack. `number` is the fork's; a reply carries that of its
+request. Big tables (a layout, digests) travel behind a reply as frames of their own, in pages, so that making or
+sending one never holds the interpreter for long. Nothing is ever unpickled, and what does not have exactly the
+declared shape is refused before it is looked at further.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import msgpack
+from attrs import field, frozen
+from attrs.validators import ge, le, max_len
+from cattrs import Converter
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+
+from tensorfork.errors import ProtocolError
+
+MAGIC = "tensorfork"
+
+VERSION = 1
+
+MAX_REQUEST = 64 << 10
+"""Bytes of a request; unpacking one made to be slow takes a few milliseconds of the seed's interpreter at most."""
+
+MAX_REPLY = 32 << 20
+"""Bytes of a frame to a fork."""
+
+MAX_FRAMES = 4096
+
+MAX_TENSORS = 1_000_000
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of a message on a channel."""
+
+MAX_OFFER = 16 << 20
+
+_short: Any = max_len(4096)
+
+_count = [ge(0), le(MAX_TENSORS)]
+
+
+@frozen
+class Hello:
+    """The first words of a fork."""
+
+    library: str = field(validator=_short)
+
+
+@frozen
+class Offered:
+    """One transport, as the seed sees it: its facts, or why it cannot."""
+
+    facts: dict[str, Any]
+    why_not: str | None
+
+
+@frozen
+class Welcome:
+    """The seed's answer: what it has, and how it can be had."""
+
+    library: str = field(validator=_short)
+    seed: bytes = field(validator=max_len(64))
+    tensors: int = field(validator=_count)
+    storages: int = field(validator=_count)
+    nbytes: int = field(validator=ge(0))
+    digest: str = field(validator=_short)
+    transports: dict[str, Offered]
+    identity: dict[str, Any] | None = None
+    rank: dict[str, Any] | None = None
+
+
+@frozen
+class GetLayout:
+    """Asks for every tensor and storage, and the names of what was left out; answered by `Pages`."""
+
+
+@frozen
+class Pages:
+    """Says that so many frames follow."""
+
+    tensors: int = field(validator=[ge(0), le(MAX_FRAMES)])
+    storages: int = field(validator=[ge(0), le(MAX_FRAMES)])
+    left_out: int = field(validator=[ge(0), le(MAX_FRAMES)])
+
+
+@frozen
+class TakeLease:
+    """Asks for the memory to stay where it is for so many seconds, reachable through a transport."""
+
+    transport: str = field(validator=_short)
+    facts: dict[str, Any]
+    seconds: float = field(validator=[ge(0.0), le(86400.0)])
+    digests: bool
+    """Whether digests will be asked for, so that the seed can begin with them."""
+
+
+@frozen
+class Leased:
+    """A lease. Of the pages behind it the first has the regions, the others each storage's place in them."""
+
+    lease: bytes = field(validator=max_len(64))
+    generation: int
+    offer: bytes = field(validator=max_len(MAX_OFFER))
+    pages: int = field(validator=[ge(0), le(MAX_FRAMES)])
+
+
+@frozen
+class Say:
+    """The frame behind is a message on a lease's channel; either way, and never answered."""
+
+    lease: bytes = field(validator=max_len(64))
+
+
+@frozen
+class GetDigests:
+    """Asks for the digest of every tensor at the lease's generation; answered, when computed, by `Digests`."""
+
+    lease: bytes = field(validator=max_len(64))
+
+
+@frozen
+class Digests:
+    """So many frames of 8-byte little-endian digests follow, in the layout's order."""
+
+    generation: int
+    frames: int = field(validator=[ge(0), le(MAX_FRAMES)])
+
+
+@frozen
+class CheckLease:
+    """Asks for the generation as it is now; `release` ends the lease as well."""
+
+    lease: bytes = field(validator=max_len(64))
+    release: bool
+
+
+@frozen
+class Checked:
+    """The generation as it is now."""
+
+    generation: int
+
+
+@frozen
+class Refused:
+    """No, and why. `code` is one of CODES."""
+
+    code: str = field(validator=_short)
+    reason: str = field(validator=max_len(65536))
+
+
+VERSION_CODE, UNAVAILABLE, CHANGED, BUSY, UNKNOWN, MALFORMED = CODES = (
+    "version",
+    "unavailable",
+    "changed",
+    "busy",
+    "unknown-lease",
+    "malformed",
+)
+
+Request = Hello | GetLayout | TakeLease | Say | GetDigests | CheckLease
+
+Reply = Welcome | Pages | Leased | Say | Digests | Checked | Refused
+
+Message = Request | Reply
+
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
+
+REQUESTS: tuple[type[Any], ...] = get_args(Request)
+
+REPLIES: tuple[type[Any], ...] = get_args(Reply)
+
+
+def check_channel_message(message: bytes) -> bytes:
+    """The message, if a channel takes it: the other side closes the connection at a longer one."""
+    if len(message) > MAX_MESSAGE:
+        raise ValueError(f"a message on a channel has at most {MAX_MESSAGE:,} bytes, not {len(message):,}")
+    return message
+
+
+def encode(message: Message, number: int) -> bytes:
+    """One frame."""
+    body = _converter.unstructure(message)
+    packed: bytes = msgpack.packb([MAGIC, VERSION, number, type(message).__name__, body])
+    return packed
+
+
+def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[int, Any]:
+    """The number and the message of a frame.
+
+    Raises:
+        OtherVersion: it is tensorfork's, of another version; its number is kept, as that of a `Malformed` one is.
+        ProtocolError: it is anything else than one of the expected messages.
+    """
+    envelope = unpack(frame)
+    if not isinstance(envelope, list) or len(envelope) < 3 or envelope[0] != MAGIC:
+        raise ProtocolError("what came is not a tensorfork message")
+    if envelope[1] != VERSION:
+        raise OtherVersion(envelope[1], envelope[2] if type(envelope[2]) is int else 0)
+    if len(envelope) != 5 or type(envelope[2]) is not int or not isinstance(envelope[3], str):
+        raise ProtocolError("what came is not a tensorfork message")
+    kind = _KINDS.get(envelope[3])
+    if kind not in expected:
+        raise Malformed(f"a {envelope[3][:40]!r} came where none is expected", envelope[2])
+    try:
+        return envelope[2], _converter.structure(envelope[4], kind)
+    except Exception as error:  # cattrs has no common base for what it raises on bad values
+        raise Malformed(f"a malformed {envelope[3]} came: {_words(error)}", envelope[2]) from error
+
+
+class Malformed(ProtocolError):
+    """A message whose number can be read, and the rest cannot."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+def _words(error: Exception) -> str:
+    """What it says, if it can: an error of cattrs about names that are not texts fails once more when it is printed."""
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__
+
+
+class OtherVersion(ProtocolError):
+    """A message of another version of this protocol."""
+
+    def __init__(self, version: object, number: int) -> None:
+        super().__init__(f"it speaks version {str(version)[:20]} of the tensorfork protocol, and we speak {VERSION}")
+        self.number = number
+
+
+def unpack(frame: bytes | memoryview) -> Any:
+    try:
+        return msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=True)
+    except Exception as error:  # msgpack has no common base for what it raises on bad bytes
+        raise ProtocolError(f"what came is not msgpack: {type(error).__name__} {error}") from error
+
+
+def _make_converter() -> Converter:
+    """Strict: cattrs would turn "1" into 1 and drop fields it does not know."""
+    converter = Converter(forbid_extra_keys=True, detailed_validation=False)
+
+    def exactly(kind: type[Any]) -> Callable[[Any, Any], Any]:
+        def structure(value: Any, _: Any) -> Any:
+            if type(value) is not kind:
+                raise ValueError(f"{kind.__name__} expected, {type(value).__name__} came")
+            return value
+
+        return structure
+
+    for plain in (int, str, bytes, bool, float):
+        converter.register_structure_hook(plain, exactly(plain))
+    converter.register_unstructure_hook(bytes, lambda value: value)
+    converter.register_structure_hook_func(lambda kind: kind == dict[str, Any], exactly(dict))
+    converter.register_unstructure_hook_func(lambda kind: kind == dict[str, Any], lambda value: value)
+    for kind in {*_KINDS.values(), Offered}:
+        converter.register_structure_hook(kind, make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True))
+        converter.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, converter))
+    return converter
+
+
+_converter = _make_converter()

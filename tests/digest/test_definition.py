@@ -1,0 +1,482 @@
+"""The digest: what the definition says, for every kind of tensor; and no accident with the bytes goes unseen."""
+
+import contextlib
+import ctypes
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tensorfork.digest import definition
+from tensorfork.digest.definition import OTHER_WIDTH, WIDTH, digest_of_words, digests
+from tensorfork.interpreter.openmp import single_threaded
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+MASK = (1 << 64) - 1
+PACES = ["cpu", "cuda"]
+"""The ways of cutting the work. Both run on the CPU here: what they add up must not depend on the way."""
+DTYPES = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)
+DTYPES = [dtype for dtype in DTYPES if not str(dtype).startswith(("torch.qint", "torch.quint"))]
+EDGES = [0, 1, 2, 7, 8, 1020, 1021, 1022, 1024, 1030, 1031, 1032, 2042, 2061, 2062, 3093, 8192, 31650, 31651, 31652]
+
+
+@contextmanager
+def paced(pace: str) -> Iterator[None]:
+    usual = definition._TUNING["cpu"]
+    definition._TUNING["cpu"] = definition._TUNING[pace]
+    try:
+        yield
+    finally:
+        definition._TUNING["cpu"] = usual
+
+
+@contextmanager
+def segments_of(words: int) -> Iterator[None]:
+    """A definition with short segments, so that a test need not have hundreds of megabytes."""
+    usual = definition.SEGMENT, definition._WORDS, definition._SLOTS
+    definition.SEGMENT, definition._WORDS, definition._SLOTS = (
+        words * 8,
+        words,
+        definition.COLUMNS + -(-words // definition.WIDTH),
+    )
+    try:
+        yield
+    finally:
+        definition.SEGMENT, definition._WORDS, definition._SLOTS = usual
+
+
+def as_signed(words: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([word - (1 << 64) if word >> 63 else word for word in words], dtype=torch.int64)
+
+
+def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
+    return torch.frombuffer(bytearray(random.Random(seed).randbytes(max(nbytes, 1))), dtype=torch.uint8)[:nbytes]
+
+
+def over(memory: torch.Tensor, dtype: torch.dtype, start: int, shape: Sequence[int], stride: Sequence[int]) -> Any:
+    """A tensor of any dtype over bytes; `start` in bytes."""
+    made = torch.empty(0, dtype=dtype)
+    return made.set_(memory.untyped_storage(), start // dtype.itemsize, tuple(shape), tuple(stride))
+
+
+def words_of(tensor: torch.Tensor) -> list[int]:
+    """A tensor's bytes in the order in which they lie, element by element from its memory, as words."""
+    itemsize = tensor.element_size()
+    dims = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), -tensor.shape[i]))
+    places = itertools.product(*(range(0, tensor.shape[i] * tensor.stride(i), tensor.stride(i) or 1) for i in dims))
+    if any(tensor.stride(i) == 0 for i in dims):
+        places = itertools.product(*([tensor.stride(i) * k for k in range(tensor.shape[i])] for i in dims))
+    raw = b"".join(ctypes.string_at(tensor.data_ptr() + sum(place) * itemsize, itemsize) for place in places)
+    raw += bytes(-len(raw) % 8)
+    return [int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8)]
+
+
+# What the definition says.
+
+
+@pytest.mark.parametrize("pace", PACES)
+@settings(max_examples=40)
+@given(count=st.one_of(st.sampled_from(EDGES), st.integers(0, 40_000)), seed=st.integers(0, 1000), at=st.integers(0, 9))
+def test_words_have_the_digest_of_the_definition_in_words_and_code(pace: str, count: int, seed: int, at: int) -> None:
+    memory = random_bytes(8 * (count + at), seed).view(torch.int64)
+    with paced(pace):
+        assert definition.digest(memory[at:]) == digest_of_words([word & MASK for word in memory[at:].tolist()])
+
+
+@st.composite
+def strided(draw: st.DrawFn) -> torch.Tensor:
+    """Any dtype, shape, stride (gaps, overlaps, permutations) and place, over random bytes."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 7), max_size=4))
+    stride = [draw(st.integers(0, 40)) for _ in shape]
+    if draw(st.booleans()):  # dense, permuted
+        order = draw(st.permutations(range(len(shape))))
+        step = 1
+        for i in order:
+            stride[i], step = step, step * max(shape[i], 1)
+    start = draw(st.integers(0, 20)) * dtype.itemsize
+    extent = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
+    memory = random_bytes(start + max(extent, 1) * dtype.itemsize + 3, draw(st.integers(0, 1000)))
+    made: torch.Tensor = over(memory, dtype, start, shape, stride)
+    return made
+
+
+@pytest.mark.parametrize("pace", PACES)
+@settings(max_examples=100)
+@given(tensor=strided())
+def test_any_dtype_shape_stride_and_place_has_the_digest_of_its_elements(pace: str, tensor: torch.Tensor) -> None:
+    with paced(pace):
+        assert definition.digest(tensor) == digest_of_words(words_of(tensor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_that_torch_has_is_read_bit_for_bit_even_with_gaps(dtype: torch.dtype) -> None:
+    memory = random_bytes(4096)
+    dense, gapped = over(memory, dtype, 16, (5, 7), (7, 1)), over(memory, dtype, 16, (5, 7), (15, 2))
+    for tensor in (dense, gapped):
+        assert definition.digest(tensor) == digest_of_words(words_of(tensor))
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("at", [1, 4, 8])
+@pytest.mark.parametrize("nbytes", [25, 5_000, 300_003])
+def test_memory_that_begins_at_any_byte_has_the_digest_of_its_bytes(pace: str, at: int, nbytes: int) -> None:
+    memory = random_bytes(nbytes + 16)
+    loose = torch.frombuffer(bytearray(memory.numpy(force=True).tobytes()), dtype=torch.uint8, offset=at)
+    want = digest_of_words(words_of(memory[at : at + nbytes].clone()))
+    aligned = -loose.data_ptr() % 8  # in a storage that is not
+    with paced(pace):
+        assert definition.digest(memory[at : at + nbytes]) == want
+        assert definition.digest(loose[:nbytes]) == want
+        assert definition.digest(loose[aligned:][: nbytes - 8]) == definition.digest(
+            loose[aligned:][: nbytes - 8].clone()
+        )
+
+
+@pytest.mark.parametrize("pace", PACES)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_tensors_digested_together_have_the_digests_they_have_alone(pace: str, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.sampled_from([*EDGES, 100, 5000, 16385, 40_000]), min_size=1, max_size=4))
+    memory = random_bytes(1 << 20, data.draw(st.integers(0, 1000)))
+    tensors = {}
+    for i in range(data.draw(st.integers(1, 30))):
+        nbytes = data.draw(st.sampled_from(lengths)) * data.draw(st.sampled_from([1, 8]))
+        start = data.draw(st.integers(0, (1 << 20) - nbytes))
+        tensors[str(i)] = memory[start - start % data.draw(st.sampled_from([1, 8])) :][:nbytes]
+        if data.draw(st.booleans()):
+            tensors[f"{i} apart"] = tensors[str(i)].clone()
+    with paced(pace):
+        assert digests(tensors) == {name: definition.digest(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize(
+    "gaps", [[200_000] * 8, [131_081] * 8, [200_004] * 8, [200_000, 160_000, 160_000, 200_008] * 2]
+)
+def test_neighbours_in_one_storage_have_the_digests_they_have_alone(pace: str, gaps: list[int]) -> None:
+    memory = random_bytes(9 * 200_000)
+    tensors = {str(at): memory[at:][:131_081] for at in itertools.accumulate(gaps, initial=0)}
+    tensors |= {f"{at} apart": tensor.clone() for at, tensor in tensors.items()}
+    tensors["another dtype"] = memory[:131_081].view(torch.int8)
+    with paced(pace):
+        assert digests(tensors) == {name: definition.digest(tensor.clone()) for name, tensor in tensors.items()}
+
+
+def test_the_halves_of_wide_elements_stay_together_in_expanded_tensors() -> None:
+    tensor = random_bytes(64).view(torch.complex128)[:2].view(2, 1).expand(2, 5)
+    assert definition.digest(tensor) == digest_of_words(words_of(tensor))
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("form", ["dense", "misaligned", "gapped", "odd length"])
+def test_a_tensor_of_several_segments_has_the_digest_of_the_definition(pace: str, form: str) -> None:
+    memory = random_bytes(5 * 32_768 + 16)
+    with segments_of(4096), paced(pace):
+        tensor = {
+            "dense": memory[: 5 * 32_768],
+            "misaligned": memory[3:-8],
+            "gapped": memory.view(-1, 2)[:, 1],
+            "odd length": memory[: 4 * 32_768 + 13],
+        }[form]
+        assert definition.digest(tensor) == digest_of_words(words_of(tensor))
+
+
+KNOWN: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
+    "one word": (lambda: torch.tensor([1]), 0x35613F85F8806D2F),
+    "less than a row": (lambda: torch.arange(700, dtype=torch.int32), 0x802E75D9D3139C65),
+    "rows and columns": (lambda: torch.arange(1, 30_000), 0x67FE561DD151FFC7),
+    "an odd number of bytes": (lambda: torch.arange(5001).to(torch.uint8), 0x3C9F92D8237F14B4),
+    "with gaps, transposed": (
+        lambda: torch.arange(60_000, dtype=torch.int16).view(200, 300)[:, ::2].t(),
+        0xAF9A60E28C7FA9CD,
+    ),
+    "two segments": (lambda: torch.arange((1 << 24) + 5000), 0xDAD52FAA579DF472),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_definition_is_the_one_it_always_was(name: str) -> None:
+    """Two versions of tensorfork that call it by one name compute one thing: change `digest.NAME` with a value here."""
+    make, want = KNOWN[name]
+    assert (definition.NAME, hex(definition.digest(make()))) == ("sums3/1", hex(want))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5, 2)])
+def test_a_tensor_without_elements_has_the_digest_zero(shape: tuple[int, ...]) -> None:
+    assert definition.digest(torch.empty(shape)) == 0
+
+
+def test_ties_are_computed_once_and_named_each() -> None:
+    tensor = torch.arange(5000.0)
+    tied = {"a": tensor, "b": tensor, "c": tensor.view(5000)}
+    calls: list[int] = []
+    with watched(lambda function, tensors: calls.append(1)):
+        digests({"a": tensor})
+    once = len(calls)
+    with watched(lambda function, tensors: calls.append(1)):
+        found = digests(tied)
+    assert len(calls) == 2 * once
+    assert found["a"] == found["b"] == found["c"] == definition.digest(tensor.clone())
+
+
+def test_gaps_between_elements_do_not_count() -> None:
+    memory = random_bytes(8192).view(64, 128)
+    before = definition.digest(memory[:, :100])
+    memory[:, 100:] ^= 255
+    assert definition.digest(memory[:, :100]) == before
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.device("meta")], ids=str
+)
+def test_the_callers_modes_do_not_matter(mode: Callable[[], Any]) -> None:
+    made = {"p": torch.nn.Parameter(torch.randn(9, 9)), "q": torch.randn(70_000), "r": torch.randn(9, 9)[:, ::2]}
+    want = digests(made)
+    with mode():
+        assert digests(made) == want
+
+
+def test_once_cancelled_it_stops_between_two_groups_and_returns_nothing() -> None:
+    tensors = {str(length): torch.ones(length) for length in range(1, 50)}
+    asked: list[int] = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) == 3
+
+    assert digests(tensors, cancelled) == {}
+    assert len(asked) == 3
+
+
+# What it costs.
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, see: Callable[[Any, list[torch.Tensor]], object]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        flat = [*args, *(kwargs or {}).values(), *(result if isinstance(result, list | tuple) else [result])]
+        flat += [one for some in flat if isinstance(some, list | tuple) for one in some]
+        self._see(func, [one for one in flat if isinstance(one, torch.Tensor)])
+        return result
+
+
+def watched(see: Callable[[Any, list[torch.Tensor]], object]) -> _Watch:
+    """Calls `see` with every operation of torch, and the tensors it takes and gives."""
+    return _Watch(see)
+
+
+def all_sorts() -> dict[str, torch.Tensor]:
+    """Tensors that take every way through the code."""
+    sizes = (64, 1021, 1022, 5000, 31_744, 31_745, 300_000, 6_000_000)
+    made = {f"{size} words": torch.ones(size, dtype=torch.int64) for size in sizes}
+    made |= {f"{i} of many": torch.ones(777) for i in range(300)}
+    made |= {f"{i} of spaced": row for i, row in enumerate(torch.ones(7, 40_000, dtype=torch.int64))}
+    made |= {"misaligned": torch.ones(3_000_001, dtype=torch.uint8)[1:]}
+    made |= {f"{dtype} gapped": torch.ones(500, 2000, dtype=dtype)[:, ::2] for dtype in (torch.uint8, torch.float64)}
+    return made | {
+        "rows": torch.ones(300, 70_000, dtype=torch.uint8)[:, :-1],
+        "expanded": torch.ones(5).expand(9999, 5),
+    }
+
+
+@pytest.mark.parametrize("kept_alone", [True, False])
+def test_no_operation_on_the_cpu_wakes_torch_s_other_threads(kept_alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of torch's, woken beside an engine's, were seen to make both wait for seconds. They are not where torch
+    has one for ours, nor by an operation on less than 32,768 elements.
+    """
+    if not kept_alone:
+        monkeypatch.setattr(definition, "single_threaded", lambda: contextlib.nullcontext(False))
+    before = torch.get_num_threads()
+    threads: set[int] = set()
+    free = ("aten::empty", "aten::set_")
+    largest = 0
+
+    def see(function: Any, tensors: list[torch.Tensor]) -> None:
+        nonlocal largest
+        if not function.is_view and not function.name().startswith(free):
+            largest = max(largest, *(tensor.numel() for tensor in tensors), 0)
+            threads.add(torch.get_num_threads())
+
+    tensors = all_sorts()
+    with watched(see):
+        digests(tensors)
+    assert threads == {1} if kept_alone else 30_000 < largest < 32_768
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("pace", PACES)
+def test_scratch_is_at_most_16_mib_whatever_the_model(pace: str) -> None:
+    tensors = all_sorts()
+    known = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
+    live: dict[int, tuple[StorageWeakRef, int]] = {}
+    most = 0
+
+    def see(function: Any, seen: list[torch.Tensor]) -> None:
+        nonlocal most
+        for storage in [tensor.untyped_storage() for tensor in seen]:
+            if storage._cdata not in known:
+                live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        for gone in [key for key, (alive, _) in live.items() if alive.expired()]:
+            del live[gone]
+        most = max(most, sum(nbytes for _, nbytes in live.values()))
+
+    with paced(pace), watched(see):
+        digests(tensors)
+    assert 0 < most <= 16 << 20
+
+
+# What it sees: every one of these has gone wrong somewhere, and been called a success.
+
+ROWS = 70
+COUNT = ROWS * 1024 + 300
+Change = Callable[[torch.Tensor], object]
+
+
+@pytest.fixture(scope="module")
+def original() -> torch.Tensor:
+    return random_bytes(COUNT * 8, 5).view(torch.int64)
+
+
+def seen(original: torch.Tensor, change: Change) -> bool:
+    """Whether a copy has another digest after the change, which must change something."""
+    copy = original.clone()
+    change(copy)
+    assert not torch.equal(copy, original)
+    return definition.digest(copy) != definition.digest(original)
+
+
+def exchange(words: torch.Tensor, i: int, j: int) -> None:
+    words[[i, j]] = words[[j, i]]
+
+
+def two(below: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(0, below - 1), min_size=2, max_size=2, unique=True)
+
+
+@settings(max_examples=60)
+@given(at=st.integers(0, COUNT - 1), bit=st.integers(0, 63))
+@example(at=COUNT - 1, bit=63)
+def test_a_flipped_bit_is_seen(original: torch.Tensor, at: int, bit: int) -> None:
+    assert seen(original, lambda words: words[at].bitwise_xor_(as_signed([1 << bit])[0]))
+
+
+@settings(max_examples=60)
+@given(places=two(COUNT))
+def test_two_exchanged_words_are_seen(original: torch.Tensor, places: list[int]) -> None:
+    assert seen(original, lambda words: exchange(words, *places))
+
+
+@pytest.mark.parametrize("width", [WIDTH, OTHER_WIDTH])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_two_words_exchanged_in_one_row_or_one_column_are_seen(
+    original: torch.Tensor, width: int, data: st.DataObject
+) -> None:
+    row, other_row = data.draw(two(ROWS))
+    column, other_column = data.draw(two(width))
+    assert seen(original, lambda words: exchange(words, row * width + column, row * width + other_column))
+    assert seen(original, lambda words: exchange(words, row * width + column, other_row * width + column))
+
+
+def four_corners(words: torch.Tensor, width: int, rows: Sequence[int], columns: Sequence[int]) -> None:
+    """Opposite changes at the corners of a rectangle: every row and every column of this width adds up as before."""
+    for i, j in itertools.product(range(2), range(2)):
+        words[rows[i] * width + columns[j]] += (1 if i == j else -1) * 0x0123456789ABCDEF
+
+
+@pytest.mark.parametrize("width", [WIDTH, OTHER_WIDTH, 2, 7, 512, 2048, 4096])
+@settings(max_examples=30)
+@given(data=st.data())
+def test_four_exchanged_corners_are_seen(original: torch.Tensor, width: int, data: st.DataObject) -> None:
+    rows, columns = data.draw(two(COUNT // width)), data.draw(two(width))
+    assert seen(original, lambda words: four_corners(words, width, rows, columns))
+
+
+@pytest.mark.parametrize("columns", [(0, 1023), (1, 1022), (3, 3 + OTHER_WIDTH // 2)])
+@pytest.mark.parametrize("rows", [(0, 1), (0, 1023), (2, 1022), (1, 1 + OTHER_WIDTH), (1023, 1024)])
+def test_four_corners_are_seen_wherever_the_widths_might_agree(rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    words = torch.zeros((OTHER_WIDTH + 3) * WIDTH, dtype=torch.int64)
+    assert seen(words, lambda words: four_corners(words, WIDTH, rows, columns))
+
+
+@settings(max_examples=40)
+@given(start=st.integers(0, COUNT * 8 - 4096), nbytes=st.sampled_from([512, 4096]))
+def test_a_zeroed_page_is_seen(original: torch.Tensor, start: int, nbytes: int) -> None:
+    assert seen(original, lambda words: words.view(torch.uint8)[start : start + nbytes].zero_())
+
+
+@settings(max_examples=40)
+@given(by=st.one_of(st.integers(1, 64), st.sampled_from([1031 * 8, 1021 * 8, 1024 * 8, 4096])))
+def test_a_copy_shifted_by_some_bytes_is_seen(original: torch.Tensor, by: int) -> None:
+    shifted = torch.roll(original.view(torch.uint8), by).view(torch.int64)
+    assert definition.digest(shifted) != definition.digest(original)
+
+
+@pytest.mark.parametrize("length", [1031, 1021, 1024, 4096])
+def test_blocks_of_words_in_another_order_are_seen(original: torch.Tensor, length: int) -> None:
+    def swap(words: torch.Tensor) -> None:
+        one, other = slice(0, length), slice(7 * length, 8 * length)
+        words[one], words[other] = words[other].clone(), words[one].clone()
+
+    assert seen(original, swap)
+
+
+def test_segments_in_another_order_are_seen() -> None:
+    words = random_bytes(4 * 32_768).view(4, 4096, 8)
+    with segments_of(4096):
+        found = {definition.digest(words[list(order)]) for order in itertools.permutations(range(4))}
+    assert len(found) == 24
+
+
+def test_exchanged_tensors_are_seen() -> None:
+    one, other = torch.randn(100), torch.randn(100)
+    before = digests({"a": one, "b": other})
+    assert digests({"a": other, "b": one}) == {"a": before["b"], "b": before["a"]}
+    assert before["a"] != before["b"]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (1024, 1024), (1031, 1024)])
+def test_a_transposed_copy_is_seen(shape: tuple[int, int]) -> None:
+    tensor = torch.randn(shape)
+    assert definition.digest(tensor.t().contiguous()) != definition.digest(tensor)
+
+
+def test_a_constant_tensor_of_another_value_or_length_is_seen() -> None:
+    constants = {f"{n} {value}": torch.full((n,), value) for n in (1, 2, 1024, 9999) for value in (1.0, 2.0, -1.0)}
+    assert len(set(digests(constants).values())) == len(constants)
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(64, 128 << 10), (128, 64 << 10), (33, 128 << 10), (500, 9000)])
+def test_tensors_that_are_summed_together_are_each_summed_whole(count: int, nbytes: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = {str(i): torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator) for i in range(count)}
+    expected = {name: definition.digest(tensor) for name, tensor in tensors.items()}
+    with paced("cuda"):
+        assert digests(tensors) == expected
+
+
+def test_the_process_s_number_of_threads_is_nobody_s_business_but_ours() -> None:
+    """What keeps one thread alone does so for that thread, and while it lasts."""
+    usual, seen = torch.get_num_threads(), list[int]()
+    with single_threaded() as kept:
+        assert kept == (torch.get_num_threads() == 1)
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+    assert seen == [usual]
+    assert torch.get_num_threads() == usual

@@ -1,0 +1,92 @@
+"""What GPUs are given was made of the source beside it, and is chosen by what a GPU is."""
+
+import itertools
+from importlib.resources import files
+
+import pytest
+import torch
+
+from tensorfork.digest import batch, definition, kernels
+from tensorfork.digest.kernels import build
+from tensorfork.memory import kernel
+
+
+def test_what_gpus_are_given_was_made_of_the_source() -> None:
+    folder = files(kernels)
+    ptx = (folder / "digest.ptx").read_text()
+    assert ptx.startswith(build.stamp((folder / "digest.cu").read_text())), "run python -m tensorfork.kernels.build"
+    assert f".version {build.PTX_VERSION}" in ptx
+    assert f".target sm_{build.OLDEST}" in ptx
+
+
+def test_there_is_machine_code_for_every_capability() -> None:
+    for capability in build.CAPABILITIES:
+        assert (files(kernels) / f"digest.sm_{capability}.cubin").read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("capability", "images"),
+    [((8, 0), [80, 0]), ((8, 9), [86, 0]), ((9, 0), [90, 0]), ((7, 0), [0]), ((7, 5), [75, 0]), ((11, 0), [0])],
+)
+def test_machine_code_is_chosen_by_capability(
+    capability: tuple[int, int], images: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    made_kernel = kernel.Kernel("k", {made: str(made).encode() for made in (75, 80, 86, 90)}, b"0")
+    assert [int(image) for image in made_kernel._images(0)] == images
+
+
+@pytest.mark.gpu(1)
+def test_the_kernel_runs_on_this_gpu() -> None:
+    assert batch.kernel_ready(torch.device("cuda", 0))
+
+
+@pytest.mark.gpu(1)
+def test_ptx_gives_what_machine_code_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randint(0, 256, (20_000_003,), dtype=torch.uint8)
+    there = {"x": tensor.cuda()}
+    usual = batch.DigestBatch.of(there).compute()
+    ptx = kernel.Kernel("digest", {}, (files(kernels) / "digest.ptx").read_bytes() + b"\0")
+    monkeypatch.setattr(batch, "_kernel", lambda: ptx)
+    assert batch.DigestBatch.of(there).compute() == usual == {"x": definition.digest(tensor)}
+
+
+@pytest.mark.gpu(1)
+def test_few_blocks_give_what_many_give_and_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [
+        1,
+        8,
+        8168,
+        8169,
+        definition.SEGMENT,
+        definition.SEGMENT + 1,
+        5 * definition.SEGMENT + 12345,
+        *[70_000] * 400,
+    ]
+    there = {str(i): torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for i, n in enumerate(sizes)}
+    checksums = batch.DigestBatch.of(there)
+    usual = checksums.compute()
+    assert checksums.compute(gentle=True) == usual
+    monkeypatch.setattr(batch, "kernel_ready", lambda device: False)
+    assert checksums.compute() == usual
+
+
+@pytest.mark.gpu(1)
+def test_tensors_over_the_whole_of_an_allocation_are_told_apart() -> None:
+    memory = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, device="cuda")
+    views = {f"{at} {n}": memory[at : at + n] for at, n in itertools.product((0, 8, 3), (8, 9, 4096, 1 << 19))}
+    views["transposed"] = memory.view(1024, 1024).t()
+    expected = {
+        name: definition.digest(view.cpu() if name != "transposed" else memory.cpu()) for name, view in views.items()
+    }
+    assert batch.DigestBatch.of(views).compute() == expected
+
+
+@pytest.mark.gpu(1)
+def test_a_tensor_that_was_given_other_memory_is_not_taken_for_what_was_published() -> None:
+    tensor = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+    checksums = batch.DigestBatch.of({"w": tensor})
+    checksums.compute()
+    tensor.data = torch.zeros(1000, device="cuda")
+    with pytest.raises(RuntimeError, match="w was given other memory"):
+        checksums.compute()

@@ -1,0 +1,190 @@
+"""Targets: room for what a fork brings, in few allocations, shared as the seed's is."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ZOO, Tied, tensors_of
+
+from tensorfork import ModelLayout, StorageLayout, TensorLayout
+from tensorfork.fork.destination import (
+    Destination,
+    DestinationMemory,
+    memory_for,
+    memory_for_all,
+    tensors_of_copy,
+    tensors_of_model,
+)
+from tensorfork.fork.match import match
+from tensorfork.fork.new_storages import allocate, device_chooser
+from tensorfork.model.describe import describe
+from tensorfork.model.storages import ALIGNMENT
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+
+
+def filled(seed: Any, model: Any, device: Any = None) -> tuple[DestinationMemory, Destination]:
+    theirs, ours = describe(seed).layout, describe(model)
+    room = memory_for(match(theirs, ours.layout), theirs, ours, device)
+    return room, tensors_of_model(ours, room)
+
+
+def on_meta(make: Any) -> Any:
+    with torch.device("meta"):
+        return make()
+
+
+# Allocations.
+
+
+@settings(max_examples=100)
+@given(sizes=st.lists(st.integers(0, 3000), max_size=8))
+def test_new_storages_lie_aligned_in_one_allocation_and_apart(sizes: list[int]) -> None:
+    layout = ModelLayout((), tuple(StorageLayout(size, "cpu") for size in sizes))
+    fresh = allocate(layout, range(len(sizes)), None)
+    assert len(fresh.buffers) == (1 if sizes else 0)
+    for region in fresh.regions:
+        base = fresh.buffers[torch.device("cpu")]
+        assert base.data_ptr() <= region.address <= region.address + region.nbytes <= base.data_ptr() + base.nbytes
+        assert (region.address - base.data_ptr()) % ALIGNMENT == 0
+        assert region.nbytes == sizes[region.id]
+    for region, other in itertools.combinations(fresh.regions, 2):
+        assert region.address + region.nbytes <= other.address or other.address + other.nbytes <= region.address
+    assert [region.id for region in fresh.regions] == [i for i, size in enumerate(sizes) if size]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_copy_without_a_model_has_the_seed_s_tensors_ties_and_sharing(name: str) -> None:
+    model = ZOO[name]()
+    layout = describe(model).layout
+    copy = tensors_of_copy(memory_for_all(layout, None))
+    theirs = tensors_of(model)
+    assert list(copy.tensors) == list(theirs)
+    for mine, other in itertools.combinations(list(copy.tensors)[:40], 2):
+        a, b, x, y = copy.tensors[mine], copy.tensors[other], theirs[mine], theirs[other]
+        if x.numel() and y.numel() and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr():
+            assert a.data_ptr() - b.data_ptr() == x.data_ptr() - y.data_ptr()
+    for one in layout.tensors:
+        made = copy.tensors[one.name]
+        assert (made.dtype, made.shape, made.stride()) == (theirs[one.name].dtype, one.shape, one.stride)
+    assert len({tensor.untyped_storage()._cdata for tensor in copy.tensors.values()}) <= 1
+
+
+def test_ties_are_one_tensor_under_several_names() -> None:
+    layout = describe(Tied()).layout
+    copy = tensors_of_copy(memory_for_all(layout, None))
+    assert copy.tensors["head.weight"] is copy.tensors["embedding.weight"]
+    assert copy.tensors["one.weight"] is not copy.tensors["other.weight"]
+
+
+def test_only_what_is_on_the_meta_device_gets_new_memory() -> None:
+    model = Tied()
+    model.embedding = on_meta(lambda: torch.nn.Embedding(50, 8))
+    model.head.weight = model.embedding.weight
+    _, target = filled(Tied(), model)
+    for name, tensor in tensors_of(model).items():
+        assert (target.tensors[name] is tensor) == (not tensor.is_meta)
+    assert target.tensors["head.weight"] is target.tensors["embedding.weight"]
+    target.install()
+    assert not model.embedding.weight.is_meta
+
+
+def test_a_model_that_has_its_memory_gets_none() -> None:
+    model = Tied()
+    room, target = filled(Tied(), model)
+    assert dict(target.tensors) == tensors_of(model)
+    assert {region.address for region in room.regions} <= {t.data_ptr() for t in tensors_of(model).values()}
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("many", "nothing")])
+def test_every_region_has_a_number_of_its_own_and_every_pair_lies_in_one(name: str) -> None:
+    """Also where new memory and old are mixed."""
+    model = ZOO[name]()
+    if isinstance(model, dict):
+        first = next(iter(model))
+        model[first] = torch.empty_strided(
+            model[first].shape, model[first].stride(), dtype=model[first].dtype, device="meta"
+        )
+    room, target = filled(ZOO[name](), model)
+    sizes = {region.id: region.nbytes for region in room.regions}
+    assert len(sizes) == len(room.regions)
+    for pair in target.pairs:
+        if pair.ours.numel:
+            assert pair.ours.offset + pair.ours.extent <= sizes[pair.ours.storage]
+            address = next(region.address for region in room.regions if region.id == pair.ours.storage)
+            assert address + pair.ours.offset == target.tensors[pair.name].data_ptr()
+
+
+def test_meta_tensors_keep_the_strides_they_had_where_those_do_not_matter() -> None:
+    """A kernel of one pixel in channels-last: what is chosen for it depends on strides that reach no other element."""
+    source = torch.nn.Conv2d(3, 8, 1).to(memory_format=torch.channels_last)
+    model = on_meta(lambda: torch.nn.Conv2d(3, 8, 1)).to(memory_format=torch.channels_last)
+    stride = model.weight.stride()
+    assert stride != (3, 1, 1, 1)
+    filled(source, model)[1].install()
+    assert model.weight.stride() == stride
+
+
+def test_a_tensor_filled_in_place_has_a_new_version_and_one_that_took_memory_needs_none() -> None:
+    model = {"old": torch.zeros(3), "new": torch.empty(3, device="meta")}
+    _, target = filled({"old": torch.ones(3), "new": torch.ones(3)}, model)
+    target.install()
+    before = {name: tensor._version for name, tensor in model.items()}
+    target.mark_changed()
+    assert {name: tensor._version - before[name] for name, tensor in model.items()} == {"old": 1, "new": 0}
+
+
+# Places.
+
+
+CPU, GPU, OTHER_GPU = (StorageLayout(8, device) for device in ("cpu", "cuda:1", "cuda:2"))
+
+
+def test_storages_go_where_they_are_told_to() -> None:
+    where = device_chooser([CPU, GPU], "cpu")
+    assert {where(storage) for storage in (CPU, GPU)} == {torch.device("cpu")}
+
+
+def test_storages_of_the_cpu_stay_there() -> None:
+    assert device_chooser([CPU], None)(CPU) == torch.device("cpu")
+
+
+def test_nothing_can_be_forked_to_the_meta_device() -> None:
+    with pytest.raises(ValueError, match="has no memory to fork into"):
+        device_chooser([CPU], "meta")
+
+
+def test_what_is_no_device_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        device_chooser([CPU], "toaster")
+
+
+@no_gpu
+def test_a_seed_on_a_gpu_is_forked_to_the_cpu_only_when_that_is_said() -> None:
+    with pytest.raises(ValueError, match=r"the seed's model is on cuda:1 and there is no GPU here; say device='cpu'"):
+        device_chooser([GPU], None)(GPU)
+
+
+@pytest.mark.gpu
+def test_a_seed_on_one_gpu_goes_to_the_current_one_whatever_its_number() -> None:
+    assert device_chooser([GPU], None)(GPU) == torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+def test_a_seed_on_gpus_that_are_not_here_is_an_error_that_names_them() -> None:
+    far = StorageLayout(8, "cuda:99")
+    with pytest.raises(ValueError, match=r"cuda:1, cuda:99, not all of them here; say device="):
+        device_chooser([GPU, far], None)(far)
+
+
+def test_a_layout_s_tensor_is_made_at_its_own_place() -> None:
+    layout = ModelLayout(
+        (TensorLayout("t", "int16", (2, 2), (4, 1), 1, 6),), (StorageLayout(7, "cpu"), StorageLayout(100, "cpu"))
+    )
+    fresh = allocate(layout, [0, 1], None)
+    tensor = fresh.tensor(layout.tensors[0])
+    assert tensor.data_ptr() - fresh.buffers[torch.device("cpu")].data_ptr() == ALIGNMENT + 6
+    assert (tensor.shape, tensor.stride()) == ((2, 2), (4, 1))

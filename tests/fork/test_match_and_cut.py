@@ -1,0 +1,425 @@
+"""From two layouts to copies: every destination byte exactly once, from the right place, and none beside them.
+
+The model of the truth is a dictionary with an entry for every byte.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pytest
+from attrs import evolve, frozen
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tensorfork import Copy, LayoutMismatch, ModelLayout, Place, StorageLayout, TensorLayout
+from tensorfork.fork import cut as cut_module
+from tensorfork.fork.cut import Plan, complete, cut
+from tensorfork.fork.match import match
+from tensorfork.fork.pairs import Pair
+from tensorfork.fork.runs import MAX_RUNS, grid_of, runs_of
+from tensorfork.layout import plain_stride
+
+Byte = tuple[int, int]
+"""A storage (or a region), and an offset in it."""
+
+
+def tensor(
+    name: str,
+    shape: Sequence[int],
+    stride: Sequence[int] | None = None,
+    *,
+    at: Byte = (0, 0),
+    dtype: str = "uint8",
+) -> TensorLayout:
+    given = (
+        plain_stride(shape, stride) if stride is not None else plain_stride([*shape, 0], [0] * (len(shape) + 1))[:-1]
+    )
+    return TensorLayout(name, dtype, tuple(shape), given, *at)
+
+
+def layout(*tensors: TensorLayout) -> ModelLayout:
+    """Of storages just as long as the tensors need."""
+    count = max((one.storage for one in tensors), default=-1) + 1
+    sizes = [max([one.offset + one.extent for one in tensors if one.storage == i], default=0) for i in range(count)]
+    return ModelLayout(tensors, tuple(StorageLayout(size, "cpu") for size in sizes))
+
+
+def bytes_of(one: TensorLayout) -> list[Byte]:
+    """Every byte of every element, in the elements' order."""
+    size = one.torch_dtype.itemsize
+    return [
+        (one.storage, one.offset + sum(i * step for i, step in zip(index, one.stride, strict=True)) * size + k)
+        for index in itertools.product(*map(range, one.shape))
+        for k in range(size)
+    ]
+
+
+def wanted(pairs: Sequence[Pair]) -> dict[Byte, Byte]:
+    """By byte of ours, the byte of theirs that it is to get. They agree where tensors share memory."""
+    want: dict[Byte, Byte] = {}
+    for pair in pairs:
+        for source, into in zip(bytes_of(pair.theirs), bytes_of(pair.ours), strict=True):
+            assert want.setdefault(into, source) == source
+    return want
+
+
+def conflicting(pairs: Sequence[Pair]) -> bool:
+    """Whether a byte of ours is to be two bytes of theirs."""
+    want: dict[Byte, set[Byte]] = {}
+    for pair in pairs:
+        for source, into in zip(bytes_of(pair.theirs), bytes_of(pair.ours), strict=True):
+            want.setdefault(into, set()).add(source)
+    return any(len(sources) > 1 for sources in want.values())
+
+
+def at(byte: Byte, places: Mapping[int, Place]) -> Byte:
+    place = places[byte[0]]
+    return place.region, place.offset + byte[1]
+
+
+def fetched(copies: Sequence[Copy]) -> dict[Byte, Byte]:
+    """By byte of our regions, the byte of theirs that the copies bring. No byte is brought twice."""
+    got: dict[Byte, Byte] = {}
+    for copy in copies:
+        assert copy.nbytes > 0
+        for i in range(copy.nbytes):
+            assert (copy.into, copy.at + i) not in got, "a byte is written twice"
+            got[copy.into, copy.at + i] = copy.region, copy.offset + i
+    return got
+
+
+# Models, and what becomes of them on the other side.
+
+
+@frozen
+class Case:
+    """A seed's layout and ours, of the same tensors at other places."""
+
+    theirs: ModelLayout
+    ours: ModelLayout
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[list[int], list[int], str]:
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    dtype = draw(st.sampled_from(["uint8", "bfloat16", "float32", "complex128"]))
+    kind = draw(st.sampled_from(["dense", "permuted", "gaps", "any"]))
+    stride, step = [0] * len(shape), 1
+    order = draw(st.permutations(range(len(shape)))) if kind == "permuted" else reversed(range(len(shape)))
+    for i in order:
+        if kind == "gaps":
+            step += draw(st.integers(0, 3))
+        stride[i], step = step, step * max(shape[i], 1)
+    if kind == "any":
+        stride = [draw(st.integers(0, 9)) for _ in shape]
+    return shape, stride, dtype
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Tensors in a few storages: anywhere in theirs (ties, views, overlaps), and anywhere in ours."""
+    theirs: list[TensorLayout] = []
+    ours: list[TensorLayout] = []
+    keep = draw(st.booleans())  # whether ours lie to one another as theirs do
+    shift = [draw(st.integers(0, 5)) * 16 for _ in range(3)]
+    for i in range(draw(st.integers(1, 6))):
+        if theirs and draw(st.integers(0, 3)) == 0:
+            again = draw(st.sampled_from(theirs))
+            theirs.append(evolve(again, name=f"t{i}"))
+        else:
+            shape, stride, dtype = draw(shapes())
+            place = draw(st.integers(0, 2)), draw(st.integers(0, 12)) * 16
+            theirs.append(tensor(f"t{i}", shape, stride, at=place, dtype=dtype))
+        here = (theirs[i].storage, theirs[i].offset + shift[theirs[i].storage])
+        if not keep and draw(st.booleans()):
+            here = draw(st.integers(0, 4)), draw(st.integers(0, 40)) * 16
+        ours.append(evolve(theirs[i], storage=here[0], offset=here[1]))
+    return Case(layout(*theirs), layout(*draw(st.permutations(ours))))
+
+
+@st.composite
+def places(draw: st.DrawFn, storages: Sequence[StorageLayout]) -> tuple[dict[int, Place], dict[int, int]]:
+    """Each storage in a region: its own, or one beside others, with room between; and the regions' sizes."""
+    found: dict[int, Place] = {}
+    sizes: dict[int, int] = {}
+    for i in draw(st.permutations(range(len(storages)))):
+        region = draw(st.integers(100, 100 + len(storages)))
+        offset = sizes.get(region, 0) + draw(st.sampled_from([0, 0, 1, 64]))
+        found[i] = Place(region, offset)
+        sizes[region] = offset + storages[i].nbytes
+    return found, sizes
+
+
+# Matching.
+
+
+@settings(max_examples=300)
+@given(case=cases())
+def test_tensors_pair_by_name_unless_a_byte_would_have_to_be_two(case: Case) -> None:
+    by_name = {one.name: one for one in case.theirs.tensors}
+    pairs = [Pair(by_name[one.name], one) for one in case.ours.tensors]
+    if conflicting(pairs):
+        with pytest.raises(LayoutMismatch) as raised:
+            match(case.theirs, case.ours)
+        assert raised.value.mismatched
+        assert not raised.value.missing
+        assert not raised.value.unexpected
+    else:
+        assert match(case.theirs, case.ours) == pairs
+
+
+def test_a_mismatch_lists_everything_that_is_missing_unexpected_or_different() -> None:
+    theirs = layout(
+        tensor("same", [2]),
+        tensor("dtype", [2], at=(1, 0), dtype="float16"),
+        tensor("shape", [2, 3], at=(2, 0)),
+        tensor("stride", [2, 3], [1, 2], at=(3, 0)),
+        tensor("extra", [1], at=(4, 0)),
+        tensor("tied", [4], at=(5, 0)),
+        tensor("untied", [4], at=(6, 0)),
+        tensor("more", [1], at=(7, 0)),
+    )
+    ours = layout(
+        tensor("same", [2]),
+        tensor("dtype", [2], at=(1, 0), dtype="bfloat16"),
+        tensor("shape", [3, 2], at=(2, 0)),
+        tensor("stride", [2, 3], [3, 1], at=(3, 0)),
+        tensor("lacking", [1], at=(4, 0)),
+        tensor("tied", [4], at=(5, 0)),
+        tensor("untied", [4], at=(5, 0)),
+        tensor("lacking too", [1], at=(6, 0)),
+    )
+    with pytest.raises(LayoutMismatch) as raised:
+        match(theirs, ours)
+    error = raised.value
+    assert error.missing == ("lacking", "lacking too")
+    assert error.unexpected == ("extra", "more")
+    assert [name for name, _ in error.mismatched] == ["dtype", "shape", "stride", "untied"]
+    for name in ("lacking", "lacking too", "extra", "more", "dtype", "shape", "stride", "untied"):
+        assert name in str(error)
+    assert "8 differences" in str(error)
+
+
+def test_a_tie_of_the_seed_s_alone_is_copied_to_each_of_ours() -> None:
+    theirs = layout(tensor("a", [8]), tensor("b", [8]))
+    ours = layout(tensor("a", [8]), tensor("b", [8], at=(1, 0)))
+    plan = cut(match(theirs, ours), {0: Place(7, 0)}, {0: Place(0, 0), 1: Place(1, 0)}, 1 << 20)
+    assert set(plan.copies) == {Copy(0, 7, 0, 0, 0, 8), Copy(0, 7, 0, 1, 0, 8)}
+
+
+def test_a_tie_of_ours_alone_is_a_mismatch_that_names_both() -> None:
+    theirs = layout(tensor("a", [8]), tensor("b", [8], at=(1, 0)), tensor("c", [8], at=(2, 0)))
+    ours = layout(tensor("a", [8]), tensor("b", [8]), tensor("c", [8]))
+    with pytest.raises(LayoutMismatch, match="b: shares memory with a here") as raised:
+        match(theirs, ours)
+    assert [name for name, _ in raised.value.mismatched] == ["b", "c"]
+
+
+@pytest.mark.parametrize("numbers", list(itertools.permutations(range(3))))
+def test_where_the_seed_s_allocator_put_things_is_not_seen_in_what_a_mismatch_names(numbers: tuple[int, ...]) -> None:
+    theirs = layout(
+        tensor("a", [8], at=(numbers[0], 0)), tensor("b", [8], at=(numbers[1], 0)), tensor("c", [8], at=(numbers[2], 0))
+    )
+    ours = layout(tensor("a", [8]), tensor("c", [8]), tensor("b", [8]))
+    with pytest.raises(LayoutMismatch) as raised:
+        match(theirs, ours)
+    assert raised.value.mismatched == (
+        ("b", "shares memory with c here, and not so in the seed; untie them, or tie the seed's"),
+        ("c", "shares memory with a here, and not so in the seed; untie them, or tie the seed's"),
+    )
+
+
+def test_a_tie_of_both_is_copied_once() -> None:
+    tied = layout(tensor("a", [8]), tensor("b", [8]))
+    assert len(cut(match(tied, tied), {0: Place(7, 0)}, {0: Place(0, 0)}, 1 << 20).copies) == 1
+
+
+def test_a_view_of_ours_that_is_another_view_in_the_seed_is_a_mismatch() -> None:
+    theirs = layout(tensor("whole", [8]), tensor("part", [4], at=(0, 0)))
+    ours = layout(tensor("whole", [8]), tensor("part", [4], at=(0, 4)))
+    with pytest.raises(LayoutMismatch, match="part: shares memory with whole here"):
+        match(theirs, ours)
+
+
+def test_a_view_behind_a_shorter_one_is_a_conflict_with_the_whole() -> None:
+    theirs = layout(tensor("whole", [100]), tensor("part", [10], at=(0, 10)), tensor("other", [10], at=(1, 0)))
+    ours = layout(tensor("whole", [100]), tensor("part", [10], at=(0, 10)), tensor("other", [10], at=(0, 50)))
+    with pytest.raises(LayoutMismatch, match="other: shares memory with whole here"):
+        match(theirs, ours)
+
+
+def test_views_that_interleave_without_sharing_a_byte_are_no_conflict() -> None:
+    """The even and the odd columns of one matrix, which are two matrices of their own in the seed."""
+    theirs = layout(tensor("even", [4, 4], [8, 2]), tensor("odd", [4, 4], [8, 2], at=(1, 0)))
+    ours = layout(tensor("even", [4, 4], [8, 2]), tensor("odd", [4, 4], [8, 2], at=(0, 1)))
+    pairs = match(theirs, ours)
+    assert fetched(cut(pairs, *identity(pairs), 1 << 20).copies) == wanted(pairs)
+
+
+def test_views_that_interleave_and_share_a_byte_are_a_conflict() -> None:
+    theirs = layout(tensor("even", [4, 4], [8, 2]), tensor("odd", [4, 4], [8, 3], at=(1, 0)))
+    ours = layout(tensor("even", [4, 4], [8, 2]), tensor("odd", [4, 4], [8, 3], at=(0, 1)))
+    with pytest.raises(LayoutMismatch):
+        match(theirs, ours)
+
+
+def identity(pairs: Sequence[Pair]) -> tuple[dict[int, Place], dict[int, Place]]:
+    """Every storage a region of its own number."""
+    theirs = {pair.theirs.storage: Place(pair.theirs.storage, 0) for pair in pairs}
+    return theirs, {pair.ours.storage: Place(pair.ours.storage, 0) for pair in pairs}
+
+
+# Cutting.
+
+
+@settings(max_examples=300)
+@given(case=cases(), data=st.data())
+def test_every_destination_byte_is_brought_once_from_its_own_place_and_no_other_byte_is_touched(
+    case: Case, data: st.DataObject
+) -> None:
+    pairs, theirs, ours, plan, _ = planned(case, data)
+    assert not plan.strided
+    assert fetched(plan.copies) == {at(into, ours): at(source, theirs) for into, source in wanted(pairs).items()}
+
+
+@settings(max_examples=300)
+@given(case=cases(), data=st.data())
+def test_copies_are_in_order_no_longer_than_asked_for_and_cross_no_region_s_edge_on_either_side(
+    case: Case, data: st.DataObject
+) -> None:
+    _, _, _, plan, (their_sizes, our_sizes, piece) = planned(case, data)
+    assert list(plan.copies) == sorted(plan.copies, key=lambda copy: (copy.into, copy.at))
+    for copy in plan.copies:
+        assert 0 < copy.nbytes <= piece
+        assert 0 <= copy.offset <= copy.offset + copy.nbytes <= their_sizes[copy.region]
+        assert 0 <= copy.at <= copy.at + copy.nbytes <= our_sizes[copy.into]
+
+
+@settings(max_examples=200)
+@given(case=cases(), data=st.data())
+def test_copies_are_as_few_as_can_be(case: Case, data: st.DataObject) -> None:
+    """What lies side by side on both sides is one copy, cut only where it would be too long."""
+    pairs, theirs, ours, plan, (_, _, piece) = planned(case, data)
+    moves = sorted((at(into, ours), at(source, theirs)) for into, source in wanted(pairs).items())
+    lengths: list[int] = []
+    last: tuple[Byte, Byte] | None = None
+    for into, source in moves:
+        if last == ((into[0], into[1] - 1), (source[0], source[1] - 1)):
+            lengths[-1] += 1
+        else:
+            lengths.append(1)
+        last = into, source
+    assert len(plan.copies) == sum(-(-length // piece) for length in lengths)
+
+
+def planned(
+    case: Case, data: st.DataObject
+) -> tuple[list[Pair], dict[int, Place], dict[int, Place], Plan, tuple[dict[int, int], dict[int, int], int]]:
+    try:
+        pairs = match(case.theirs, case.ours)
+    except LayoutMismatch:
+        assume(False)
+    theirs, their_sizes = data.draw(places(case.theirs.storages))
+    ours, our_sizes = data.draw(places(case.ours.storages))
+    piece = data.draw(st.sampled_from([1, 7, 64, 1 << 20]))
+    return pairs, theirs, ours, cut(pairs, theirs, ours, piece), (their_sizes, our_sizes, piece)
+
+
+def test_storages_side_by_side_in_a_region_on_both_sides_are_one_copy() -> None:
+    model = layout(*(tensor(f"t{i}", [16], at=(i, 0)) for i in range(5)))
+    theirs = {i: Place(3, 1000 + 16 * i) for i in range(5)}
+    ours = {i: Place(4, 16 * i) for i in range(5)}
+    assert cut(match(model, model), theirs, ours, 1 << 20).copies == (Copy(0, 3, 1000, 4, 0, 80),)
+
+
+def test_neighbours_in_different_regions_are_never_merged() -> None:
+    model = layout(tensor("a", [16]), tensor("b", [16], at=(1, 0)))
+    split = {0: Place(3, 0), 1: Place(4, 16)}
+    whole = {0: Place(3, 0), 1: Place(3, 16)}
+    pairs = match(model, model)
+    assert len(cut(pairs, split, whole, 1 << 20).copies) == 2
+    assert len(cut(pairs, whole, split, 1 << 20).copies) == 2
+    assert len(cut(pairs, whole, whole, 1 << 20).copies) == 1
+
+
+def test_a_tensor_in_thousands_of_stretches_is_left_to_scratch() -> None:
+    comb = tensor("comb", [MAX_RUNS + 1, 2], [5, 1])
+    teeth = tensor("teeth", [MAX_RUNS, 2], [5, 1], at=(1, 0))
+    pairs = match(layout(comb, teeth), layout(comb, teeth))
+    plan = cut(pairs, *identity(pairs), 1 << 20)
+    assert [pair.name for pair in plan.strided] == ["comb"]
+    assert len(plan.copies) == MAX_RUNS
+
+
+def test_ties_among_tensors_in_thousands_of_stretches_are_fetched_once() -> None:
+    model = layout(*(tensor(name, [MAX_RUNS + 1, 2], [5, 1]) for name in ("a", "b", "c")))
+    pairs = match(model, model)
+    plan = cut(pairs, *identity(pairs), 1 << 20)
+    assert len(plan.strided) == 1
+
+
+def test_a_tensor_in_thousands_of_stretches_that_another_covers_is_not_fetched_again() -> None:
+    model = layout(tensor("whole", [(MAX_RUNS + 1) * 5]), tensor("comb", [MAX_RUNS + 1, 2], [5, 1]))
+    pairs = match(model, model)
+    plan = cut(pairs, *identity(pairs), 1 << 20)
+    assert not plan.strided
+    assert len(plan.copies) == 1
+
+
+@pytest.mark.parametrize("lacking", [0, 1000, MAX_RUNS * 5 + 1], ids=["first", "middle", "last"])
+def test_a_tensor_in_thousands_of_stretches_that_others_cover_but_for_a_byte_is_fetched(lacking: int) -> None:
+    comb = tensor("comb", [MAX_RUNS + 1, 2], [5, 1])
+    left, right = tensor("left", [lacking]), tensor("right", [comb.extent - lacking - 1], at=(0, lacking + 1))
+    model = layout(comb, left, right)
+    pairs = match(model, model)
+    assert [pair.name for pair in cut(pairs, *identity(pairs), 1 << 20).strided] == ["comb"]
+
+
+@settings(max_examples=200)
+@given(case=cases(), data=st.data())
+def test_with_what_is_left_to_scratch_every_byte_is_brought_and_no_other(case: Case, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cut_module, "MAX_RUNS", 3)
+        pairs, theirs, ours, plan, _ = planned(case, data)
+    left = {at(into, ours): at(source, theirs) for into, source in wanted(plan.strided).items()}
+    assert left | fetched(plan.copies) == {at(into, ours): at(source, theirs) for into, source in wanted(pairs).items()}
+    assert len({(pair.theirs, pair.ours.storage, pair.ours.offset) for pair in plan.strided}) == len(plan.strided)
+
+
+# Stretches.
+
+
+@settings(max_examples=300)
+@given(shaped=shapes())
+def test_the_stretches_of_a_tensor_are_its_bytes_in_order_and_do_not_touch(
+    shaped: tuple[list[int], list[int], str],
+) -> None:
+    one = tensor("t", shaped[0], shaped[1], dtype=shaped[2])
+    runs = runs_of(one, 10_000)
+    assert sorted({offset for _, offset in bytes_of(one)}) == [
+        offset for start, nbytes in runs for offset in range(start, start + nbytes)
+    ]
+    assert all(start + nbytes < following for (start, nbytes), (following, _) in itertools.pairwise(runs))
+    if one.numel:
+        length, steps = grid_of(one)
+        offsets = [sum(parts) for parts in itertools.product(*(range(0, n * step, step) for step, n in steps))]
+        assert {offset + k for offset in offsets for k in range(length)} == {offset for _, offset in bytes_of(one)}
+
+
+@pytest.mark.parametrize("count", [1, 5, 1000])
+def test_more_stretches_than_the_limit_are_told_by_one_too_many(count: int) -> None:
+    assert len(runs_of(tensor("t", [count, 1], [3, 1]), 5)) == min(count, 6)
+
+
+# What has arrived.
+
+
+@settings(max_examples=150)
+@given(case=cases(), data=st.data())
+def test_a_tensor_is_complete_when_all_its_bytes_have_arrived_and_not_before(case: Case, data: st.DataObject) -> None:
+    pairs, _, ours, plan, _ = planned(case, data)
+    done = [copy for copy in plan.copies if data.draw(st.booleans())]
+    got = set(fetched(done))
+    assert complete(pairs, ours, done) == [
+        pair.name for pair in pairs if all(at(byte, ours) in got for byte in bytes_of(pair.ours))
+    ]

@@ -1,0 +1,105 @@
+"""Copies that go to the driver together: how its call is called, in either of its versions; the driver is a fake."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tensorfork.memory import cuda
+
+STREAM: Any = SimpleNamespace(cuda_stream=77, device=SimpleNamespace(index=1))
+COPIES = [(1000, 5000, 10), (2000, 6000, 20), (3000, 7000, 30)]
+
+
+class Driver:
+    """Notes what it is asked to copy."""
+
+    def __init__(self, *, first: bool = False, second: bool = False) -> None:
+        self.batches: list[list[tuple[int, int, int]]] = []
+        self.single: list[tuple[int, int, int]] = []
+        self.code = self.batch_code = 0
+        if first:
+            self.cuMemcpyBatchAsync = self._first
+        if second:
+            self.cuMemcpyBatchAsync_v2 = self._second
+
+    def cuMemcpyAsync(self, to: int, source: int, nbytes: int, stream: Any) -> int:  # noqa: N802
+        assert stream.value == 77
+        self.single.append((to, source, nbytes))
+        return self.code
+
+    def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
+        name._obj.value = b"CUDA_ERROR_OF_THE_TEST"
+        return 0
+
+    def _second(
+        self, to: Any, sources: Any, sizes: Any, count: int, order: Any, which: Any, n: int, stream: int
+    ) -> int:
+        assert (stream, n, which._obj.value) == (77, 1, 0)  # one order, from the first copy on
+        assert bytes(order._obj) == (1).to_bytes(4, "little") + bytes(20)  # CUmemcpyAttributes: in stream order
+        self.batches.append(list(zip(to, sources, sizes, strict=True)))
+        assert len(self.batches[-1]) == count
+        return self.batch_code or self.code
+
+    def _first(self, *arguments: Any) -> int:
+        failed = arguments[-2]._obj
+        assert ctypes.sizeof(failed) == ctypes.sizeof(ctypes.c_size_t)
+        return self._second(*arguments[:-2], arguments[-1])
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cuda, "current_context", lambda device: nullcontext())
+    monkeypatch.setattr(cuda, "relaxed_capture", nullcontext)
+    cuda._batch.cache_clear()
+    yield
+    cuda._batch.cache_clear()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    return driver
+
+
+@pytest.mark.parametrize("versions", [{"first": True}, {"second": True}, {"first": True, "second": True}])
+def test_many_copies_are_one_call(monkeypatch: pytest.MonkeyPatch, versions: dict[str, bool]) -> None:
+    driver = use(monkeypatch, Driver(**versions))
+    cuda.copy_batch(STREAM, COPIES)
+    assert driver.batches == [COPIES]
+    assert not driver.single
+
+
+def test_a_driver_that_has_no_such_call_is_called_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = use(monkeypatch, Driver())
+    cuda.copy_batch(STREAM, COPIES)
+    assert driver.single == COPIES
+
+
+def test_a_copy_of_no_bytes_is_left_out_as_the_call_refuses_it_and_one_alone_goes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = use(monkeypatch, Driver(second=True))
+    cuda.copy_batch(STREAM, [(1, 2, 0), *COPIES, (3, 4, 0)])
+    cuda.copy_batch(STREAM, [(1, 2, 0), COPIES[0]])
+    cuda.copy_batch(STREAM, [(1, 2, 0)])
+    cuda.copy_batch(STREAM, [])
+    assert driver.batches == [COPIES]
+    assert driver.single == [COPIES[0]]
+
+
+@pytest.mark.parametrize("driver", [Driver(), Driver(second=True)])
+def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
+    use(monkeypatch, driver).code = 700
+    with pytest.raises(cuda.DriverError, match=r"cuMemcpy.*CUDA_ERROR_OF_THE_TEST \(700\)"):
+        cuda.copy_batch(STREAM, COPIES)
+
+
+@pytest.mark.parametrize("code", [1, 801])
+def test_what_the_call_for_many_does_not_take_is_copied_one_by_one(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    driver = use(monkeypatch, Driver(second=True))
+    driver.batch_code = code
+    cuda.copy_batch(STREAM, COPIES)
+    assert driver.single == COPIES

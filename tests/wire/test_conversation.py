@@ -1,0 +1,415 @@
+"""Meeting a seed, or something else, at an address."""
+
+import json
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+import zmq
+from processes import Child, serve
+
+import tensorfork
+from tensorfork.wire import messages
+from tensorfork.wire.conversation import Conversation
+
+PATIENCE = 30.0
+SHORT = 1.0
+"""Seconds for a fork that cannot succeed."""
+LATE = 5 * SHORT + 5
+"""Seconds after which it is late."""
+
+
+def model() -> dict[str, torch.Tensor]:
+    return {"a": torch.arange(1000.0)}
+
+
+def fails(address: str, kind: type[tensorfork.TensorForkError], *words: str, timeout: float = SHORT) -> None:
+    """A fork from there fails in time, with this error; the message has these words, and the model is untouched."""
+    into = {"a": torch.full((1000,), 7.0)}
+    started = time.monotonic()
+    with pytest.raises(kind) as caught:
+        tensorfork.fork_into(into, address, timeout=timeout)
+    assert time.monotonic() - started < LATE + 5 * timeout
+    for word in words:
+        assert word in str(caught.value)
+    assert torch.equal(into["a"], torch.full((1000,), 7.0))
+
+
+@contextmanager
+def stranger(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A TCP server that is no seed: `behave` is called with each connection, on a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connections: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def attend(connection: socket.socket) -> None:
+        try:
+            behave(connection)
+        except OSError:
+            pass  # the fork hung up
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            connections.append(connection)
+            threads.append(threading.Thread(target=attend, args=(connection,)))
+            threads[-1].start()
+
+    accepting = threading.Thread(target=accept)
+    accepting.start()
+    try:
+        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        accepting.join()
+        for connection in connections:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # gone already
+        for thread in threads:
+            thread.join()
+        for connection in connections:
+            connection.close()
+
+
+@contextmanager
+def zeromq(kind: int, behave: Callable[[list[bytes]], list[bytes] | None]) -> Iterator[str]:
+    """A ZeroMQ socket that is no seed: `behave` gets each message and makes the answer."""
+    context: zmq.Context[Any] = zmq.Context()
+    made = context.socket(kind)
+    made.linger = 0
+    port = made.bind_to_random_port("tcp://127.0.0.1")
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            if kind != zmq.PUB and made.poll(20):
+                answer = behave(made.recv_multipart())
+                if answer is not None:
+                    made.send_multipart(answer)
+            elif kind == zmq.PUB:
+                ended.wait(0.02)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield f"tcp://127.0.0.1:{port}"
+    finally:
+        ended.set()
+        thread.join()
+        context.destroy(linger=0)
+
+
+# Nobody there.
+
+
+def test_a_host_that_does_not_exist_is_unreachable() -> None:
+    fails("tcp://no-such-host.invalid:4180", tensorfork.PeerUnreachable, "no-such-host.invalid:4180", "no such host")
+
+
+@pytest.mark.parametrize("host", ["x" * 70 + ".example", "a..b", "192.0.2.300"])
+def test_a_host_that_cannot_exist_is_unreachable(host: str) -> None:
+    fails(f"tcp://{host}:4180", tensorfork.PeerUnreachable, host, "no such host")
+
+
+def test_a_closed_port_is_unreachable() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    address = f"tcp://127.0.0.1:{port}"
+    fails(address, tensorfork.PeerUnreachable, address, "refused", "step hello")
+
+
+def test_a_host_that_accepts_and_says_nothing_is_unreachable() -> None:
+    with stranger(lambda connection: None) as address:
+        fails(address, tensorfork.PeerUnreachable, address, "nobody answers", "step hello")
+
+
+def test_a_host_that_reads_and_says_nothing_is_unreachable() -> None:
+    def read(connection: socket.socket) -> None:
+        while connection.recv(4096):
+            pass
+
+    with stranger(read) as address:
+        fails(address, tensorfork.PeerUnreachable, address, "step hello")
+
+
+def test_a_zeromq_peer_that_answers_nothing_is_unreachable() -> None:
+    with zeromq(zmq.ROUTER, lambda frames: None) as address:
+        fails(address, tensorfork.PeerUnreachable, address, "it answers nothing", "step hello")
+
+
+def test_a_seed_that_is_closed_is_unreachable() -> None:
+    seed = tensorfork.publish(model())
+    seed.close()
+    fails(seed.address, tensorfork.PeerUnreachable, seed.address, "step hello")
+
+
+@pytest.mark.parametrize(
+    "address", ["", "nowhere", "tcp://:1", "tcp://host", "tcp://host:x", "tcp://host:70000", "::1:9"]
+)
+def test_what_is_not_an_address_is_a_value_error(address: str) -> None:
+    with pytest.raises(ValueError, match="is not an address"):
+        tensorfork.fork_into(model(), address, timeout=SHORT)
+
+
+def test_a_connection_that_is_lost_between_a_look_and_a_word_is_waited_for() -> None:
+    with tensorfork.publish({"x": torch.zeros(1)}) as seed:
+        talk = Conversation(seed.address, time.monotonic() + PATIENCE)
+        real, failed = talk._socket, list[str]()
+
+        class Lossy:
+            def __getattr__(self, name: str) -> Any:
+                if name.endswith("_multipart") and name not in failed:
+                    failed.append(name)
+                    raise zmq.Again
+                return getattr(real, name)
+
+        talk._socket = Lossy()  # type: ignore[assignment]
+        talk._wait = lambda what, *rest: real.poll(10, what)  # type: ignore[method-assign]
+        said, _ = talk.ask(messages.Hello("test"), messages.Welcome, time.monotonic() + PATIENCE, "hello")
+        assert said.tensors == 1
+        assert failed == ["send_multipart", "recv_multipart"]
+        talk._socket = real
+        talk.close()
+
+
+def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes_later() -> None:
+    """A socket that is closed while another thread polls it ends the process."""
+    listening, said = threading.Event(), list[BaseException]()
+    with tensorfork.publish({"x": torch.zeros(1)}) as seed:
+        talk = Conversation(seed.address, time.monotonic() + PATIENCE)
+        wait = talk._wait
+
+        def listen() -> None:
+            try:
+                talk.hear(b"lease", time.monotonic() + PATIENCE)
+            except BaseException as error:
+                said.append(error)
+
+        def waiting(*args: Any) -> None:
+            listening.set()
+            wait(*args)
+
+        talk._wait = waiting  # type: ignore[method-assign]
+        thread = threading.Thread(target=listen)
+        thread.start()
+        assert listening.wait(PATIENCE)
+        talk.close()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        assert isinstance(said[0], tensorfork.PeerUnreachable)
+        for late in (
+            lambda: talk.hear(b"lease", time.monotonic() + PATIENCE),
+            lambda: talk.say(b"lease", b"word", time.monotonic() + PATIENCE),
+        ):
+            with pytest.raises(tensorfork.PeerUnreachable, match="the conversation is over"):
+                late()
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://0.0.0.0:4180", "tcp://[::]:4180"])
+def test_where_a_seed_listens_is_not_where_it_is_found(address: str) -> None:
+    with pytest.raises(ValueError, match=r"use what seed\.address says"):
+        tensorfork.fork_into(model(), address, timeout=SHORT)
+
+
+# Somebody else there.
+
+
+def test_an_http_server_is_a_protocol_error() -> None:
+    def answer(connection: socket.socket) -> None:
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with stranger(answer) as address:
+        fails(address, tensorfork.ProtocolError, address, "does not speak ZeroMQ", timeout=20)
+
+
+def test_an_ssh_server_that_speaks_first_is_a_protocol_error() -> None:
+    def greet(connection: socket.socket) -> None:
+        connection.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n" + b"\0" * 64)
+        while connection.recv(4096):
+            pass
+
+    with stranger(greet) as address:
+        fails(address, tensorfork.ProtocolError, address, "does not speak ZeroMQ", timeout=20)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_server_of_random_bytes_is_a_protocol_error(number: int) -> None:
+    noise = b"\0" + random.Random(number).randbytes(1 << 16)  # never by accident the first byte of a greeting
+
+    def babble(connection: socket.socket) -> None:
+        connection.sendall(noise)
+        while connection.recv(4096):
+            pass
+
+    with stranger(babble) as address:
+        fails(address, tensorfork.ProtocolError, address, "does not speak ZeroMQ", timeout=20)
+
+
+def test_a_zeromq_socket_of_another_kind_is_a_protocol_error() -> None:
+    with zeromq(zmq.PUB, lambda frames: None) as address:
+        fails(address, tensorfork.ProtocolError, address, timeout=20)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"pong",
+        b'{"error": "unknown request"}',
+        msgpack.packb(["another", 1, 1, "Welcome", {}]),
+        msgpack.packb({"tensorfork": 1}),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Welcome", {}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Welcome", 3]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Hello", {"library": "0"}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "NoSuchThing", {}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Pages", {"tensors": 1, "storages": 1}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Checked", {"generation": 0, "more": 1}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Refused", []]),
+        b"\x91" * 100_000,
+    ],
+    ids=lambda answer: repr(answer[:30]),
+)
+def test_a_zeromq_peer_that_speaks_something_else_is_a_protocol_error(answer: bytes) -> None:
+    with zeromq(zmq.ROUTER, lambda frames: [frames[0], answer]) as address:
+        fails(address, tensorfork.ProtocolError, address, "step hello", timeout=20)
+
+
+# Another version there.
+
+
+def test_a_seed_of_another_version_is_a_protocol_error_that_names_both() -> None:
+    def speak(frames: list[bytes]) -> list[bytes]:
+        _, _, number, *_ = msgpack.unpackb(frames[1])
+        return [frames[0], msgpack.packb([messages.MAGIC, 41, number, "Welcome", {"new": "things"}])]
+
+    with zeromq(zmq.ROUTER, speak) as address:
+        fails(address, tensorfork.ProtocolError, address, "version 41", f"version {messages.VERSION}", timeout=20)
+
+
+def test_a_fork_of_another_version_is_told_so_and_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Child(serve, model) as child:
+        address = child.hear()
+        ours = messages.VERSION
+        with monkeypatch.context() as patch:
+            patch.setattr(messages, "VERSION", 41)
+            fails(address, tensorfork.ProtocolError, address, "version 41", f"version {ours}", timeout=20)
+        tensorfork.fork_into(into := {"a": torch.empty(1000)}, address, timeout=20)
+        assert torch.equal(into["a"], model()["a"])
+
+
+def test_a_fork_of_another_version_hears_a_refusal_that_carries_its_number() -> None:
+    with tensorfork.publish(model()) as seed, zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.connect(seed.address)
+        dealer.send(msgpack.packb([messages.MAGIC, 41, 17, "Greetings", {"anything": 1}]))
+        assert dealer.poll(10_000)
+        magic, version, number, kind, body = msgpack.unpackb(dealer.recv())
+        assert (magic, version, number, kind) == (messages.MAGIC, messages.VERSION, 17, "Refused")
+        assert body["code"] == "version"
+
+
+# Where a seed listens, and what it says of it.
+
+
+def test_a_seed_listens_on_loopback_unless_told_otherwise() -> None:
+    with tensorfork.publish(model()) as seed:
+        assert seed.address.startswith("tcp://127.0.0.1:")
+
+
+def test_every_interface_needs_to_be_told_by_which_address_forks_come() -> None:
+    for bind in ("tcp://0.0.0.0:*", "tcp://*:*", "tcp://[::]:*"):
+        with pytest.raises(ValueError, match="advertise="):
+            tensorfork.publish(model(), bind=bind)
+
+
+@pytest.mark.parametrize("advertise", ["127.0.0.1", "localhost"])
+def test_a_seed_on_every_interface_is_found_where_it_says(advertise: str) -> None:
+    with tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise=advertise) as seed:
+        assert seed.address.startswith(f"tcp://{advertise}:")
+        assert torch.equal(tensorfork.fork(seed.address, timeout=20)["a"], model()["a"])
+
+
+def test_an_advertised_port_is_said_as_it_is() -> None:
+    with tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise="tcp://gateway.example:4180") as seed:
+        assert seed.address == "tcp://gateway.example:4180"
+
+
+@pytest.mark.parametrize(
+    ("advertise", "host"), [("10.0.0.7", "10.0.0.7"), ("::1", "[::1]"), ("[fe80::1]", "[fe80::1]"), ("gpu-7", "gpu-7")]
+)
+def test_an_advertised_host_gets_the_port_that_was_bound(advertise: str, host: str) -> None:
+    with tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise=advertise) as seed:
+        found, _, port = seed.address.removeprefix("tcp://").rpartition(":")
+        assert found == host
+        assert int(port) > 1023
+
+
+@pytest.mark.parametrize("advertise", ["0.0.0.0", "*", "tcp://[::]:4180", "", "a b", "host:x"])
+def test_an_address_by_which_nobody_can_come_is_not_advertised(advertise: str) -> None:
+    with pytest.raises(ValueError, match="advertise="):
+        tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise=advertise)
+
+
+def test_a_port_that_is_taken_is_an_os_error_that_names_it() -> None:
+    with tensorfork.publish(model()) as seed, pytest.raises(OSError, match=seed.address):
+        tensorfork.publish(model(), bind=seed.address)
+
+
+def test_an_address_that_is_not_ours_is_an_os_error_that_names_it() -> None:
+    with pytest.raises(OSError, match=r"tcp://203\.0\.113\.5:4180"):
+        tensorfork.publish(model(), bind="tcp://203.0.113.5:4180")
+
+
+def test_a_port_that_was_asked_for_is_used() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tensorfork.publish(model(), bind=f"tcp://127.0.0.1:{port}") as seed:
+        assert seed.address == f"tcp://127.0.0.1:{port}"
+        tensorfork.fork(seed.address, timeout=20)
+
+
+def test_ipv6_works() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 loopback here: {error}")
+    with tensorfork.publish(model(), bind="tcp://[::1]:*") as seed:
+        assert seed.address.startswith("tcp://[::1]:")
+        assert torch.equal(tensorfork.fork(seed.address, timeout=20)["a"], model()["a"])
+    with tensorfork.publish(model(), bind="tcp://[::]:*", advertise="::1") as seed:
+        assert torch.equal(tensorfork.fork(seed.address, timeout=20)["a"], model()["a"])
+
+
+def test_nothing_is_started_by_importing() -> None:
+    """No thread, no change of the environment, no CUDA; and no package that is not needed."""
+    program = """
+import json, os, sys, threading
+import torch
+before, known = dict(os.environ), threading.active_count()
+import tensorfork
+threads, same = threading.active_count() - known, before == dict(os.environ)
+print(json.dumps([threads, same, torch.cuda.is_initialized(), list(sys.modules)]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, check=True, timeout=60)
+    threads, same, initialised, modules = json.loads(done.stdout)
+    assert threads == 0
+    assert same
+    assert not initialised
+    optional = {"mooncake", "typer", "rich", "transformers", "safetensors", "etcd3gw", "vllm", "pytest", "hypothesis"}
+    assert not optional & set(modules)

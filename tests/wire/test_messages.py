@@ -1,0 +1,445 @@
+"""Messages: what is sent is what is read, and nothing else is."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+import pytest
+from attrs import asdict, evolve, fields
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensorfork import ModelLayout, Place, ProtocolError, RemoteRegion, StorageLayout, TensorLayout
+from tensorfork.placement import Placement
+from tensorfork.wire import messages, tables
+from tensorfork.wire.messages import MAX_FRAMES, MAX_TENSORS, OtherVersion
+from tensorfork.wire.tables import PAGE
+
+BOTH = (*messages.REQUESTS, *messages.REPLIES)
+COUNTS = st.integers(0, MAX_FRAMES)
+TEXT = st.text(max_size=40)
+TOKENS = st.binary(max_size=64)
+PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | TEXT | st.binary()
+FACTS = st.dictionaries(TEXT, st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)))
+OFFERED = st.builds(messages.Offered, FACTS, st.none() | TEXT)
+
+MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
+    messages.Hello: st.builds(messages.Hello, TEXT),
+    messages.Welcome: st.builds(
+        messages.Welcome,
+        TEXT,
+        TOKENS,
+        st.integers(0, MAX_TENSORS),
+        st.integers(0, MAX_TENSORS),
+        st.integers(0, 2**64 - 1),
+        TEXT,
+        st.dictionaries(TEXT, OFFERED, max_size=3),
+        st.none() | FACTS,
+        st.none() | FACTS,
+    ),
+    messages.GetLayout: st.builds(messages.GetLayout),
+    messages.Pages: st.builds(messages.Pages, COUNTS, COUNTS, COUNTS),
+    messages.TakeLease: st.builds(messages.TakeLease, TEXT, FACTS, st.floats(0, 86400), st.booleans()),
+    messages.Leased: st.builds(messages.Leased, TOKENS, st.integers(0, 2**63), st.binary(), COUNTS),
+    messages.Say: st.builds(messages.Say, TOKENS),
+    messages.GetDigests: st.builds(messages.GetDigests, TOKENS),
+    messages.Digests: st.builds(messages.Digests, st.integers(0, 2**63), COUNTS),
+    messages.CheckLease: st.builds(messages.CheckLease, TOKENS, st.booleans()),
+    messages.Checked: st.builds(messages.Checked, st.integers(0, 2**63)),
+    messages.Refused: st.builds(messages.Refused, st.sampled_from(messages.CODES), TEXT),
+}
+SAMPLES: dict[type[Any], Any] = {
+    messages.Hello: messages.Hello("0.1"),
+    messages.Welcome: messages.Welcome(
+        "0.1", b"id", 3, 2, 1000, "sums3/1", {"zeromq": messages.Offered({"a": [1]}, None)}
+    ),
+    messages.GetLayout: messages.GetLayout(),
+    messages.Pages: messages.Pages(1, 1, 0),
+    messages.TakeLease: messages.TakeLease("zeromq", {"devices": ["cpu"]}, 60.0, True),
+    messages.Leased: messages.Leased(b"lease", 4, b"offer", 2),
+    messages.Say: messages.Say(b"lease"),
+    messages.GetDigests: messages.GetDigests(b"lease"),
+    messages.Digests: messages.Digests(4, 1),
+    messages.CheckLease: messages.CheckLease(b"lease", False),
+    messages.Checked: messages.Checked(4),
+    messages.Refused: messages.Refused("busy", "the seed has 64 forks already"),
+}
+
+
+def body_of(message: Any) -> dict[str, Any]:
+    return asdict(message)
+
+
+def frame(kind: str, body: Any, number: Any = 7, version: Any = messages.VERSION, magic: Any = messages.MAGIC) -> bytes:
+    packed: bytes = msgpack.packb([magic, version, number, kind, body])
+    return packed
+
+
+def refused(raw: bytes, expected: tuple[type[Any], ...] = BOTH) -> str:
+    with pytest.raises(ProtocolError) as raised:
+        messages.decode(raw, expected)
+    return str(raised.value)
+
+
+# What is sent is what is read.
+
+
+def test_every_message_has_its_sample() -> None:
+    assert set(SAMPLES) == set(MESSAGES) == set(BOTH)
+
+
+@pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_a_message_arrives_as_it_was(kind: type[Any], data: st.DataObject) -> None:
+    message, number = data.draw(MESSAGES[kind]), data.draw(st.integers(0, 2**63))
+    assert messages.decode(messages.encode(message, number), (kind,)) == (number, message)
+
+
+@pytest.mark.parametrize("kind", SAMPLES, ids=lambda kind: kind.__name__)
+def test_a_message_is_read_only_where_its_kind_is_expected(kind: type[Any]) -> None:
+    others = tuple(other for other in BOTH if other is not kind)
+    assert f"a '{kind.__name__}' came where none is expected" in refused(messages.encode(SAMPLES[kind], 1), others)
+
+
+def test_what_a_seed_reads_is_what_a_fork_says() -> None:
+    assert set(messages.REQUESTS) & set(messages.REPLIES) == {messages.Say}
+    for kind, message in SAMPLES.items():
+        if kind not in messages.REQUESTS:
+            refused(messages.encode(message, 1), messages.REQUESTS)
+
+
+# And nothing else is.
+
+ODD = [None, True, 7, -1, 1.5, "text", b"bytes", [], [1], {}, {"a": 1}, 2**63]
+
+
+def fits(annotation: Any, value: Any) -> bool:
+    """Whether the field's type has this value, however the field may be bounded."""
+    plain = {"str": str, "bytes": bytes, "int": int, "float": float, "bool": bool}
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if name in plain:
+        return type(value) is plain[name]
+    return type(value) is dict or (value is None and "None" in str(annotation))
+
+
+@pytest.mark.parametrize("kind", SAMPLES, ids=lambda kind: kind.__name__)
+def test_a_field_of_another_type_is_refused(kind: type[Any]) -> None:
+    for one in fields(kind):
+        for value in ODD:
+            if not fits(one.type, value):
+                said = refused(frame(kind.__name__, {**body_of(SAMPLES[kind]), one.name: value}))
+                assert f"a malformed {kind.__name__} came" in said, (one.name, value)
+
+
+@pytest.mark.parametrize("kind", SAMPLES, ids=lambda kind: kind.__name__)
+def test_a_field_too_many_or_too_few_is_refused(kind: type[Any]) -> None:
+    body = body_of(SAMPLES[kind])
+    assert "malformed" in refused(frame(kind.__name__, {**body, "extra": 1}))
+    for one in fields(kind):
+        if one.name not in ("identity", "rank"):  # which need not be said
+            assert "malformed" in refused(frame(kind.__name__, {k: v for k, v in body.items() if k != one.name}))
+
+
+@pytest.mark.parametrize("body", [None, [], [1, 2], "Hello", 7, b"", {"library": {}}, {b"library": "0.1"}], ids=repr)
+def test_a_body_that_is_not_the_message_s_fields_is_refused(body: Any) -> None:
+    refused(frame("Hello", body))
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (messages.Hello, "library", "x" * 4097),
+        (messages.Welcome, "tensors", MAX_TENSORS + 1),
+        (messages.Welcome, "tensors", -1),
+        (messages.Welcome, "storages", MAX_TENSORS + 1),
+        (messages.Welcome, "nbytes", -1),
+        (messages.Welcome, "seed", bytes(65)),
+        (messages.Pages, "tensors", MAX_FRAMES + 1),
+        (messages.Pages, "storages", -1),
+        (messages.Pages, "left_out", MAX_FRAMES + 1),
+        (messages.TakeLease, "seconds", -0.1),
+        (messages.TakeLease, "seconds", 86401.0),
+        (messages.TakeLease, "seconds", float("nan")),
+        (messages.TakeLease, "seconds", float("inf")),
+        (messages.TakeLease, "transport", "x" * 4097),
+        (messages.Leased, "lease", bytes(65)),
+        (messages.Leased, "offer", bytes(messages.MAX_OFFER + 1)),
+        (messages.Leased, "pages", MAX_FRAMES + 1),
+        (messages.Say, "lease", bytes(65)),
+        (messages.GetDigests, "lease", bytes(65)),
+        (messages.Digests, "frames", MAX_FRAMES + 1),
+        (messages.CheckLease, "lease", bytes(65)),
+        (messages.Refused, "code", "x" * 4097),
+        (messages.Refused, "reason", "x" * 65537),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused(message: type[Any], field: str, value: Any) -> None:
+    assert "malformed" in refused(frame(message.__name__, {**body_of(SAMPLES[message]), field: value}))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\xc1",
+        b"hello, world",
+        msgpack.packb(7),
+        msgpack.packb({"magic": messages.MAGIC}),
+        msgpack.packb([]),
+        msgpack.packb([messages.MAGIC]),
+        msgpack.packb([messages.MAGIC, messages.VERSION]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Hello"]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Hello", {"library": "x"}, 6]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, "1", "Hello", {"library": "x"}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, True, "Hello", {"library": "x"}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, 5, {"library": "x"}]),
+        msgpack.packb([messages.MAGIC, messages.VERSION, 1, "Object", {}]),
+        msgpack.packb(["another", messages.VERSION, 1, "Hello", {"library": "x"}]),
+        messages.encode(messages.Hello("0.1"), 1)[:-1],
+        messages.encode(messages.Hello("0.1"), 1) + b"\0",
+        b"\x91" * 10_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+    ],
+    ids=lambda raw: repr(raw[:20]),
+)
+def test_what_is_not_a_message_is_refused(raw: bytes) -> None:
+    refused(raw)
+
+
+@settings(max_examples=300)
+@given(raw=st.binary(max_size=200))
+def test_random_bytes_are_refused(raw: bytes) -> None:
+    refused(raw)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_message_with_some_bytes_changed_is_another_message_or_refused(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(SAMPLES)))
+    raw = bytearray(messages.encode(SAMPLES[kind], 7))
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        number, message = messages.decode(bytes(raw), BOTH)
+    except ProtocolError:
+        return
+    assert type(number) is int
+    assert type(message) in SAMPLES
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, "2", None, [1], 2**63])
+def test_another_version_is_told_apart_with_its_number_and_both_versions(version: Any) -> None:
+    with pytest.raises(
+        OtherVersion, match=f"speaks version {re.escape(str(version))} .* we speak {messages.VERSION}"
+    ) as raised:
+        messages.decode(frame("Whatever", {"of": "the future"}, number=41, version=version), BOTH)
+    assert raised.value.number == 41
+
+
+def test_a_version_s_number_that_is_none_is_zero() -> None:
+    with pytest.raises(OtherVersion) as raised:
+        messages.decode(frame("Hello", {}, number="x" * 100, version=2), BOTH)
+    assert raised.value.number == 0
+
+
+# Layouts.
+
+WELCOME = SAMPLES[messages.Welcome]
+
+
+def sent(layout: ModelLayout) -> ModelLayout:
+    pages, frames = tables.pack_layout(layout)
+    assert len(frames) == pages.tensors + pages.storages + pages.left_out
+    return tables.unpack_layout(pages, frames, WELCOME)
+
+
+def same(one: ModelLayout, other: ModelLayout) -> bool:
+    """Equal, places and all, which two equal `TensorLayout`s need not have in common."""
+    return asdict(one) == asdict(other)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> ModelLayout:
+    tensors = []
+    storages = [
+        StorageLayout(draw(st.integers(10_000, 2**60)), draw(st.sampled_from(["cpu", "cuda:0", "cuda:15"])))
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+    for i in range(draw(st.integers(0, 8))):
+        shape = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+        stride = tuple(draw(st.integers(0, 30)) for _ in shape)
+        placement = draw(st.none() | st.builds(Placement, st.just((8, 8)), TEXT))
+        dtype, storage = (
+            draw(st.sampled_from(["float32", "bool", "float8_e4m3fn"])),
+            draw(st.integers(0, len(storages) - 1)),
+        )
+        name = f"{draw(TEXT)}.{i}"
+        tensors.append(TensorLayout(name, dtype, shape, stride, storage, draw(st.integers(0, 9)) * 16, placement))
+    return ModelLayout(tuple(tensors), tuple(storages), tuple(draw(st.lists(TEXT, max_size=3))))
+
+
+@given(layout=layouts())
+def test_a_layout_arrives_as_it_was(layout: ModelLayout) -> None:
+    assert same(sent(layout), layout)
+
+
+@pytest.mark.parametrize("count", [0, 1, PAGE - 1, PAGE, PAGE + 1, 20_000])
+def test_a_layout_of_any_length_arrives_as_it_was_in_pages_of_bounded_length(count: int) -> None:
+    layout = long(count)
+    pages, frames = tables.pack_layout(layout)
+    assert pages.tensors == pages.storages == -(-count // PAGE)
+    assert all(len(msgpack.unpackb(frame)[0]) <= PAGE for frame in frames)
+    assert same(sent(layout), layout)
+
+
+def long(count: int) -> ModelLayout:
+    tensors = [TensorLayout(f"model.layers.{i}.weight", "bfloat16", (64, 4), (4, 1), i, 0) for i in range(count)]
+    return ModelLayout(tuple(tensors), tuple(StorageLayout(512, "cpu") for _ in range(count)))
+
+
+ROW = ["w", "float32", [2, 3], [3, 1], 0, 0, None]
+
+
+def columns(*rows: Sequence[Any]) -> bytes:
+    packed: bytes = msgpack.packb([list(column) for column in zip(*rows, strict=True)])
+    return packed
+
+
+def unpacked(tensors: bytes, storages: bytes | None = None, left_out: bytes | None = None) -> ModelLayout:
+    storages = columns([1000, "cpu"]) if storages is None else storages
+    frames = [tensors, storages] + ([] if left_out is None else [left_out])
+    return tables.unpack_layout(messages.Pages(1, 1, len(frames) - 2), frames, WELCOME)
+
+
+def test_the_table_that_the_tests_below_change_is_a_good_one() -> None:
+    assert unpacked(columns(ROW)).tensors == (TensorLayout("w", "float32", (2, 3), (3, 1), 0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (0, 7), (0, b"w"), (0, None), (0, "x" * 4097),
+        (1, 7), (1, "float3"), (1, b"float32"), (1, None),
+        (2, [2, -3]), (2, [2.0, 3]), (2, ["2", 3]), (2, 6), (2, None), (2, "23"), (2, b"\2\3"), (2, {"2": 3}), (2, [2]),
+        (2, [True, 3]), (2, [0] * 65),
+        (3, [3]), (3, [3, 1, 1]), (3, [3, -1]), (3, b"\3\1"), (3, [1000, 1]), (3, [2**62, 1]),
+        (4, 1), (4, -1), (4, 0.0), (4, None), (4, "0"), (4, False),
+        (5, -4), (5, 2), (5, 1000), (5, 2**63), (5, None), (5, 0.0), (5, True),
+        (6, 7), (6, []), (6, [[2, 3]]), (6, [[2, -3], "Shard(0)"]), (6, [[2, 3], 7]), (6, {"a": 1}), (6, "ab"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_tensor_that_cannot_be_is_refused(column: int, value: Any) -> None:
+    row = list(ROW)
+    row[column] = value
+    with pytest.raises(ProtocolError, match="layout"):
+        unpacked(columns(row))
+
+
+@pytest.mark.parametrize(
+    "storage", [[-1, "cpu"], [1000.0, "cpu"], ["1000", "cpu"], [1000, "tpu:0"], [1000, "meta"], [1000, None], [100, 5]],
+    ids=repr,
+)  # fmt: skip
+def test_a_storage_that_cannot_be_is_refused(storage: list[Any]) -> None:
+    with pytest.raises(ProtocolError, match="a malformed layout came"):
+        unpacked(columns(ROW), columns(storage))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [b"", b"\xc1", b"\x00", b"\x90", msgpack.packb({"a": 1}), msgpack.packb([[1]] * 6), msgpack.packb([7] * 7),
+     msgpack.packb([["w"], ["float32"], [[2, 3]], [[3, 1]], [0], [0], []]), columns(ROW, ROW), columns([*ROW, 1]),
+     msgpack.packb(["w", "f", "s", "t", "o", "f", "p"])],
+)  # fmt: skip
+def test_a_page_that_is_not_a_table_of_that_many_columns_is_refused(page: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        unpacked(page)
+
+
+def test_another_number_of_pages_than_announced_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="it has 2 pages, and others were announced"):
+        tables.unpack_layout(messages.Pages(1, 2, 0), [columns(ROW), columns([1000, "cpu"])], WELCOME)
+
+
+def test_more_rows_than_a_model_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_TENSORS", 1)
+    with pytest.raises(ProtocolError, match="more than 1 rows"):
+        unpacked(columns(ROW, ["v", *ROW[1:]]))
+
+
+@pytest.mark.parametrize("name", [7, None, b"w", "x" * 4097, ["w"]], ids=lambda name: repr(name)[:20])
+def test_a_name_left_out_that_is_no_name_is_refused(name: Any) -> None:
+    with pytest.raises(ProtocolError, match="a malformed layout came"):
+        unpacked(columns(ROW), left_out=msgpack.packb([[name]]))
+
+
+# Places and digests.
+
+
+@given(data=st.data())
+def test_regions_and_places_arrive_as_they_were(data: st.DataObject) -> None:
+    natural = st.integers(0, 2**63)
+    regions = data.draw(st.lists(st.builds(RemoteRegion, natural, natural, TEXT), max_size=5))
+    places = data.draw(st.dictionaries(natural, st.builds(Place, natural, natural), max_size=5))
+    pages = tables.pack_places(regions, places)
+    assert (tables.unpack_regions(pages), tables.unpack_places(pages)) == (regions, places)
+
+
+@pytest.mark.parametrize("count", [0, PAGE, PAGE + 1, 20_000])
+def test_regions_and_places_of_any_number_arrive_as_they_were(count: int) -> None:
+    regions = [RemoteRegion(i, 512, "cpu") for i in range(count)]
+    places = {i: Place(i, 8) for i in range(count)}
+    pages = tables.pack_places(regions, places)
+    assert (tables.unpack_regions(pages), tables.unpack_places(pages)) == (regions, places)
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [],
+        [b""],
+        [msgpack.packb(-1)],
+        [msgpack.packb("1")],
+        [msgpack.packb(True)],
+        [msgpack.packb(1), columns([0, 512])],
+        [msgpack.packb(1), columns([0, -1, "cpu"])],
+        [msgpack.packb(1), columns([0, 512, 7])],
+        [msgpack.packb(1), columns([0.0, 512, "cpu"])],
+        [msgpack.packb(0), columns([0, 0, -1])],
+        [msgpack.packb(0), columns([0, None, 0])],
+        [msgpack.packb(0), columns(["0", 0, 0])],
+        [msgpack.packb(0), columns([[0], 0, 0])],
+    ],
+)
+def test_a_table_of_regions_that_cannot_be_is_refused(pages: list[bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        (tables.unpack_regions(pages), tables.unpack_places(pages))
+
+
+@given(values=st.lists(st.integers(0, 2**64 - 1), max_size=30))
+def test_digests_arrive_as_they_were(values: list[int]) -> None:
+    assert tables.unpack_digests(tables.pack_digests(values), len(values)) == values
+
+
+def test_many_digests_arrive_as_they_were_in_frames_of_bounded_length() -> None:
+    frames = tables.pack_digests(range(20_000))
+    assert max(map(len, frames)) == 8 * PAGE
+    assert tables.unpack_digests(frames, 20_000) == list(range(20_000))
+
+
+@pytest.mark.parametrize("frames", [[], [bytes(8)], [bytes(24)], [bytes(15)], [bytes(16), b"x"]], ids=repr)
+def test_another_number_of_digests_is_refused(frames: list[bytes]) -> None:
+    with pytest.raises(ProtocolError, match="bytes of digests came for 2 tensors"):
+        tables.unpack_digests(frames, 2)
+
+
+def test_layouts_differ_where_places_do() -> None:
+    """What `same` is for."""
+    layout = long(2)
+    moved = evolve(layout, tensors=(evolve(layout.tensors[0], storage=1), layout.tensors[1]))
+    assert layout == moved
+    assert not same(layout, moved)
