@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types imports docs bench check clean
+.PHONY: help demo test test-quick lint format types imports docs bench check clean
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
@@ -15,19 +15,27 @@ ifeq ($(shell uname -s)-$(shell uname -m),Linux-x86_64)
 TRANSFER_ENGINE ?= transfer-engine-cpu
 endif
 
+# Most of a test's time is waiting, so more processes than cores. A worker that hangs prints its stacks and ends the run.
+JOBS ?= 3
+PARALLEL = $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal --max-worker-restart 0)
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 comma := ,
 
 help:  ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp  ## fork a real model between two processes, then a large generated one
 	$(BIN)/tensorfork demo $(ARGS)
 
-test: $(VENV)/dev.stamp  ## run every test; ARGS="-k name" for some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp  ## run every test, in JOBS processes; ARGS="-k name" for some
+	@.ci/system-packages
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-quick: $(VENV)/dev.stamp  ## the tests that start no process and wait for nothing: under a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from typing import Any
 import hypothesis
 import psutil
 import pytest
+from missing_libraries import line_about
 
 SETTLE = 5.0
 """Seconds that processes and threads get to end by themselves once their test is over."""
@@ -119,6 +120,7 @@ def _wait_until(true: Callable[[], bool], seconds: float) -> None:
 # the children running, where the cause of a hang between two processes often is.
 
 TERMINAL = pytest.StashKey[int]()
+LAST_LINE = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -130,6 +132,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     faulthandler.unregister(signal.SIGUSR1)
+    if line := config.stash.get(LAST_LINE, ""):
+        os.write(config.stash[TERMINAL], f"{line}\n".encode())
     os.close(config.stash[TERMINAL])
 
 
@@ -201,3 +205,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs {wanted} CUDA device{'s'[: wanted != 1]}; torch finds none")
     if torch.cuda.device_count() < wanted:
         pytest.skip(f"needs {wanted} CUDA devices; there are {torch.cuda.device_count()}")
+
+
+# What is missing of the system.
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Keep for the very last line how many tests were skipped for want of libraries, and what changes that."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
+    config.stash[LAST_LINE] = line_about(reasons)

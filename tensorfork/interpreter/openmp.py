@@ -23,8 +23,8 @@ def single_threaded() -> Iterator[bool]:
     Yields whether that holds: not where torch has no OpenMP, or process-wide settings are forbidden.
     """
     usual = torch.get_num_threads()
-    library = _openmp()
-    if usual == 1 or library is None or not process_settings_allowed():
+    library = _openmp() if usual > 1 and process_settings_allowed() else None
+    if library is None:
         yield usual == 1
         return
     library.omp_set_num_threads(1)
