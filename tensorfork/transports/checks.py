@@ -1,4 +1,4 @@
-"""What every session checks before and while it moves bytes."""
+"""The checks that sessions make before and while they move bytes."""
 
 import time
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from tensorfork.regions import Copy, Region, RemoteRegion
 
 
 def check_bounds(copy: Copy, remote: Mapping[int, RemoteRegion], ours: Mapping[int, Region]) -> None:
-    """Raise `TransferFailed` unless a copy lies within one leased region and one of ours."""
+    """Raise `TransferFailed` unless a copy lies within one leased region and within one of ours, both given by id."""
     source, into = remote.get(copy.region), ours.get(copy.into)
     if source is None or into is None:
         raise TransferFailed(f"{copy} names a region that was not leased")
@@ -21,9 +21,10 @@ def check_bounds(copy: Copy, remote: Mapping[int, RemoteRegion], ours: Mapping[i
         raise TransferFailed(f"{copy} lies outside the leased regions")
 
 
-def check_going_on(deadline: float, cancel: Event) -> None:
-    """Raise `TransferFailed` once the transfer is cancelled, or its deadline has passed."""
+def check_going_on(deadline: float, cancel: Event, source: object = None) -> None:
+    """Raise `TransferFailed` once the transfer is cancelled, or its deadline has passed. The message names `source`."""
     if cancel.is_set():
         raise TransferFailed("the transfer was cancelled")
     if time.monotonic() >= deadline:
-        raise TransferFailed("not everything had arrived by the deadline")
+        sender = "" if source is None else f" from {source}"
+        raise TransferFailed(f"not everything{sender} had arrived by the deadline")

@@ -1,0 +1,74 @@
+"""Bytes over ZeroMQ: works between any two processes that can reach one another, and needs nothing that is optional.
+
+The fork requests ranges of the leased regions. The seed answers with frames that refer to the tensors' own memory, so
+it copies nothing, and the fork receives them directly into its regions. The fork keeps `WINDOW` requests in flight on
+each connection, so that neither side waits for the next request. The fork's libzmq stops reading from a connection when
+a few answers are queued. So neither side ever holds more than that beyond the model, and a fork that stops reading
+delays nobody else.
+
+GPU memory passes through a bounded number of pinned buffers on either side: while libzmq sends one, the next is filled.
+"""
+
+import os
+import struct
+from collections.abc import Sequence
+from typing import ClassVar
+
+from tensorfork.errors import PeerUnreachable, ProtocolError, TransportUnavailable
+from tensorfork.interpreter import process
+from tensorfork.regions import Region, RemoteRegion
+from tensorfork.sockets.address import Address, resolve
+from tensorfork.transports.base import Channel, Facts, Site, Transport
+from tensorfork.transports.zeromq.export import ZeroMQExport
+from tensorfork.transports.zeromq.protocol import FRAME, OFFER
+from tensorfork.transports.zeromq.session import ZeroMQSession
+
+__all__ = ["FRAME", "ZeroMQ"]
+
+
+class ZeroMQ(Transport):
+    """The transport that works everywhere.
+
+    Args:
+        connections: how many the fork opens to the seed, 1 to 16; by default one for every two cores, and at most 4.
+        ports: the range in which the seed listens, one port for each lease; any free one by default.
+    """
+
+    name: ClassVar[str] = "zeromq"
+    piece = 16 << 20
+
+    def __init__(self, *, connections: int | None = None, ports: range | None = None) -> None:
+        if connections is None:
+            connections = max(1, min(4, (os.cpu_count() or 1) // 2))
+        if not 1 <= connections <= 16:
+            raise ValueError(f"connections must be 1 to 16, not {connections}")
+        self._connections, self._ports = connections, ports
+
+    def facts(self, regions: Sequence[Region]) -> Facts:
+        """See `Transport.facts`: the id of this host."""
+        return {"host": process.host_id()}
+
+    def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> ZeroMQExport:
+        """See `Transport.export`."""
+        same_host = fork.get("host") == process.host_id()
+        return ZeroMQExport(regions, site.bind, self._ports, same_host=same_host)
+
+    def open(
+        self,
+        offer: bytes,
+        host: str,
+        remote: Sequence[RemoteRegion],
+        regions: Sequence[Region],
+        channel: Channel,
+        deadline: float,
+    ) -> ZeroMQSession:
+        """See `Transport.open`."""
+        try:
+            token, port = OFFER.unpack(offer)
+        except struct.error as error:
+            raise ProtocolError(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
+        try:
+            seed = resolve(Address(host, port), deadline)
+        except PeerUnreachable as error:
+            raise TransportUnavailable(str(error)) from error
+        return ZeroMQSession(token, seed, regions, self._connections)

@@ -1,0 +1,229 @@
+"""The fork's side of a lease: it requests ranges of the seed's regions and receives them into its own."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from threading import Event
+
+import torch
+import zmq
+from attrs import define, frozen
+
+from tensorfork.errors import TransferFailed
+from tensorfork.interpreter.c_allocator import retain_freed_memory
+from tensorfork.memory.staging import HostAccess
+from tensorfork.regions import Copy, Region
+from tensorfork.sockets.address import Address
+from tensorfork.sockets.monitor import recv_event
+from tensorfork.sockets.zeromq import connect, new_socket, poll_timeout
+from tensorfork.transports.base import Session
+from tensorfork.transports.checks import check_going_on
+from tensorfork.transports.zeromq.context import new_lease_context
+from tensorfork.transports.zeromq.protocol import (
+    ANSWER_HEADER,
+    FRAME,
+    MAX_RANGES,
+    OK,
+    RANGE,
+    REQUEST_HEADER,
+    WINDOW,
+)
+
+RECV_QUEUE = 3
+"""Answers that libzmq queues for each connection (its high-water mark), with up to four connections."""
+PINNED_BUFFERS = 8
+"""Pinned buffers of a fork into GPU memory, `FRAME` bytes each."""
+RETAINED_BYTES = 4 << 20
+"""Bytes of freed memory that the C library is asked to keep: libzmq receives into it again and again."""
+
+
+@frozen
+class _Request:
+    """Ranges that are requested together, and where each of them goes."""
+
+    ranges: bytes
+    """Packed, as they are sent."""
+    targets: Sequence[tuple[int, int, int, int]]
+    """For each range: the index of its copy, our region, the offset in it, and the number of bytes."""
+
+
+@define
+class _Connection:
+    """A connection to the seed, and the requests in flight on it, in order, each with its number."""
+
+    socket: "zmq.Socket[bytes]"
+    monitor: "zmq.Socket[bytes]"
+    in_flight: deque[tuple[int, _Request]]
+    connected: bool = False
+
+
+class ZeroMQSession(Session):
+    """One lease, read over several connections. Not for several threads at once."""
+
+    fabric = "tcp"
+
+    def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
+        self._token, self._seed = token, seed
+        self._context = new_lease_context(min(connections, 4))
+        try:
+            self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        retain_freed_memory(RETAINED_BYTES)
+        recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
+        self._connections = [self._connect(recv_queue) for _ in range(connections)]
+        self._last_number = 0
+        self._gpu_copies: deque[tuple[torch.cuda.Event, int, int]] = deque()
+        """Copies from pinned buffers to GPUs that may not have ended: event, index of the copy, bytes."""
+        self._failed = False
+
+    def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
+        """See `Session.pull`. After a failure the session cannot pull again."""
+        if self._failed:
+            raise TransferFailed("this connection failed before; open another session")
+        if not copies:
+            return
+        self._check_destinations(copies)
+        remaining = [copy.nbytes for copy in copies]
+        self._memory.wait_for_callers()
+        requests = self._requests(copies)
+        poller = zmq.Poller()
+        for connection in self._connections:
+            poller.register(connection.socket, zmq.POLLIN if connection.connected else zmq.POLLIN | zmq.POLLOUT)
+            poller.register(connection.monitor, zmq.POLLIN)
+        self._failed = True  # until all has arrived: after a failure, answers may still be on their way
+        try:
+            while self._send_requests(requests):
+                check_going_on(deadline, cancel, source=self._seed)
+                ready = dict(poller.poll(min(poll_timeout(deadline), 200)))
+                for connection in self._connections:
+                    if connection.monitor in ready:
+                        self._raise_disconnected(connection)
+                    if ready.get(connection.socket, 0) & zmq.POLLOUT:
+                        connection.connected = True
+                        poller.modify(connection.socket, zmq.POLLIN)
+                    if ready.get(connection.socket, 0) & zmq.POLLIN:
+                        self._recv_answers(connection, remaining, done)
+                self._report_gpu_copies(remaining, done)
+            while self._gpu_copies:
+                self._report_gpu_copies(remaining, done, wait=True)
+        except zmq.ZMQError as error:
+            raise TransferFailed(f"the transfer from {self._seed} failed: {error}") from error
+        finally:
+            self._memory.synchronize()  # after a failure too, no GPU is written to once this has returned
+        self._failed = False
+
+    def close(self, deadline: float) -> None:
+        """See `Session.close`."""
+        for connection in self._connections:
+            if not connection.socket.closed:
+                connection.socket.disable_monitor()
+        self._context.destroy(linger=0)
+        self._memory.close()
+        self._connections = []
+
+    def _connect(self, recv_queue: int) -> _Connection:
+        socket = new_socket(self._context, zmq.DEALER, max_message=FRAME, queue=0)  # `WINDOW` bounds what is sent
+        socket.rcvhwm = recv_queue
+        socket.reconnect_ivl = -1
+        monitor = socket.get_monitor_socket(zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL)
+        connect(socket, self._seed)
+        return _Connection(socket, monitor, deque())
+
+    def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
+        """Requests of at most `FRAME` bytes and `MAX_RANGES` ranges for all copies, in order."""
+        ranges, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
+        for i, copy in enumerate(copies):
+            start = 0
+            while start < copy.nbytes:
+                size = min(FRAME - nbytes, copy.nbytes - start)
+                ranges += RANGE.pack(copy.region, copy.offset + start, size)
+                targets.append((i, copy.into, copy.at + start, size))
+                nbytes, start = nbytes + size, start + size
+                if nbytes == FRAME or len(targets) == MAX_RANGES:
+                    yield _Request(bytes(ranges), targets)
+                    ranges, targets, nbytes = bytearray(), [], 0
+        if targets:
+            yield _Request(bytes(ranges), targets)
+
+    def _send_requests(self, requests: Iterator[_Request]) -> bool:
+        """Send requests until every connection has `WINDOW` in flight. False when all have been answered."""
+        while True:
+            connection = min(
+                (connection for connection in self._connections if connection.connected),
+                key=lambda connection: len(connection.in_flight),
+                default=None,
+            )
+            if connection is None or len(connection.in_flight) >= WINDOW:
+                return True
+            request = next(requests, None)
+            if request is None:
+                return any(connection.in_flight for connection in self._connections)
+            self._last_number += 1
+            try:
+                header = REQUEST_HEADER.pack(self._token, self._last_number)
+                connection.socket.send(header + request.ranges, zmq.NOBLOCK)
+            except zmq.Again as error:  # libzmq's queue has no limit, so there is no connection any more
+                raise TransferFailed(f"{self._seed} closed the connection, or died") from error
+            connection.in_flight.append((self._last_number, request))
+
+    def _recv_answers(self, connection: _Connection, remaining: list[int], done: Callable[[int], None]) -> None:
+        """Receive those that have arrived, at most `RECV_QUEUE` of them, so that `pull` soon sees a cancellation."""
+        for _ in range(RECV_QUEUE):
+            try:
+                header = connection.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            number, request = connection.in_flight.popleft()
+            if len(header) != ANSWER_HEADER.size or ANSWER_HEADER.unpack(header)[0] != number:
+                raise TransferFailed(f"{self._seed} sent something that is not the answer to request {number}")
+            if ANSWER_HEADER.unpack(header)[1] != OK:
+                raise TransferFailed(f"{self._seed} refused a request: a range lies outside the leased regions")
+            self._recv_ranges(connection.socket, request, remaining, done)
+
+    def _recv_ranges(
+        self, socket: "zmq.Socket[bytes]", request: _Request, remaining: list[int], done: Callable[[int], None]
+    ) -> None:
+        """Receive the frames of an answer, each into its place. A missing frame is noticed: nothing comes, or the next
+        answer's header, which has another length.
+        """
+        for i, region, at, nbytes in request.targets:
+            buffer = self._memory.slot_for(region)
+            target = self._memory.view(region, at, nbytes) if buffer is None else buffer.view[:nbytes]
+            try:
+                received = socket.recv_into(target, flags=zmq.NOBLOCK)
+            except zmq.Again:
+                received = -1
+            if received != nbytes:
+                raise TransferFailed(f"{self._seed} sent another number of bytes than was requested")
+            if buffer is None:
+                self._count(i, nbytes, remaining, done)
+            else:
+                buffer.event = self._memory.land(buffer, region, at, nbytes)
+                self._gpu_copies.append((buffer.event, i, nbytes))
+        if socket.get(zmq.RCVMORE):
+            raise TransferFailed(f"{self._seed} sent more frames than were requested")
+
+    def _report_gpu_copies(self, remaining: list[int], done: Callable[[int], None], wait: bool = False) -> None:
+        """Count the bytes whose copy to the GPU has ended, in order; with `wait`, wait for each."""
+        while self._gpu_copies and (wait or self._gpu_copies[0][0].query()):
+            event, i, nbytes = self._gpu_copies.popleft()
+            event.synchronize()
+            self._count(i, nbytes, remaining, done)
+
+    def _count(self, i: int, nbytes: int, remaining: list[int], done: Callable[[int], None]) -> None:
+        """Count bytes of copy `i` that have arrived, and report the copy when they are its last."""
+        remaining[i] -= nbytes
+        if not remaining[i]:
+            done(i)
+
+    def _check_destinations(self, copies: Sequence[Copy]) -> None:
+        """Raise `TransferFailed` for a copy outside our regions. The seed checks its own side."""
+        for copy in copies:
+            if not self._memory.holds([(copy.into, copy.at, copy.nbytes)], copy.nbytes):
+                raise TransferFailed(f"{copy} lies outside our regions")
+
+    def _raise_disconnected(self, connection: _Connection) -> None:
+        """Consume the monitor's event, which says that the connection has ended."""
+        recv_event(connection.monitor)
+        raise TransferFailed(f"{self._seed} closed the connection, or died")
