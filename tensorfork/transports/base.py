@@ -1,8 +1,8 @@
-"""What a transport is: something that moves bytes between regions of two processes.
+"""The contract of a transport, which moves bytes between regions of two processes.
 
 A transport knows regions, offsets and its own library. It never sees a model, a name or a dtype; matching, retries,
-leases, generations and verification are above it. docs/transports.md says how to write one, and
-`tensorfork.testing.TransportSuite` is the suite that each must pass.
+leases, generations and verification are above it. docs/transports.md says how to write one, and every transport must
+pass `tensorfork.testing.TransportSuite`.
 
 All deadlines here are moments of `time.monotonic()`, in seconds. All sizes are bytes.
 """
@@ -17,7 +17,7 @@ from attrs import frozen
 from tensorfork.regions import Copy, Place, Region, RemoteRegion
 
 Facts = Mapping[str, Any]
-"""What one side can do, as values msgpack carries: None, bool, int, float, str, bytes, lists and dicts of them."""
+"""What one side can do, as values that msgpack carries: None, bool, int, float, str, bytes, lists and dicts of them."""
 
 
 @frozen
@@ -29,42 +29,50 @@ class Site:
 
 
 class Channel(Protocol):
-    """Messages between the two ends of one lease, over the bootstrap: authenticated, ordered, bounded (1 MiB each)."""
+    """Messages between the two ends of one lease, in order, of at most 1 MiB each.
+
+    They travel over the conversation's connection, in plaintext, each with the lease's id. That id, 16 random bytes, is
+    all that distinguishes them from a stranger's messages: nothing is encrypted or authenticated, so whoever can read
+    the connection's packets can read the messages and forge others.
+    """
 
     def send(self, message: bytes, deadline: float) -> None:
-        """Send; raises `PeerUnreachable` if the other side is gone."""
+        """Send one message. Raises `PeerUnreachable` if the other side is gone."""
 
     def recv(self, deadline: float) -> bytes:
-        """The next message; raises `PeerUnreachable` at the deadline or when the lease has ended."""
+        """Return the next message. Raises `PeerUnreachable` at the deadline, or when the lease has ended."""
 
 
 class Export(ABC):
-    """The seed's side of one lease. Made by `Transport.export`; ended by `close`, once."""
+    """The seed's side of one lease. Created by `Transport.export`; `close` is called once, at its end."""
 
     offer: bytes
-    """What the fork's `open` needs: addresses, tokens, handles. At most 16 MiB."""
+    """What the fork's `open` needs, such as addresses, tokens and handles. At most 16 MiB."""
 
     @abstractmethod
     def serve(self, channel: Channel) -> None:
-        """Serve until the lease ends. Runs on a thread of its own; a one-sided transport returns at once.
+        """Serve until the lease ends. Called on a thread of its own; a one-sided transport returns at once.
 
-        Ends, without an error, when `close` is called from another thread.
+        Returns, without an error, when `close` is called from another thread.
         """
 
     @abstractmethod
     def close(self, deadline: float) -> bool:
-        """Stop serving and let go of the memory. True if no reader can reach it any more, False if one still may."""
+        """Stop serving and release the memory, by the deadline.
+
+        Returns True if no fork can reach the memory any more, False if one still may.
+        """
 
 
 class Session(ABC):
     """The fork's side of one lease."""
 
     fabric: str
-    """What the bytes travel over, for the report: tcp, nvlink, rdma, ..."""
+    """What the bytes travel over, for the report: tcp, nvlink, rdma and the like."""
 
-    def ready(self, deadline: float) -> None:  # noqa: B027  # most are, once they are open
-        """Called once, before the first pull, when the plans for it have been drawn up: wait for what was begun in
-        `Transport.open` and can go on meanwhile. Raises as that does.
+    def ready(self, deadline: float) -> None:  # noqa: B027  # most sessions have nothing to wait for
+        """Wait for what `Transport.open` began in the background. Called once, before the first pull; between the two
+        the fork prepares its copies. Raises what `open` raises.
         """
 
     @abstractmethod
@@ -75,57 +83,60 @@ class Session(ABC):
         done: Callable[[int], None],
         cancel: Event,
     ) -> None:
-        """Make every copy, calling `done(i)` exactly once for copies[i], after its last byte has arrived.
+        """Make every copy, and call `done(i)` exactly once for copies[i], after its last byte has arrived.
 
-        `done` is called on the caller's thread, in any order. For GPU memory, arrived means that work on any stream of
-        this process sees the bytes.
+        `done` is called on the caller's thread, in any order. An error that it raises ends the pull and reaches the
+        caller. For GPU memory, arrived means that work on any stream of this process sees the bytes.
 
         Raises:
-            TransferFailed: at the deadline, when `cancel` is set, or when the other side fails. Nothing is written
-                afterwards, but for what its `.undrained` names. Copies reported as done are whole.
+            TransferFailed: at the deadline, when `cancel` is set, when the other side fails, or for a copy outside the
+                regions. Nothing is written afterwards, except to memory that `.undrained` names. Copies reported as
+                done are complete.
         """
 
     @abstractmethod
     def close(self, deadline: float) -> None:
-        """Let go of connections, handles and memory. Safe after a failure, and a second time."""
+        """Release connections, handles and memory. Can be called after a failure, and more than once."""
 
 
 class Transport(ABC):
-    """One way to move bytes. Stateless, or safe to use from several threads: a seed serves many leases with one."""
+    """One way to move bytes. A seed serves many leases with one object, so it is stateless, or thread-safe."""
 
     name: ClassVar[str]
     piece: int = 64 << 20
-    """The longest copy it wants, in bytes: what is asked for is cut into pieces no longer, so progress and cancellation
-    have somewhere to happen."""
+    """The longest copy that `pull` is given, in bytes. Longer ones are cut, so that progress is reported and a transfer
+    can be cancelled between the pieces."""
 
     def facts(self, regions: Sequence[Region]) -> Facts:
-        """What this side can do with this memory; travels to the other side. Quick, and changes nothing but what the
-        transport remembers of the memory. A seed asks for it when it publishes, before any `export`.
+        """What this side can do with this memory. The other side gets it as an argument of `why_not`.
 
-        Raises `TransportUnavailable` where the transport cannot work in this process at all.
+        It must be quick, and may change nothing but what the transport remembers about the memory. A seed calls it when
+        it publishes, before any `export`.
+
+        Raises `TransportUnavailable` if the transport cannot work in this process at all.
         """
         return {}
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
-        """Pure: why these two cannot use this transport, with the remedy, or None if they can."""
+        """Why these two cannot use this transport, with the remedy, or None if they can. A pure function."""
         return None
 
     def forget(self, regions: Sequence[Region]) -> None:  # noqa: B027  # most keep nothing
-        """The seed that offered these regions has closed. What was kept ready for further leases is let go of."""
+        """Release what is kept for further leases on these regions: the seed that offered them has closed."""
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
-        """The regions it would rather touch, and where in them each of the given ones begins.
+        """The regions that the transport prefers, and the place in them at which each of the given ones begins.
 
-        A transport whose library hands out whole allocations says so here (on both sides), and neighbours within one
-        then merge into one copy. The default touches just what it is given.
+        A transport whose library exports whole allocations returns those, on both sides; copies of neighbouring bytes
+        within one allocation are then merged. The default returns the given regions.
         """
         return regions, [Place(region.id, 0) for region in regions]
 
     @abstractmethod
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> Export:
-        """The seed's side: make `regions` readable by one fork, whose facts are given.
+        """On the seed: make `regions` readable by one fork, whose facts are given.
 
-        Raises `TransportUnavailable` when it cannot, and leaves nothing behind.
+        Raises `TransportUnavailable` if that is impossible; nothing is left open then.
         """
 
     @abstractmethod
@@ -138,7 +149,8 @@ class Transport(ABC):
         channel: Channel,
         deadline: float,
     ) -> Session:
-        """The fork's side: get ready to read the `remote` regions into `regions`. `host` is where the seed is found.
+        """On the fork: prepare to read the `remote` regions into `regions`. `host` is the seed's host name or address.
 
-        Raises `TransportUnavailable` when it cannot, `ProtocolError` for an offer that is none; leaves nothing behind.
+        Raises `TransportUnavailable` if that is impossible, `ProtocolError` if the offer makes no sense; nothing is
+        left open then.
         """

@@ -1,44 +1,45 @@
-"""The rate limiter of all transports."""
+"""The rate limiter that transports share."""
 
 import time
 
 
 class RateLimiter:
-    """Says when the next bytes may leave, so that no more than `rate` of them do in a second, on average.
+    """Says when the next bytes may be sent, so that on average no more than `rate` are sent in a second.
 
-    Not for several threads at once. Bytes may be anything that is counted, such as messages.
+    Not thread-safe. Anything countable can take the place of bytes, such as messages.
 
     Args:
         rate: bytes a second; None for no limit.
-        catch_up: seconds lost by waking late that are made up for. Idle time beyond that is not.
+        catch_up: seconds of lost time, such as from waking late, that may be made up for at a higher rate. Idle time
+            beyond that is lost.
     """
 
     def __init__(self, rate: float | None, *, catch_up: float = 0.0) -> None:
         self._rate, self._catch_up, self._next = rate, catch_up, 0.0
 
     def wait(self, now: float) -> float:
-        """Seconds until the next bytes may leave; 0 for at once."""
+        """Seconds until the next bytes may be sent; 0 for at once."""
         return max(0.0, self._next - now) if self._rate else 0.0
 
     def spend(self, nbytes: int, now: float) -> None:
-        """Count bytes that leave now."""
+        """Count bytes that are sent now."""
         if self._rate:
             self._next = max(self._next, now - self._catch_up) + nbytes / self._rate
 
     def try_spend(self, nbytes: int) -> float:
-        """Count these bytes and return 0 if they may leave now; otherwise return the seconds that are to be waited."""
+        """If bytes may be sent now, count these and return 0; otherwise return the seconds to wait."""
         now = time.monotonic()
-        early = self.wait(now)
-        if not early:
+        seconds = self.wait(now)
+        if not seconds:
             self.spend(nbytes, now)
-        return early
+        return seconds
 
     def piece(self, nbytes: int, *, seconds: float = 0.1, least: int = 64 << 10) -> int:
-        """The longest transfer to begin at once, where it is `nbytes` without a limit: what takes so many seconds."""
+        """Bytes to send in one piece: what takes `seconds` at the rate, between `least` and `nbytes`."""
         return nbytes if not self._rate else min(nbytes, max(least, int(self._rate * seconds)))
 
 
 def check_rate(rate: float | None) -> None:
-    """Raise `ValueError` unless it is None, or more than 0 bytes a second."""
+    """Raise `ValueError` unless the rate is None, or more than 0 bytes a second."""
     if rate is not None and not rate > 0:
         raise ValueError(f"rate_limit is in bytes a second, more than 0; not {rate}")

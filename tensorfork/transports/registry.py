@@ -1,6 +1,6 @@
-"""The table of transports' names, open to others through the entry-point group `tensorfork.transports`.
+"""The table of transports by name. Other packages add theirs through the entry-point group `tensorfork.transports`.
 
-A transport is imported when it is first asked for: `import tensorfork` loads none.
+A transport is imported when it is first used: `import tensorfork` imports none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,67 +20,69 @@ BUILT_IN = {
     "zeromq": "tensorfork.transports.zeromq:ZeroMQ",
 }
 AUTO = ("cuda_ipc", "transfer_engine:rdma", "nccl", "zeromq")
-"""The order in which `transport="auto"` tries; third parties' transports are used only by name."""
+"""The order in which `transport="auto"` tries them. Transports of other packages are used only by name."""
 
 
 def names() -> list[str]:
     """Every name that `load` knows, the built-in ones first."""
-    return [*BUILT_IN, *_others()]
+    return [*BUILT_IN, *_third_party()]
 
 
 def load(name: str) -> Transport:
-    """A new transport of that name, with its default settings; for ``name:fabric``, one that uses that fabric alone.
+    """A new transport of that name, with its default settings; for ``name:fabric``, one that uses only that fabric.
 
     Raises:
-        TransportUnavailable: no such name, its module cannot be imported, or it has no such fabric.
+        TransportUnavailable: there is no such name, its module cannot be imported, or it has no such fabric.
     """
-    known, _, fabric = name.partition(":")
-    factory = _factory(known)
+    base_name, _, fabric = name.partition(":")
+    factory = _factory(base_name)
     try:
-        made = factory(fabric=fabric) if fabric else factory()
+        transport = factory(fabric=fabric) if fabric else factory()
     except (TypeError, ValueError) as error:
         if not fabric:
             raise
-        why = str(error) if isinstance(error, ValueError) else "it has none to choose from"
-        raise TransportUnavailable(f"the transport {known!r} has no fabric {fabric!r}: {why}") from error
-    if not isinstance(made, Transport):
-        raise TransportUnavailable(f"the transport {name!r} made a {type(made).__name__}, not a tensorfork.Transport")
-    return made
+        reason = str(error) if isinstance(error, ValueError) else "it has none to choose from"
+        raise TransportUnavailable(f"the transport {base_name!r} has no fabric {fabric!r}: {reason}") from error
+    if not isinstance(transport, Transport):
+        raise TransportUnavailable(
+            f"the transport {name!r} made a {type(transport).__name__}, not a tensorfork.Transport"
+        )
+    return transport
 
 
 def offered(wanted: Sequence[str | Transport] | None) -> dict[str, Transport]:
-    """The transports that a seed offers, by name: those that are wanted, or all.
+    """The transports that a seed offers, by name: those in `wanted`, or all if it is None.
 
-    Raises `TransportUnavailable` where one that is wanted cannot be loaded, `TypeError` for a single name.
+    Raises `TransportUnavailable` if one in `wanted` cannot be loaded, `TypeError` if it is a single name.
     """
     if isinstance(wanted, str):
         raise TypeError(f"transports must be a sequence of names or transports; write [{wanted!r}]")
-    found: dict[str, Transport] = {}
-    for one in names() if wanted is None else wanted:
+    transports: dict[str, Transport] = {}
+    for item in names() if wanted is None else wanted:
         try:
-            transport = one if isinstance(one, Transport) else load(one)
+            transport = item if isinstance(item, Transport) else load(item)
         except TensorForkError:
             if wanted is not None:
                 raise
-            continue  # a broken one of a third party's; asking for it by name says why
-        found[transport.name] = transport
-    return found
+            continue  # of another package, and broken; whoever names it gets the error
+        transports[transport.name] = transport
+    return transports
 
 
 def _factory(name: str) -> Any:
     if name in BUILT_IN:
         module, _, attribute = BUILT_IN[name].partition(":")
         return getattr(import_module(module), attribute)
-    other = _others().get(name)
-    if other is None:
+    entry_point = _third_party().get(name)
+    if entry_point is None:
         raise TransportUnavailable(f"there is no transport {name!r}; there are: {', '.join(names())}")
     try:
-        return other.load()
+        return entry_point.load()
     except Exception as error:
         raise TransportUnavailable(
-            f"the transport {name!r} of {other.value!r} cannot be imported: {error}. Reinstall what provides it."
+            f"the transport {name!r} of {entry_point.value!r} cannot be imported: {error}. Reinstall what provides it."
         ) from error
 
 
-def _others() -> Mapping[str, EntryPoint]:
+def _third_party() -> Mapping[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in BUILT_IN}
