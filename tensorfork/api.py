@@ -168,7 +168,7 @@ def fork(
         warm_up.begin(named_device(device))
 
     def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
-        if unused := terms.selection.unused([tensor.name for tensor in theirs.tensors]):
+        if unused := terms.selection.unmatched([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
         return destination.memory_for_all(theirs, device)

@@ -73,7 +73,7 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         not_compared = seed.compare(terms.identity, terms.rank)
         watch.enter("layout")
         layout = seed.layout(terms.deadline)
-        taken, left_out = layout.only(terms.selection.takes)
+        taken, left_out = layout.only(terms.selection.selects)
         memory = filling.allocate(taken, watch.enter)
         if terms.verify:
             warm_up.begin(memory.devices)

@@ -1,7 +1,7 @@
 """The description of a model: its tensors, and the storages they lie in, without copying a byte.
 
-`describe` walks a model. What it finds (`ModelLayout`) is what a seed tells its forks; the addresses stay in this process,
-in the `ModelMemory` beside it.
+The layout that `describe` returns (`ModelLayout`) is what a seed sends to its forks; the addresses, in a `ModelMemory`,
+stay in this process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,15 @@ from tensorfork.regions import Region
 
 @frozen(eq=False, repr=False)
 class ModelMemory:
-    """Where the storages of a `ModelLayout` lie in this process (None for meta ones); keeps them alive."""
+    """The memory of a `ModelLayout` in this process.
+
+    Attributes:
+        addresses: of each storage of the layout; None on the meta device.
+        storages: torch's objects, which keep the memory alive.
+    """
 
     addresses: Sequence[int | None]
-    keep: Sequence[torch.UntypedStorage]
+    storages: Sequence[torch.UntypedStorage]
 
     def regions(self, layout: ModelLayout) -> list[Region]:
         """One region for each storage that has bytes and memory, with the storage's index as its id."""
@@ -39,13 +44,13 @@ class ModelMemory:
 
 @frozen(eq=False, repr=False)
 class LocalModel:
-    """A model as it is here.
+    """A model in this process.
 
     Attributes:
         layout: its description.
-        tensors: the tensors by name, none of them made of others.
-        wrappers: those that are made of these, by name, the inner ones first.
-        memory: where they lie.
+        tensors: its tensors by name, none of them made of others.
+        wrappers: the tensors that are made of these, by name, the inner ones first.
+        memory: where its storages lie.
     """
 
     layout: ModelLayout
@@ -57,7 +62,7 @@ class LocalModel:
 def describe(
     model: Any, selection: Selection | None = None, identity: Identity | None = None, rank: Rank | None = None
 ) -> LocalModel:
-    """Describe a model, or what is selected of it. Copies nothing.
+    """Describe a model, or the tensors selected from it. Copies nothing.
 
     Raises:
         TypeError: it is not a model.
@@ -76,7 +81,8 @@ def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None)
     )
     storages = tuple(StorageLayout(extent.end - extent.start, extent.device) for extent in extents.values())
     memory = ModelMemory(
-        [extent.address for extent in extents.values()], [kept for extent in extents.values() for kept in extent.keep]
+        [extent.address for extent in extents.values()],
+        [storage for extent in extents.values() for storage in extent.storages],
     )
     layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
     return LocalModel(layout, found.tensors, found.wrappers, memory)
@@ -90,7 +96,7 @@ def _tensor_layout(
     if (location.start - extent.start) % tensor.element_size():
         raise UnsupportedTensor(
             f"{name}: in memory that it shares with other tensors it does not begin at a multiple of its element's "
-            "size, where no fork could have it; publish a copy"
+            "size, and a fork could not allocate it so; publish a copy"
         )
     return TensorLayout(
         name,

@@ -1,4 +1,4 @@
-"""Which tensors a caller means: patterns over their names."""
+"""Which tensors a caller chooses, by patterns over their names."""
 
 import re
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ def _patterns(given: Patterns) -> tuple[str, ...] | None:
 class Selection:
     """The tensors that are included, all by default, less those that are excluded.
 
-    A pattern is a name in which ``*`` stands for any text and ``?`` for one character; all else stands for itself,
-    brackets too. It means that name and whatever lies under it: ``layers.3`` is the whole layer, ``*.kv_cache`` every
-    cache and all tensors in it.
+    A pattern is a name in which ``*`` stands for any text and ``?`` for one character; every other character stands for
+    itself, brackets too. It matches that name and every name under it: ``layers.3`` is the whole layer, ``*.kv_cache``
+    every cache and all tensors in it.
 
     Attributes:
         include: patterns, of which a tensor's name must match one; None for all.
@@ -33,36 +33,36 @@ class Selection:
 
     include: tuple[str, ...] | None = field(default=None, converter=_patterns)
     exclude: tuple[str, ...] | None = field(default=None, converter=_patterns)
-    _in: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
-    _out: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
+    _included: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
+    _excluded: re.Pattern[str] | None = field(init=False, repr=False, eq=False)
 
-    @_in.default
-    def _compile_in(self) -> re.Pattern[str] | None:
+    @_included.default
+    def _compile_include(self) -> re.Pattern[str] | None:
         return None if self.include is None else _regex(self.include)
 
-    @_out.default
-    def _compile_out(self) -> re.Pattern[str] | None:
+    @_excluded.default
+    def _compile_exclude(self) -> re.Pattern[str] | None:
         return _regex(self.exclude) if self.exclude else None
 
     @property
     def is_all(self) -> bool:
         """Whether nothing is left out."""
-        return self._in is None and self._out is None
+        return self._included is None and self._excluded is None
 
     def excludes(self, name: str) -> bool:
-        """Whether it, and with it all that lies under it, is excluded."""
-        return self._out is not None and self._out.fullmatch(name) is not None
+        """Whether this name, and with it every name under it, is excluded."""
+        return self._excluded is not None and self._excluded.fullmatch(name) is not None
 
-    def takes(self, name: str) -> bool:
-        """Whether the tensor of this name is meant."""
-        return (self._in is None or self._in.fullmatch(name) is not None) and not self.excludes(name)
+    def selects(self, name: str) -> bool:
+        """Whether the tensor of this name is one of those chosen."""
+        return (self._included is None or self._included.fullmatch(name) is not None) and not self.excludes(name)
 
-    def unused(self, names: Sequence[str]) -> list[str]:
-        """The patterns of `include` that mean none of these."""
+    def unmatched(self, names: Sequence[str]) -> list[str]:
+        """The patterns of `include` that match none of these names."""
         return [pattern for pattern in self.include or () if not any(map(_regex([pattern]).fullmatch, names))]
 
 
 def _regex(patterns: Sequence[str]) -> re.Pattern[str]:
-    wild = {"*": ".*", "?": "."}
-    texts = ("".join(wild.get(character) or re.escape(character) for character in pattern) for pattern in patterns)
+    wildcards = {"*": ".*", "?": "."}
+    texts = ("".join(wildcards.get(character) or re.escape(character) for character in pattern) for pattern in patterns)
     return re.compile(rf"(?s:(?:{'|'.join(texts)})(?:[.\[].*)?)")

@@ -1,6 +1,6 @@
-"""Where tensors lie: the allocations, and the stretches of them that tensors use."""
+"""Where tensors lie: the allocations, and the parts of them that tensors use."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -8,20 +8,21 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from tensorfork.errors import UnsupportedTensor
+from tensorfork.model.kinds import PLAIN_TENSORS
 
 ALIGNMENT = 512
 """Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
 
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
-
-
 class TensorLocation:
-    """Where one tensor lies: an allocation (its base address, or a number for a meta storage), and bytes in it."""
+    """Where one tensor lies: the bytes from `start` to `end` of an allocation.
 
-    __slots__ = ("base", "device", "end", "key", "extent", "start", "storage")
+    `key` tells allocations apart; `base` is the allocation's address, None on the meta device; `storage` owns it.
+    """
+
+    __slots__ = ("base", "device", "end", "extent", "key", "start", "storage")
     extent: "StorageExtent"
-    """The stretch that it is in, once `storage_extents` has told."""
+    """The extent that it lies in. Set by `storage_extents`."""
 
     def __init__(self, key: Any, base: int | None, device: str, start: int, end: int, storage: Any) -> None:
         self.key, self.base, self.device = key, base, device
@@ -29,16 +30,22 @@ class TensorLocation:
 
 
 class StorageExtent:
-    """A stretch of one allocation that tensors use; start and end in bytes from the allocation's base."""
+    """The part of one allocation that tensors use; start and end in bytes from the allocation's base."""
 
-    __slots__ = ("base", "device", "end", "index", "keep", "start")
+    __slots__ = ("base", "device", "end", "index", "start", "storages")
 
     index: int
-    """Its number among all of a model's."""
+    """Its number among all of a model's. Set by `storage_extents`."""
 
     def __init__(self, location: TensorLocation) -> None:
         self.base, self.device = location.base, location.device
-        self.start, self.end, self.keep = location.start, location.end, [location.storage]
+        self.start, self.end, self.storages = location.start, location.end, [location.storage]
+
+    def include(self, location: TensorLocation) -> None:
+        """Grow to cover one more tensor of the same allocation."""
+        self.start, self.end = min(self.start, location.start), max(self.end, location.end)
+        if self.storages[-1] is not location.storage:
+            self.storages.append(location.storage)
 
     @property
     def address(self) -> int | None:
@@ -46,15 +53,11 @@ class StorageExtent:
         return None if self.base is None else self.base + self.start
 
 
-def _place(extent: StorageExtent) -> tuple[str, int]:
-    return (extent.device, extent.address or 0) if extent.device.startswith("cuda") else ("", 0)
-
-
 def locate(name: str, tensor: torch.Tensor) -> TensorLocation:
     """Where a tensor lies. Raises `UnsupportedTensor` for one that cannot be forked."""
     device = _device_name(tensor.device)
-    if why := _why_not(tensor, device):
-        raise UnsupportedTensor(f"{name}: {why}")
+    if why_not := _why_not_forkable(tensor, device):
+        raise UnsupportedTensor(f"{name}: {why_not}")
     storage = tensor.untyped_storage()
     itemsize = tensor.element_size()
     start = int(tensor.storage_offset()) * itemsize
@@ -66,7 +69,7 @@ def locate(name: str, tensor: torch.Tensor) -> TensorLocation:
     if device == "meta":
         return TensorLocation((device, storage._cdata), None, device, start, end, storage)
     base = storage.data_ptr()
-    if not tensor.numel():  # no memory to speak of; a location of its own keeps it out of everybody's extent
+    if not tensor.numel():  # it has no bytes; a key of its own keeps it out of the extents of others
         return TensorLocation((device, "empty"), 0, device, 0, 0, storage)
     return TensorLocation((device, base), base, device, start, end, storage)
 
@@ -76,9 +79,9 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _why_not(tensor: torch.Tensor, device: str) -> str | None:
-    plain = type(tensor) in _PLAIN
-    if not plain and isinstance(tensor, UninitializedTensorMixin):
+def _why_not_forkable(tensor: torch.Tensor, device: str) -> str | None:
+    is_plain = type(tensor) in PLAIN_TENSORS
+    if not is_plain and isinstance(tensor, UninitializedTensorMixin):
         return "it is not initialised yet; run the lazy module once first"
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -89,12 +92,12 @@ def _why_not(tensor: torch.Tensor, device: str) -> str | None:
         return "it is a lazy conjugate or negative; call .resolve_conj().resolve_neg() on it first"
     if not device.startswith(("cpu", "cuda", "meta")):
         return f"tensors on {tensor.device.type} cannot be forked; only cpu and cuda"
-    if not plain and not _is_plain(tensor):
+    if not is_plain and not _has_own_storage(tensor):
         return f"a {type(tensor).__name__} holds its bytes elsewhere; publish its inner tensors in a mapping"
     return None
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def _has_own_storage(tensor: torch.Tensor) -> bool:
     """Whether a subclass holds its bytes as a plain tensor does, in a storage of its own."""
     return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not hasattr(
         tensor, "__tensor_flatten__"
@@ -102,50 +105,59 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def storage_extents(locations: Sequence[TensorLocation]) -> dict[Any, StorageExtent]:
-    """The extent of each allocation, numbered in the order in which the model's tensors first use them; those of GPUs
-    behind the others, by address: many lie in one allocation of the driver's, and what a fork makes room for in this
-    order has the same neighbours.
+    """The extent of each allocation, by its key; tells each location its extent.
 
-    Two storages over the same memory (made through DLPack or a raw pointer) are one allocation.
+    Extents are numbered in the order in which the model's tensors first use them, with those of GPUs last, by address:
+    many of these lie in one allocation of the driver's, and a fork that allocates them in this order gives them the
+    same neighbours. Two storages over the same memory (made through DLPack or a raw pointer) are one allocation.
     """
-    alias: dict[Any, TensorLocation] = {}
-    reach: dict[str, tuple[int, TensorLocation]] = {}
-    whole: dict[Any, TensorLocation] = {}
-    for location in locations:
-        if location.base:
-            known = whole.setdefault(location.key, location)
-            if known is not location and location.storage.nbytes() > known.storage.nbytes():
-                whole[location.key] = location
-    for key in sorted(whole):  # by device and base
-        location = whole[key]
-        assert location.base is not None
-        end, owner = reach.get(location.device, (0, location))
-        if location.base >= end:
-            owner = location
-        alias[location.key] = owner
-        reach[location.device] = max(end, location.base + location.storage.nbytes()), owner
+    enclosing = _enclosing_allocations(locations)
     extents: dict[Any, StorageExtent] = {}
     for location in locations:
-        owner = alias.get(location.key, location)
-        if owner is not location and location.base is not None and owner.base is not None:
-            shift = location.base - owner.base
-            location.start, location.end, location.key, location.base = (
-                location.start + shift,
-                location.end + shift,
-                owner.key,
-                owner.base,
-            )
+        _express_within(location, enclosing.get(location.key, location))
         extent = extents.get(location.key)
         if extent is None:
             extent = extents[location.key] = StorageExtent(location)
         else:
-            extent.start, extent.end = min(extent.start, location.start), max(extent.end, location.end)
-            if extent.keep[-1] is not location.storage:
-                extent.keep.append(location.storage)
+            extent.include(location)
         location.extent = extent
     for extent in extents.values():
         extent.start -= extent.start % ALIGNMENT
-    in_order = dict(sorted(extents.items(), key=lambda one: _place(one[1])))
+    in_order = dict(sorted(extents.items(), key=lambda item: _order(item[1])))
     for index, extent in enumerate(in_order.values()):
         extent.index = index
     return in_order
+
+
+def _enclosing_allocations(locations: Sequence[TensorLocation]) -> Mapping[Any, TensorLocation]:
+    """For each allocation with memory, by its key, a location in the first allocation of those that overlap."""
+    largest: dict[Any, TensorLocation] = {}
+    for location in locations:
+        if location.base:
+            known = largest.setdefault(location.key, location)
+            if known is not location and location.storage.nbytes() > known.storage.nbytes():
+                largest[location.key] = location
+    enclosing: dict[Any, TensorLocation] = {}
+    reached: dict[str, tuple[int, TensorLocation]] = {}
+    """By device, the address where the overlapping allocations end so far, and a location in the first of them."""
+    for key in sorted(largest):  # by device and base
+        location = largest[key]
+        assert location.base is not None
+        end, first = reached.get(location.device, (0, location))
+        if location.base >= end:
+            first = location
+        enclosing[key] = first
+        reached[location.device] = max(end, location.base + location.storage.nbytes()), first
+    return enclosing
+
+
+def _express_within(location: TensorLocation, other: TensorLocation) -> None:
+    """Express a location in bytes of the allocation that the other one lies in."""
+    if other is not location and location.base is not None and other.base is not None:
+        shift = location.base - other.base
+        location.start, location.end = location.start + shift, location.end + shift
+        location.key, location.base = other.key, other.base
+
+
+def _order(extent: StorageExtent) -> tuple[str, int]:
+    return (extent.device, extent.address or 0) if extent.device.startswith("cuda") else ("", 0)
