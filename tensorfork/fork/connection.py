@@ -30,7 +30,7 @@ class SeedConnection:
         """Say hello."""
         hello = messages.Hello(__version__)
         soon = min(deadline, time.monotonic() + HELLO_TIMEOUT)
-        self.welcome, _ = self.conversation.ask(hello, messages.Welcome, soon, "hello")
+        self.welcome, _ = self.conversation.request(hello, messages.Welcome, soon, "hello")
 
     def compare(self, identity: Identity | None, rank: Rank | None) -> list[str]:
         """Raise `IdentityMismatch` if it is not what we are; what was not compared, as it was not given."""
@@ -46,7 +46,7 @@ class SeedConnection:
 
     def layout(self, deadline: float) -> ModelLayout:
         """Every tensor it has."""
-        pages, frames = self.conversation.ask(messages.GetLayout(), messages.Pages, deadline, "layout")
+        pages, frames = self.conversation.request(messages.GetLayout(), messages.Pages, deadline, "layout")
         layout = tables.unpack_layout(pages, frames, self.welcome)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:
             raise ProtocolError(f"{self.address}: the layout is not the one that its welcome announced")

@@ -58,7 +58,7 @@ def lease(
     request = messages.TakeLease(
         transport.name, dict(transport.facts(given)), max(0.0, deadline - time.monotonic()), digests
     )
-    taken, frames = peer.conversation.ask(request, messages.Leased, deadline, "lease")
+    taken, frames = peer.conversation.request(request, messages.Leased, deadline, "lease")
     try:
         remote = tables.unpack_regions(frames)
         enter("open")
@@ -81,6 +81,6 @@ def _release(peer: SeedConnection, id: bytes, deadline: float) -> None:
     """Give a lease back, best effort: it ends by itself too."""
     try:
         soon = min(max(deadline, time.monotonic() + 0.2), time.monotonic() + 2.0)
-        peer.conversation.ask(messages.CheckLease(id, True), messages.Checked, soon, "release")
+        peer.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")
     except TensorForkError as error:
         log.info("a lease was not given back: %s", error)

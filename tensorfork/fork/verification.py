@@ -11,7 +11,7 @@ from tensorfork.wire import messages, tables
 
 def check_generation(held: Lease, peer: SeedConnection, deadline: float) -> None:
     """Raise `SeedChanged` unless the seed is still at the lease's generation, and was not being changed."""
-    now, _ = peer.conversation.ask(messages.CheckLease(held.id, False), messages.Checked, deadline, "check")
+    now, _ = peer.conversation.request(messages.CheckLease(held.id, False), messages.Checked, deadline, "check")
     if held.generation % 2 or now.generation != held.generation:
         raise SeedChanged(
             f"{peer.address}: the seed's weights changed during the fork (generation {held.generation}, then "
@@ -29,7 +29,7 @@ def compare_digests(
             "version of tensorfork, or verify=False at your own risk"
         )
     have = verification.digests()
-    reply, frames = peer.conversation.ask(messages.GetDigests(held.id), messages.Digests, deadline, "digests")
+    reply, frames = peer.conversation.request(messages.GetDigests(held.id), messages.Digests, deadline, "digests")
     if reply.generation != held.generation:
         raise SeedChanged(f"{peer.address}: the seed's weights changed before their digests were computed; fork again")
     want = dict(zip((t.name for t in layout.tensors), tables.unpack_digests(frames, len(layout.tensors)), strict=True))

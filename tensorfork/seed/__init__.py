@@ -1,1 +1,1 @@
-"""A published model: the handle that `publish` returns, the service that answers forks, leases, generations."""
+"""A published model: the handle that `publish` returns, the service that answers forks, and its leases."""

@@ -1,7 +1,8 @@
-"""The generation of a seed's tensors, and what is computed once in each: their digests.
+"""The generation of a seed's tensors: a seqlock.
 
-A seqlock. A writer makes the generation odd before its first change and even, by one more, after the last; a reader
-takes it before and after, and has read one moment's bytes only if it was even and is the same. Nobody ever waits.
+A writer makes the generation odd before its first change, and even again, by adding one more, after its last. A reader
+takes the generation before and after it reads: it has read the bytes of one moment only if the two are equal and even.
+Nobody ever waits.
 """
 
 import threading
@@ -12,11 +13,10 @@ import torch
 
 
 class SeqLock:
-    """The generation: a seqlock whose writers say when they change the tensors. Readers never wait, and never block."""
+    """A seqlock around the seed's tensors. Writers enter `updating`; readers compare `generation` before and after."""
 
     def __init__(self, devices: frozenset[torch.device]) -> None:
         self.generation = 0
-        self.changing = threading.Event()
         self._devices = devices
         self._lock = threading.Lock()
         self._writers = 0
@@ -24,14 +24,13 @@ class SeqLock:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
-        """Round one writer's change; see `Seed.updating`."""
+        """Around one writer's change; see `Seed.updating`. Writers may overlap: the last to leave makes it even."""
         with self._lock:
             if not self._writers:
                 self._failed = False
             self._writers += 1
             if self.generation % 2 == 0:
                 self.generation += 1
-            self.changing.set()
         finished = False
         try:
             yield
@@ -43,5 +42,4 @@ class SeqLock:
                 self._writers -= 1
                 self._failed = self._failed or not finished
                 if not self._writers and not self._failed:
-                    self.changing.clear()
                     self.generation += 1

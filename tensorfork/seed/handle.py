@@ -21,13 +21,13 @@ from tensorfork.transports.base import Transport
 
 
 class Seed:
-    """A published model. Made by `tensorfork.publish`; keeps what it published alive until `close`.
+    """A published model. Made by `tensorfork.publish`; keeps the published tensors alive until `close`.
 
     Attributes:
         address: where forks find it, such as ``tcp://10.0.0.7:4180``.
-        layout: what it published.
-        identity: which model it is, where that was said.
-        rank: which part of it, where that was said.
+        layout: the tensors and storages that it published.
+        identity: which model it is; None unless `publish` was told.
+        rank: which part of the model it is; None unless `publish` was told.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Seed:
         bind: str,
         advertise: str | None,
     ) -> None:
-        self._closed = True  # until there is something to close
+        self._closed = True  # so that `__del__` does nothing if the next line raises
         self._service = SeedService(layout, tensors, memory, transports, bind, advertise)
         self._closed = False
         _open.add(self)
@@ -50,25 +50,26 @@ class Seed:
 
     @property
     def generation(self) -> int:
-        """Changes when the tensors are changed in place; odd while they are being changed."""
-        return self._service.clock.generation
+        """A number that changes with every in-place change of the tensors; odd while they are being changed."""
+        return self._service.seqlock.generation
 
     def updating(self) -> AbstractContextManager[None]:
-        """A context manager round an in-place change of the tensors, so that no fork takes a mixture of old and new.
+        """A context manager around an in-place change of the tensors, so that no fork takes a mixture of old and new.
 
-        Leaving it waits for the current stream of each of the model's GPUs before the generation is even again. Should
-        the change raise, the generation stays odd, and forks are refused, until a later change succeeds. Changes from
-        several threads may overlap.
+        On leaving it, the current stream of each of the model's GPUs is synchronised, and then the generation becomes
+        even again. If the change raises, the generation stays odd, and forks are refused, until a later change
+        succeeds. Changes from several threads may overlap.
         """
-        return self._service.clock.updating()
+        return self._service.seqlock.updating()
 
     def stats(self) -> SeedStats:
         """What it has done so far."""
         return self._service.stats()
 
     def close(self, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Stop answering and end all leases, waiting at most `timeout` seconds. Forks under way fail; a second time
-        does nothing.
+        """Stop answering and end all leases, waiting at most `timeout` seconds. Forks in progress fail.
+
+        A second call does nothing.
         """
         if not self._closed:
             self._closed = True
@@ -95,13 +96,14 @@ class Seed:
 
 _open: "weakref.WeakSet[Seed]" = weakref.WeakSet()
 
-os.register_at_fork(after_in_child=_open.clear)  # they are the parent's
+os.register_at_fork(after_in_child=_open.clear)  # the parent closes its own seeds
 
 
 @cache
 def _close_at_exit() -> None:
-    """Once, and behind what its transports have registered for the end, which comes after this, then. A thread that is
-    inside of torch when Python has ended aborts the process.
+    """Have all seeds closed when the process exits, since a thread that is inside torch while Python ends aborts it.
+
+    Registered once, and after the transports have registered their own exit functions, so that it runs before those.
     """
     atexit.register(_close_all)
 

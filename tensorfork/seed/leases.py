@@ -1,4 +1,4 @@
-"""Leases: who holds one, until when."""
+"""The seed's record of a lease, and the counts of what it has done."""
 
 import threading
 
@@ -9,7 +9,16 @@ from tensorfork.wire.listener import SeedChannel
 
 @define(eq=False)
 class Lease:
-    """One fork's lease. `ended` is what its threads wait for."""
+    """One fork's lease, at the seed.
+
+    Attributes:
+        id: what the fork's messages about the lease carry.
+        peer: the fork's connection, as the listener names it.
+        generation: the seed's generation when it was granted.
+        expires: when it ends, by `time.monotonic()`.
+        channel: the seed's end of its channel.
+        ended: set when it ends, by either side or by time; its threads wait for that.
+    """
 
     id: bytes
     peer: bytes
@@ -19,6 +28,7 @@ class Lease:
     ended: threading.Event = field(factory=threading.Event)
 
     def end(self) -> None:
+        """End the lease and its channel; its threads do the rest. A second call does nothing."""
         self.ended.set()
         self.channel.end()
 

@@ -1,1 +1,1 @@
-"""ZeroMQ sockets with every limit set, addresses, and what wakes a thread that polls."""
+"""ZeroMQ sockets with every limit set, TCP addresses, and a waker for threads that poll."""

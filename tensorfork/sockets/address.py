@@ -1,4 +1,4 @@
-"""TCP addresses: parsing, looking up names, and which of our own addresses a peer sees."""
+"""TCP addresses: parsing them, looking up host names, and the local address that faces a peer."""
 
 import ipaddress
 import re
@@ -18,14 +18,14 @@ _ADDRESS = re.compile(r"(?:tcp://)?(?:\[(?P<v6>[^\[\]]+)\]|(?P<host>[^\s:/\[\]]+
 
 @frozen
 class Address:
-    """A TCP address. `str()` gives the form that ZeroMQ and people use, with IPv6 in brackets."""
+    """A TCP address. `str()` gives ``tcp://host:port``, with IPv6 in brackets; a port of None becomes ``*``."""
 
     host: str
     port: int | None
 
     @classmethod
     def parse(cls, text: str) -> "Address":
-        """From ``tcp://host:port`` or ``host:port``; a port of ``*`` becomes None. Raises `ValueError`."""
+        """Parse ``tcp://host:port`` or ``host:port``; a port of ``*`` becomes None. Raises `ValueError`."""
         found = _ADDRESS.fullmatch(text)
         port = None if found is None or found["port"] == "*" else int(found["port"])
         if found is None or (port or 0) > 65535 or not (found["host"] or _is_ipv6(found["v6"])):
@@ -34,7 +34,7 @@ class Address:
 
     @property
     def is_wildcard(self) -> bool:
-        """Whether it stands for every interface, so that nobody can connect to it."""
+        """Whether it means every interface: an address to bind, and none to connect to."""
         return self.host in WILDCARDS
 
     def __str__(self) -> str:
@@ -50,31 +50,34 @@ def _is_ipv6(text: str) -> bool:
 
 
 def resolve(address: Address, deadline: float) -> Address:
-    """The address with its host's name looked up, within the deadline (the system's resolver has none).
+    """Look up the host's name, on a thread, since the system's resolver has no deadline.
 
-    Raises `PeerUnreachable` when there is no such host.
+    Raises `PeerUnreachable` when there is no such host, or no answer by the deadline.
     """
-    found: list[Any] = []
+    results: list[Any] = []
 
     def look_up() -> None:
         try:
-            found.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][4][0])
-        except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
-            found.append(error)
+            results.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][4][0])
+        except (OSError, UnicodeError) as error:  # UnicodeError for a text that cannot be a host's name
+            results.append(error)
 
     thread = threading.Thread(target=look_up, name="tensorfork-resolve", daemon=True)
     thread.start()
     thread.join(max(0.0, deadline - time.monotonic()))
-    answer = found[0] if found else TimeoutError("no answer from the resolver")
-    if isinstance(answer, Exception):
+    result = results[0] if results else TimeoutError("no answer from the resolver")
+    if isinstance(result, Exception):
         raise PeerUnreachable(
-            f"{address}: no such host (looking up the name): {answer}. Check the address the seed printed."
-        ) from answer
-    return Address(answer, address.port)
+            f"{address}: no such host (looking up the name): {result}. Check the address the seed printed."
+        ) from result
+    return Address(result, address.port)
 
 
 def local_address(towards: str) -> str:
-    """The address of this host from which packets go to another one. Nothing is sent."""
+    """The address of this host that packets to `towards` carry as their source. Nothing is sent.
+
+    Raises `TransportUnavailable` when no interface leads there.
+    """
     family = socket.AF_INET6 if ":" in towards else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -83,12 +86,12 @@ def local_address(towards: str) -> str:
             raise TransportUnavailable(
                 f"this host has no interface from which {towards} is reached: {error}. Check its network."
             ) from error
-        found: str = probe.getsockname()[0]
-        return found
+        local: str = probe.getsockname()[0]
+        return local
 
 
 def numeric_host(host: str) -> str:
-    """A host to bind, as an address. Raises `TransportUnavailable`."""
+    """The numeric address of a host to bind. Raises `TransportUnavailable` when there is none."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][4][0])
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What libzmq tells of a socket's connections: events, read from the socket's monitor.
+"""Events of a socket's connections, read from its libzmq monitor.
 
 `zmq.utils.monitor` reads them too, but imports `zmq.asyncio`, which takes longer to import than the rest of pyzmq.
-The format of the frames is libzmq's (`zmq_socket_monitor(3)`): a 16-bit event and a 32-bit value; then the endpoint.
+The frames have libzmq's format (`zmq_socket_monitor(3)`): first a 16-bit event and a 32-bit value, then the endpoint.
 """
 
 import struct
@@ -14,7 +14,7 @@ _EVENT = struct.Struct("=HI")
 def recv_event(monitor: "zmq.Socket[bytes]") -> zmq.Event:
     """The next event of a monitor that is ready for reading.
 
-    Raises `zmq.Again` where there is none, and `ValueError` for frames of another format.
+    Raises `zmq.Again` when there is no event, and `ValueError` for frames of another format.
     """
     frames = monitor.recv_multipart(zmq.NOBLOCK)
     if len(frames) != 2 or len(frames[0]) != _EVENT.size:

@@ -4,33 +4,35 @@ import socket
 
 
 class Waker:
-    """Wakes a thread that polls, from any other: register `fileno()`, and `silence()` it once awake."""
+    """Wakes a polling thread from any other thread. The polling thread registers `fileno()`, and calls `clear` when it
+    has been woken.
+    """
 
     def __init__(self) -> None:
-        self._ear, self._clapper = socket.socketpair()
-        self._ear.setblocking(False)
-        self._clapper.setblocking(False)
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
 
     def fileno(self) -> int:
-        """What to poll."""
-        return self._ear.fileno()
+        """The file descriptor to poll for reading."""
+        return self._receiver.fileno()
 
-    def ring(self) -> None:
-        """Wake it. Harmless when it is awake, or gone."""
+    def wake(self) -> None:
+        """Wake the polling thread. Has no effect if it is awake already, or if the waker is closed."""
         try:
-            self._clapper.send(b"!")
-        except OSError:  # it rings already, or nobody is left to hear it
+            self._sender.send(b"!")
+        except OSError:  # its buffer is full, so that the thread is being woken; or it is closed
             return
 
-    def silence(self) -> None:
-        """Take note of all rings so far."""
+    def clear(self) -> None:
+        """Discard every wake-up so far, so that the next poll waits."""
         try:
-            while self._ear.recv(4096):
+            while self._receiver.recv(4096):
                 pass
         except OSError:
             return
 
     def close(self) -> None:
-        """Give both ends back."""
-        self._ear.close()
-        self._clapper.close()
+        """Close both sockets."""
+        self._receiver.close()
+        self._sender.close()

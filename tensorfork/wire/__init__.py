@@ -1,1 +1,1 @@
-"""The conversation between a fork and a seed: messages, tables that travel in pages, and both of its ends."""
+"""The protocol between a fork and a seed: its messages, tables that travel in pages, and both ends of a connection."""

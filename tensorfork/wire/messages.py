@@ -1,9 +1,9 @@
 """The messages between a fork and a seed: attrs classes to msgpack and back, versioned and bounded.
 
-A frame is ``[MAGIC, VERSION, number, kind, body]`` in msgpack. `number` is the fork's; a reply carries that of its
-request. Big tables (a layout, digests) travel behind a reply as frames of their own, in pages, so that making or
-sending one never holds the interpreter for long. Nothing is ever unpickled, and what does not have exactly the
-declared shape is refused before it is looked at further.
+A frame is ``[MAGIC, VERSION, number, kind, body]`` in msgpack. The fork numbers its requests, and a reply has the
+number of its request. Large tables (a layout, digests) travel behind a reply as frames of their own, in pages, so that
+packing or sending one never holds the interpreter for long. Nothing is ever unpickled, and a message that does not have
+exactly the declared fields and types is refused.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,13 @@ MAGIC = "tensorfork"
 VERSION = 1
 
 MAX_REQUEST = 64 << 10
-"""Bytes of a request; unpacking one made to be slow takes a few milliseconds of the seed's interpreter at most."""
+"""Bytes of a request. Even one made to be slow is unpacked in a few milliseconds of the seed's interpreter."""
 
 MAX_REPLY = 32 << 20
 """Bytes of a frame to a fork."""
 
 MAX_FRAMES = 4096
+"""Frames behind one reply, of each kind."""
 
 MAX_TENSORS = 1_000_000
 
@@ -35,6 +36,10 @@ MAX_MESSAGE = 1 << 20
 """Bytes of a message on a channel."""
 
 MAX_OFFER = 16 << 20
+"""Bytes of a transport's offer."""
+
+MAX_LEASE_SECONDS = 86400.0
+"""The longest time of a lease: a day. A fork with a longer timeout is refused."""
 
 _short: Any = max_len(4096)
 
@@ -43,14 +48,14 @@ _count = [ge(0), le(MAX_TENSORS)]
 
 @frozen
 class Hello:
-    """The first words of a fork."""
+    """A fork's first message."""
 
     library: str = field(validator=_short)
 
 
 @frozen
 class Offered:
-    """One transport, as the seed sees it: its facts, or why it cannot."""
+    """One transport at the seed: its facts, or why it cannot work there."""
 
     facts: dict[str, Any]
     why_not: str | None
@@ -58,7 +63,7 @@ class Offered:
 
 @frozen
 class Welcome:
-    """The seed's answer: what it has, and how it can be had."""
+    """The reply to `Hello`: what the seed has published, and the transports that it offers."""
 
     library: str = field(validator=_short)
     seed: bytes = field(validator=max_len(64))
@@ -73,12 +78,12 @@ class Welcome:
 
 @frozen
 class GetLayout:
-    """Asks for every tensor and storage, and the names of what was left out; answered by `Pages`."""
+    """Asks for every tensor and storage, and the names of the tensors left out. The reply is `Pages`."""
 
 
 @frozen
 class Pages:
-    """Says that so many frames follow."""
+    """The reply to `GetLayout`: the number of frames of each kind that follow."""
 
     tensors: int = field(validator=[ge(0), le(MAX_FRAMES)])
     storages: int = field(validator=[ge(0), le(MAX_FRAMES)])
@@ -87,18 +92,18 @@ class Pages:
 
 @frozen
 class TakeLease:
-    """Asks for the memory to stay where it is for so many seconds, reachable through a transport."""
+    """Asks for a lease: the memory stays where it is for so many seconds, readable over a transport. See `Leased`."""
 
     transport: str = field(validator=_short)
     facts: dict[str, Any]
-    seconds: float = field(validator=[ge(0.0), le(86400.0)])
+    seconds: float = field(validator=[ge(0.0), le(MAX_LEASE_SECONDS)])
     digests: bool
-    """Whether digests will be asked for, so that the seed can begin with them."""
+    """Whether digests will be asked for, so that the seed can begin to compute them."""
 
 
 @frozen
 class Leased:
-    """A lease. Of the pages behind it the first has the regions, the others each storage's place in them."""
+    """The reply to `TakeLease`. The pages behind it have the regions and each storage's place: `tables.pack_places`."""
 
     lease: bytes = field(validator=max_len(64))
     generation: int
@@ -108,21 +113,21 @@ class Leased:
 
 @frozen
 class Say:
-    """The frame behind is a message on a lease's channel; either way, and never answered."""
+    """The frame behind is a message on a lease's channel. Sent in both directions, without a reply."""
 
     lease: bytes = field(validator=max_len(64))
 
 
 @frozen
 class GetDigests:
-    """Asks for the digest of every tensor at the lease's generation; answered, when computed, by `Digests`."""
+    """Asks for the digest of every tensor at the lease's generation. `Digests` is the reply, once they are computed."""
 
     lease: bytes = field(validator=max_len(64))
 
 
 @frozen
 class Digests:
-    """So many frames of 8-byte little-endian digests follow, in the layout's order."""
+    """The reply to `GetDigests`: so many frames of 8-byte little-endian digests follow, in the layout's order."""
 
     generation: int
     frames: int = field(validator=[ge(0), le(MAX_FRAMES)])
@@ -130,7 +135,7 @@ class Digests:
 
 @frozen
 class CheckLease:
-    """Asks for the generation as it is now; `release` ends the lease as well."""
+    """Asks for the current generation; `release` ends the lease as well. The reply is `Checked`."""
 
     lease: bytes = field(validator=max_len(64))
     release: bool
@@ -138,14 +143,14 @@ class CheckLease:
 
 @frozen
 class Checked:
-    """The generation as it is now."""
+    """The current generation: the reply to `CheckLease`, and what a seed sends to see whether a fork is still there."""
 
     generation: int
 
 
 @frozen
 class Refused:
-    """No, and why. `code` is one of CODES."""
+    """The reply to a request that is refused, with the reason. `code` is one of CODES."""
 
     code: str = field(validator=_short)
     reason: str = field(validator=max_len(65536))
@@ -174,14 +179,14 @@ REPLIES: tuple[type[Any], ...] = get_args(Reply)
 
 
 def check_channel_message(message: bytes) -> bytes:
-    """The message, if a channel takes it: the other side closes the connection at a longer one."""
+    """The message, if it is short enough; else `ValueError`, since the other side would close the connection."""
     if len(message) > MAX_MESSAGE:
         raise ValueError(f"a message on a channel has at most {MAX_MESSAGE:,} bytes, not {len(message):,}")
     return message
 
 
 def encode(message: Message, number: int) -> bytes:
-    """One frame."""
+    """A message as one frame."""
     body = _converter.unstructure(message)
     packed: bytes = msgpack.packb([MAGIC, VERSION, number, type(message).__name__, body])
     return packed
@@ -191,8 +196,9 @@ def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[
     """The number and the message of a frame.
 
     Raises:
-        OtherVersion: it is tensorfork's, of another version; its number is kept, as that of a `Malformed` one is.
-        ProtocolError: it is anything else than one of the expected messages.
+        OtherVersion: it is a tensorfork message of another version; the error has its number.
+        Malformed: its number can be read, but it is not one of the expected messages.
+        ProtocolError: it is not a tensorfork message.
     """
     envelope = unpack(frame)
     if not isinstance(envelope, list) or len(envelope) < 3 or envelope[0] != MAGIC:
@@ -207,19 +213,19 @@ def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[
     try:
         return envelope[2], _converter.structure(envelope[4], kind)
     except Exception as error:  # cattrs has no common base for what it raises on bad values
-        raise Malformed(f"a malformed {envelope[3]} came: {_words(error)}", envelope[2]) from error
+        raise Malformed(f"a malformed {envelope[3]} came: {_text_of(error)}", envelope[2]) from error
 
 
 class Malformed(ProtocolError):
-    """A message whose number can be read, and the rest cannot."""
+    """A message that cannot be read, except for its number."""
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
         self.number = number
 
 
-def _words(error: Exception) -> str:
-    """What it says, if it can: an error of cattrs about names that are not texts fails once more when it is printed."""
+def _text_of(error: Exception) -> str:
+    """The error's text, or else its type: cattrs' error about keys that are not texts raises when it is printed."""
     try:
         return str(error)
     except Exception:
@@ -235,6 +241,7 @@ class OtherVersion(ProtocolError):
 
 
 def unpack(frame: bytes | memoryview) -> Any:
+    """Unpack a frame's msgpack; raises `ProtocolError`."""
     try:
         return msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=True)
     except Exception as error:  # msgpack has no common base for what it raises on bad bytes
@@ -242,7 +249,7 @@ def unpack(frame: bytes | memoryview) -> Any:
 
 
 def _make_converter() -> Converter:
-    """Strict: cattrs would turn "1" into 1 and drop fields it does not know."""
+    """A strict converter. By default cattrs turns "1" into 1, and drops fields that it does not know."""
     converter = Converter(forbid_extra_keys=True, detailed_validation=False)
 
     def exactly(kind: type[Any]) -> Callable[[Any, Any], Any]:

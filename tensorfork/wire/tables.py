@@ -1,11 +1,12 @@
 """Tables that travel behind a reply in pages: layouts, regions and places, digests.
 
-A page holds a bounded number of rows as columns, so that packing, sending or reading one never holds the interpreter for
-long. What does not have exactly the declared shape is a `ProtocolError`.
+A page holds a bounded number of rows, as columns, so that packing, sending or reading one never holds the interpreter
+for long. A page that does not have exactly the declared columns and types is a `ProtocolError`.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -16,10 +17,11 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
+from tensorfork.validators import is_text
 from tensorfork.wire.messages import MAX_TENSORS, Pages, Welcome, unpack
 
 PAGE = 500
-"""Tensors, or storages, in one frame: packed in well under a millisecond."""
+"""Rows in one page: packed in well under a millisecond."""
 
 _DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 
@@ -27,7 +29,7 @@ T = TypeVar("T")
 
 
 def pack_layout(layout: ModelLayout) -> tuple[Pages, list[bytes]]:
-    """A layout as pages of columns, and how many there are of each kind."""
+    """A layout as pages, and how many there are of each kind."""
     tensors, storages = _pack_tensors(layout.tensors), _pack_storages(layout.storages)
     left_out = [msgpack.packb([page]) for page in _paged(layout.left_out)]
     return Pages(len(tensors), len(storages), len(left_out)), [*tensors, *storages, *left_out]
@@ -55,7 +57,7 @@ def _pack_storages(storages: Sequence[StorageLayout]) -> list[bytes]:
 
 
 def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> ModelLayout:
-    """The layout from its pages. Raises `ProtocolError` unless every value has its type and place."""
+    """The layout that `pack_layout` packed. Raises `ProtocolError`."""
 
     def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any, part: Any) -> TensorLayout:
         placement = None if part is None else Placement(_tuple(part[0]), part[1])
@@ -66,21 +68,21 @@ def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> Mo
             raise ValueError(f"{str(device)[:40]!r} is not a device that a seed can have")
         return StorageLayout(nbytes, device)
 
-    with _Reading("layout"):
+    with _protocol_errors("layout"):
         if len(frames) != pages.tensors + pages.storages + pages.left_out:
             raise ValueError(f"it has {len(frames)} pages, and others were announced")
-        storages, left_out = pages.tensors, pages.tensors + pages.storages
+        first_storage, first_left_out = pages.tensors, pages.tensors + pages.storages
         return ModelLayout(
-            tuple(_rows(frames[:storages], 7, tensor)),
-            tuple(_rows(frames[storages:left_out], 2, storage)),
-            tuple(_rows(frames[left_out:], 1, _text)),
+            tuple(_rows(frames[:first_storage], 7, tensor)),
+            tuple(_rows(frames[first_storage:first_left_out], 2, storage)),
+            tuple(_rows(frames[first_left_out:], 1, _text)),
             *unpack_identity(welcome),
         )
 
 
 def unpack_identity(welcome: Welcome) -> tuple[Identity | None, Rank | None]:
-    """What the seed says it is; raises `ProtocolError`."""
-    with _Reading("identity"):
+    """The seed's identity and rank; raises `ProtocolError`."""
+    with _protocol_errors("identity"):
         return (
             None if welcome.identity is None else Identity(**welcome.identity),
             None if welcome.rank is None else Rank(**{name: tuple(value) for name, value in welcome.rank.items()}),
@@ -88,7 +90,7 @@ def unpack_identity(welcome: Welcome) -> tuple[Identity | None, Rank | None]:
 
 
 def pack_places(regions: Sequence[RemoteRegion], places: Mapping[int, Place]) -> list[bytes]:
-    """Regions, then each storage's place in them; as pages, how many are the regions' first."""
+    """Pages: first the number of region pages, then these, then the places of the storages in the regions."""
     region_pages = [
         msgpack.packb([[r.id for r in page], [r.nbytes for r in page], [r.device for r in page]])
         for page in _paged(regions)
@@ -106,17 +108,17 @@ def unpack_regions(pages: Sequence[bytes]) -> list[RemoteRegion]:
     def region(id: Any, nbytes: Any, device: Any) -> RemoteRegion:
         return RemoteRegion(_natural(id), _natural(nbytes), _text(device))
 
-    with _Reading("table of regions"):
+    with _protocol_errors("table of regions"):
         return list(_rows(pages[1 : 1 + _natural(unpack(pages[0]))], 3, region))
 
 
 def unpack_places(pages: Sequence[bytes]) -> dict[int, Place]:
-    """The places that it packed beside them, by storage; raises `ProtocolError`."""
+    """The places that `pack_places` packed, by storage; raises `ProtocolError`."""
 
     def place(storage: Any, region: Any, offset: Any) -> tuple[int, Place]:
         return _natural(storage), Place(_natural(region), _natural(offset))
 
-    with _Reading("table of places"):
+    with _protocol_errors("table of places"):
         return dict(_rows(pages[1 + _natural(unpack(pages[0])) :], 3, place))
 
 
@@ -126,29 +128,25 @@ def pack_digests(values: Sequence[int]) -> list[bytes]:
 
 
 def unpack_digests(frames: Sequence[bytes], count: int) -> list[int]:
-    """`count` digests; raises `ProtocolError` for another number of them."""
-    whole = b"".join(frames)
-    if len(whole) != 8 * count:
-        raise ProtocolError(f"{len(whole)} bytes of digests came for {count} tensors")
-    return [int.from_bytes(whole[i : i + 8], "little") for i in range(0, len(whole), 8)]
+    """The digests that `pack_digests` packed; raises `ProtocolError` unless there are `count`."""
+    packed = b"".join(frames)
+    if len(packed) != 8 * count:
+        raise ProtocolError(f"{len(packed)} bytes of digests came for {count} tensors")
+    return [int.from_bytes(packed[i : i + 8], "little") for i in range(0, len(packed), 8)]
 
 
-class _Reading:
-    """Whatever goes wrong inside is the peer's doing."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ValueError | TypeError | LookupError):
-            raise ProtocolError(f"a malformed {self._what} came: {error}") from error
+@contextmanager
+def _protocol_errors(what: str) -> Iterator[None]:
+    """Inside, errors about values are `ProtocolError`s: the peer sent the values."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError) as error:
+        raise ProtocolError(f"a malformed {what} came: {error}") from error
 
 
 def _paged(items: Iterable[T]) -> Iterator[list[T]]:
-    left = iter(items)
-    while page := list(islice(left, PAGE)):
+    iterator = iter(items)
+    while page := list(islice(iterator, PAGE)):
         yield page
 
 
@@ -177,6 +175,7 @@ def _natural(value: Any) -> int:
 
 
 def _text(value: Any) -> str:
-    if type(value) is not str or len(value) > 4096:
+    if not is_text(value):
         raise ValueError("not a short text")
-    return value
+    text: str = value
+    return text

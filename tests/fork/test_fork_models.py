@@ -41,7 +41,7 @@ def publish_all(pipe: Connection) -> None:
 def elsewhere() -> Iterator[tuple[dict[str, str], dict[str, dict[str, str]]]]:
     """The zoo in another process: the address of each model, and what it holds."""
     with Child(publish_all) as child:
-        yield child.hear()
+        yield child.recv()
 
 
 @pytest.fixture
@@ -569,7 +569,7 @@ def test_looking_at_a_large_model_counts_too(monkeypatch: pytest.MonkeyPatch) ->
 def test_garbage_waits_for_a_fork_and_not_for_a_seed_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Collections are put off for the first seconds of a fork, however long it then waits."""
     off: list[bool] = []
-    ask = Conversation.ask
+    request = Conversation.request
 
     def slow(conversation: Conversation, *args: Any) -> Any:
         off.append(not gc.isenabled())
@@ -577,9 +577,9 @@ def test_garbage_waits_for_a_fork_and_not_for_a_seed_that_does_not_answer(monkey
         while not gc.isenabled():
             assert time.monotonic() < end
             time.sleep(0.001)
-        return ask(conversation, *args)
+        return request(conversation, *args)
 
-    monkeypatch.setattr(Conversation, "ask", slow)
+    monkeypatch.setattr(Conversation, "request", slow)
     monkeypatch.setattr(api, "GC_PAUSE", 0.5)
     with tensorfork.publish({"x": torch.arange(10)}) as seed:
         tensorfork.fork_into({"x": torch.zeros(10, dtype=torch.int64)}, seed.address)

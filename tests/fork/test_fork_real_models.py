@@ -35,8 +35,8 @@ def publish(pipe: Connection, kinds: list[str]) -> None:
 @pytest.fixture(scope="module")
 def published() -> Iterator[dict[str, Any]]:
     with Child(publish, KINDS) as child:
-        yield child.hear()
-        child.say("done")
+        yield child.recv()
+        child.send("done")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -78,7 +78,7 @@ def is_true(error: tensorfork.TransferFailed, into: dict[str, torch.Tensor]) -> 
 
 
 def test_a_seed_killed_under_way_fails_the_fork_at_once_and_what_is_complete_is_said(child: Child) -> None:
-    address, into = child.hear(), blank()
+    address, into = child.recv(), blank()
     started = time.monotonic()
     error = fails(into, address, Once(child.kill), tensorfork.TransferFailed, SECONDS)
     assert time.monotonic() - started < SECONDS / 2  # nobody waits for the deadline
@@ -86,19 +86,19 @@ def test_a_seed_killed_under_way_fails_the_fork_at_once_and_what_is_complete_is_
 
 
 def test_a_seed_stopped_under_way_fails_the_fork_by_the_deadline_and_nothing_comes_late(child: Child) -> None:
-    address, into = child.hear(), blank()
+    address, into = child.recv(), blank()
     error = fails(into, address, Once(child.stop), tensorfork.TransferFailed, SHORT)
     is_true(error, into)
     for tensor in into.values():
         tensor.fill_(-2.0)
-    child.go_on()
+    child.resume()
     assert whole(tensorfork.fork(address, timeout=SECONDS)) == set(names())  # what was under way has had its time
     assert all(bool((tensor == -2.0).all()) for tensor in into.values())
-    assert child.ask("errors") == []
+    assert child.request("errors") == []
 
 
 def test_a_meta_model_stays_meta_when_its_seed_is_killed(child: Child) -> None:
-    address, into = child.hear(), blank("meta")
+    address, into = child.recv(), blank("meta")
     before = {name: id(tensor) for name, tensor in into.items()}
     error = fails(into, address, Once(child.kill), tensorfork.TransferFailed, SECONDS)
     assert 0 < len(error.complete) < COUNT
@@ -107,7 +107,7 @@ def test_a_meta_model_stays_meta_when_its_seed_is_killed(child: Child) -> None:
 
 
 def test_a_seed_killed_before_the_first_byte_fails_the_fork(child: Child) -> None:
-    address, into = child.hear(), blank()
+    address, into = child.recv(), blank()
     progress = Once(child.kill, lambda moved, total: moved == 0)
     error = fails(into, address, progress, tensorfork.TransferFailed, SECONDS)
     assert set(error.complete) <= whole(into)
@@ -115,7 +115,7 @@ def test_a_seed_killed_before_the_first_byte_fails_the_fork(child: Child) -> Non
 
 def test_a_seed_killed_after_the_last_byte_fails_the_fork_though_every_byte_has_come(child: Child) -> None:
     """Nobody can say any more whether they are of one moment."""
-    address, into = child.hear(), blank("meta")
+    address, into = child.recv(), blank("meta")
     progress = Once(child.kill, lambda moved, total: moved == total)
     error = fails(into, address, progress, tensorfork.PeerUnreachable, SECONDS)
     assert "step check" in str(error)
@@ -123,7 +123,7 @@ def test_a_seed_killed_after_the_last_byte_fails_the_fork_though_every_byte_has_
 
 
 def test_a_seed_stopped_after_the_last_byte_fails_the_fork_by_the_deadline(child: Child) -> None:
-    address, into = child.hear(), blank("meta")
+    address, into = child.recv(), blank("meta")
     progress = Once(child.stop, lambda moved, total: moved == total)
     error = fails(into, address, progress, tensorfork.PeerUnreachable, SHORT)
     assert "step check" in str(error)
@@ -131,7 +131,7 @@ def test_a_seed_stopped_after_the_last_byte_fails_the_fork_by_the_deadline(child
 
 
 def test_a_seed_that_is_stopped_already_is_unreachable_by_the_deadline(child: Child) -> None:
-    address = child.hear()
+    address = child.recv()
     child.stop()
     started = time.monotonic()
     with pytest.raises(tensorfork.PeerUnreachable, match="step hello"):
@@ -140,16 +140,16 @@ def test_a_seed_that_is_stopped_already_is_unreachable_by_the_deadline(child: Ch
 
 
 def test_a_seed_that_was_killed_is_unreachable(child: Child) -> None:
-    address = child.hear()
+    address = child.recv()
     child.kill()
     with pytest.raises(tensorfork.PeerUnreachable, match="refused"):
         tensorfork.fork(address, timeout=1.0)
 
 
 def test_a_seed_that_closes_under_way_fails_the_fork_at_once(child: Child) -> None:
-    address, into = child.hear(), blank()
+    address, into = child.recv(), blank()
     started = time.monotonic()
-    error = fails(into, address, Once(lambda: child.ask("close")), tensorfork.TransferFailed, SECONDS)
+    error = fails(into, address, Once(lambda: child.request("close")), tensorfork.TransferFailed, SECONDS)
     assert time.monotonic() - started < SECONDS / 2
     is_true(error, into)
 
@@ -171,30 +171,30 @@ def fork_and_hang(pipe: Any, address: str, timeout: float) -> None:
 
 def settled(child: Child) -> tensorfork.SeedStats:
     end = time.monotonic() + SECONDS
-    while (stats := child.ask("stats")).running:
+    while (stats := child.request("stats")).running:
         assert time.monotonic() < end, f"leases are still running: {stats}"
         time.sleep(0.02)
     return stats
 
 
 def test_a_fork_killed_under_way_costs_its_seed_a_lease_for_a_moment(child: Child) -> None:
-    address = child.hear()
+    address = child.recv()
     for _ in range(2):
         with Child(fork_and_hang, address, 3600.0) as fork:
-            assert fork.hear() == "under way"
-            assert child.ask("stats").running == 1
+            assert fork.recv() == "under way"
+            assert child.request("stats").running == 1
             fork.kill()
         assert whole(tensorfork.fork(address, timeout=SECONDS)) == set(names())
         assert settled(child).expired == 0
-    assert child.ask("errors") == []
+    assert child.request("errors") == []
 
 
 def test_a_fork_stopped_under_way_holds_up_nobody_and_loses_its_lease_at_its_deadline(child: Child) -> None:
-    address = child.hear()
+    address = child.recv()
     with Child(fork_and_hang, address, SHORT) as fork:
-        assert fork.hear() == "under way"
+        assert fork.recv() == "under way"
         fork.stop()
         assert whole(tensorfork.fork(address, timeout=SECONDS)) == set(names())
         assert settled(child).expired == 1
     assert whole(tensorfork.fork(address, timeout=SECONDS)) == set(names())
-    assert child.ask("errors") == []
+    assert child.request("errors") == []

@@ -298,7 +298,7 @@ def want() -> Model:
 def seed(way: Way) -> Iterator[str]:
     """The address of a seed in another process."""
     with Child(a_seed, original, way) as child:
-        yield child.hear()
+        yield child.recv()
 
 
 def wrong(have: Mapping[str, torch.Tensor], want: Model) -> set[str]:
@@ -399,7 +399,7 @@ def test_what_was_random_bytes_is_the_seed_s_in_every_byte_and_nothing_beside_it
     ours, kept, theirs = moved(memory(4), way.here), memory(4), of_every_kind()
     filled = views(ours)
     with Child(a_seed, of_every_kind, way) as seed:
-        report = tensorfork.fork_into(filled, seed.hear(), transport=inner, timeout=SECONDS)
+        report = tensorfork.fork_into(filled, seed.recv(), transport=inner, timeout=SECONDS)
     assert report.verified
     assert report.not_compared == ("identity", "rank")
     assert not wrong(filled, theirs)

@@ -54,8 +54,8 @@ def serve(pipe: Any) -> None:
 def test_the_example_transport_forks_from_another_process() -> None:
     with Child(serve) as child:
         model = {"w": torch.empty(1_000_000, dtype=torch.int64)}
-        report = tensorfork.fork_into(model, child.hear(), transport=Peek())
-        child.say("done")
+        report = tensorfork.fork_into(model, child.recv(), transport=Peek())
+        child.send("done")
     assert report.transport == "peek"
     assert report.verified
     assert torch.equal(model["w"], torch.arange(1_000_000))

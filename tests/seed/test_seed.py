@@ -47,11 +47,11 @@ def talk(address: str) -> Iterator[Conversation]:
 
 def take(conversation: Conversation, seconds: float = SECONDS, digests: bool = False) -> messages.Leased:
     request = messages.TakeLease("zeromq", {}, seconds, digests)
-    return conversation.ask(request, messages.Leased, soon(), "lease")[0]
+    return conversation.request(request, messages.Leased, soon(), "lease")[0]
 
 
 def check(conversation: Conversation, lease: bytes, release: bool = False) -> int:
-    return conversation.ask(messages.CheckLease(lease, release), messages.Checked, soon(), "check")[0].generation
+    return conversation.request(messages.CheckLease(lease, release), messages.Checked, soon(), "check")[0].generation
 
 
 def until(true: Callable[[], bool], what: str) -> None:
@@ -94,7 +94,7 @@ def test_a_lease_that_is_given_back_is_over_at_once() -> None:
         until(lambda: seed.stats().running == 0, "the lease ends")
         assert seed.stats().expired == 0
         with pytest.raises(tensorfork.PeerRefused, match="the lease has ended"):
-            conversation.ask(messages.GetDigests(lease.lease), messages.Digests, soon(), "digests")
+            conversation.request(messages.GetDigests(lease.lease), messages.Digests, soon(), "digests")
 
 
 def test_a_lease_whose_fork_is_gone_is_over_soon() -> None:
@@ -112,7 +112,7 @@ def test_a_lease_whose_fork_is_there_and_says_nothing_stays(monkeypatch: pytest.
     with tensorfork.publish(model()) as seed, talk(seed.address) as conversation, talk(seed.address) as other:
         lease = take(conversation, seconds=3600.0)
         for _ in range(100):  # a hundred beats, or nearly
-            other.ask(messages.Hello("test"), messages.Welcome, soon(), "hello")
+            other.request(messages.Hello("test"), messages.Welcome, soon(), "hello")
             time.sleep(0.01)
         assert check(conversation, lease.lease) == 0
 
@@ -132,7 +132,7 @@ def test_there_are_so_many_leases_and_no_more() -> None:
 def test_a_transport_that_was_not_offered_is_refused_and_those_offered_are_named() -> None:
     with tensorfork.publish(model(), transports=["zeromq"]) as seed, talk(seed.address) as conversation:
         with pytest.raises(tensorfork.TransportUnavailable, match="does not offer 'pigeon'; it has: zeromq"):
-            conversation.ask(messages.TakeLease("pigeon", {}, 1.0, False), messages.Leased, soon(), "lease")
+            conversation.request(messages.TakeLease("pigeon", {}, 1.0, False), messages.Leased, soon(), "lease")
         assert seed.stats().refused == 1
 
 
@@ -290,7 +290,7 @@ def test_a_seed_that_is_forgotten_while_it_is_in_use_is_closed_too() -> None:
             del seed
             gc.collect()
             with pytest.raises(tensorfork.PeerUnreachable):
-                conversation.ask(messages.Hello("test"), messages.Welcome, soon(), "hello")
+                conversation.request(messages.Hello("test"), messages.Welcome, soon(), "hello")
 
 
 def test_what_was_published_lives_as_long_as_its_seed() -> None:
@@ -492,7 +492,7 @@ class Gate:
 
 
 def digests(conversation: Conversation, lease: messages.Leased) -> messages.Digests:
-    return conversation.ask(messages.GetDigests(lease.lease), messages.Digests, soon(), "digests")[0]
+    return conversation.request(messages.GetDigests(lease.lease), messages.Digests, soon(), "digests")[0]
 
 
 def computing() -> bool:
@@ -653,11 +653,11 @@ def test_no_model_is_ever_mixed_when_every_copy_meets_a_change(verify: bool) -> 
 @pytest.mark.parametrize("verify", [True, False])
 def test_no_model_is_ever_mixed_while_another_process_changes_the_weights(verify: bool) -> None:
     with Child(serve, many) as child:
-        address = child.hear()
+        address = child.recv()
         for value in range(1, 21):
-            child.say("update", float(value))  # goes on while we fork
+            child.send("update", float(value))  # goes on while we fork
             found = tensorfork.fork(address, verify=verify, restarts=10_000, timeout=SECONDS)
             assert not mixed(found)
-            child.hear()
+            child.recv()
         found = tensorfork.fork(address, verify=verify, timeout=SECONDS)
         assert float(found["layer.0"][0]) == 20.0

@@ -57,7 +57,7 @@ def a_seed(pipe: Any, parts: Sequence[Part], transports: Sequence[tensorfork.Tra
 def published(*parts: Part, transports: Sequence[tensorfork.Transport] | None = None) -> Iterator[str]:
     """The address of a seed in a process of its own, as NCCL wants it."""
     with Child(a_seed, parts, transports) as child:
-        yield child.hear()
+        yield child.recv()
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

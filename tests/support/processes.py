@@ -1,6 +1,6 @@
-"""Child processes for tests: spoken to through a pipe, and always ended.
+"""Child processes for tests. They are spoken to through a pipe, and always ended.
 
-They are forked from a process that has imported torch and done nothing else, as importing it takes two seconds each.
+They are forked from a process that has imported torch and done nothing else, since importing torch takes two seconds.
 """
 
 import multiprocessing
@@ -15,6 +15,7 @@ from typing import Any, Self
 import psutil
 
 PATIENCE = 60.0
+"""Seconds after which a silent child is an error."""
 
 
 class Child:
@@ -33,35 +34,38 @@ class Child:
         assert self._process.pid is not None
         return self._process.pid
 
-    def hear(self) -> Any:
-        """The next thing it says."""
+    def recv(self) -> Any:
+        """The next object that the child sends; an error after `PATIENCE` seconds, or if the child has died."""
         if not self._pipe.poll(PATIENCE):
-            raise TimeoutError(f"the child {self._process.name} says nothing")
+            raise TimeoutError(f"the child {self._process.name} sends nothing")
         try:
             return self._pipe.recv()
         except EOFError:
             self._process.join(PATIENCE)
             raise RuntimeError(f"the child died with {self._process.exitcode}") from None
 
-    def say(self, *words: Any) -> None:
+    def send(self, *words: Any) -> None:
+        """Send these values, as one tuple."""
         self._pipe.send(words)
 
-    def ask(self, *words: Any) -> Any:
-        self.say(*words)
-        return self.hear()
+    def request(self, *words: Any) -> Any:
+        """Send these values, and wait for the answer."""
+        self.send(*words)
+        return self.recv()
 
     def kill(self) -> None:
-        """As a crash would; it is gone when this returns."""
+        """End the child as a crash would. It is gone when this returns."""
         self._process.kill()
         self._process.join(PATIENCE)
 
     def stop(self) -> None:
-        """As a debugger would; it has stopped when this returns."""
+        """Stop the child as a debugger would. It has stopped when this returns."""
         os.kill(self.pid, signal.SIGSTOP)
         while psutil.Process(self.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.001)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
+        """Let the child run again after `stop`."""
         os.kill(self.pid, signal.SIGCONT)
 
     def __enter__(self) -> Self:
@@ -77,10 +81,12 @@ class Child:
 
 
 def serve(pipe: Connection, model: Callable[[], Any], limits: dict[int, int] | None = None) -> None:
-    """Publish a model; say the address; then answer what is asked, until told to end.
+    """Publish a model, send its address, then answer requests until the pipe is closed.
 
-    ("stats",) -> its statistics; ("errors",) -> what it logged as an error; ("update", value) -> every tensor is filled
-    with that value, under `updating`; ("close",) -> closes the seed.
+    ("stats",) -> the seed's statistics; ("errors",) -> the errors that were logged; ("update", value) -> every tensor
+    is filled with that value under `updating`, and the new generation is sent; ("close",) -> the seed is closed.
+
+    `limits` are soft resource limits to set first, by `resource.RLIMIT_*`.
     """
     import logging
     import resource
@@ -91,29 +97,29 @@ def serve(pipe: Connection, model: Callable[[], Any], limits: dict[int, int] | N
         resource.setrlimit(which, (soft, resource.getrlimit(which)[1]))
     errors: list[str] = []
 
-    class Keep(logging.Handler):
+    class ErrorHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             errors.append(self.format(record))
 
-    logging.getLogger("tensorfork").addHandler(Keep(logging.ERROR))
+    logging.getLogger("tensorfork").addHandler(ErrorHandler(logging.ERROR))
     tensors = model()
     seed = tensorfork.publish(tensors)
     pipe.send(seed.address)
     while True:
         try:
-            what, *args = pipe.recv()
+            request, *args = pipe.recv()
         except EOFError:
             break
-        if what == "stats":
+        if request == "stats":
             pipe.send(seed.stats())
-        elif what == "errors":
+        elif request == "errors":
             pipe.send(list(errors))
-        elif what == "update":
+        elif request == "update":
             with seed.updating():
                 for tensor in tensors.values():
                     tensor.fill_(args[0])
             pipe.send(seed.generation)
-        elif what == "close":
+        elif request == "close":
             seed.close()
             pipe.send(None)
     seed.close()

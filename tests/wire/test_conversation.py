@@ -168,8 +168,8 @@ def test_what_is_not_an_address_is_a_value_error(address: str) -> None:
 
 def test_a_connection_that_is_lost_between_a_look_and_a_word_is_waited_for() -> None:
     with tensorfork.publish({"x": torch.zeros(1)}) as seed:
-        talk = Conversation(seed.address, time.monotonic() + PATIENCE)
-        real, failed = talk._socket, list[str]()
+        conversation = Conversation(seed.address, time.monotonic() + PATIENCE)
+        real, failed = conversation._socket, list[str]()
 
         class Lossy:
             def __getattr__(self, name: str) -> Any:
@@ -178,25 +178,25 @@ def test_a_connection_that_is_lost_between_a_look_and_a_word_is_waited_for() -> 
                     raise zmq.Again
                 return getattr(real, name)
 
-        talk._socket = Lossy()  # type: ignore[assignment]
-        talk._wait = lambda what, *rest: real.poll(10, what)  # type: ignore[method-assign]
-        said, _ = talk.ask(messages.Hello("test"), messages.Welcome, time.monotonic() + PATIENCE, "hello")
+        conversation._socket = Lossy()  # type: ignore[assignment]
+        conversation._wait = lambda what, *rest: real.poll(10, what)  # type: ignore[method-assign]
+        said, _ = conversation.request(messages.Hello("test"), messages.Welcome, time.monotonic() + PATIENCE, "hello")
         assert said.tensors == 1
         assert failed == ["send_multipart", "recv_multipart"]
-        talk._socket = real
-        talk.close()
+        conversation._socket = real
+        conversation.close()
 
 
 def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes_later() -> None:
     """A socket that is closed while another thread polls it ends the process."""
     listening, said = threading.Event(), list[BaseException]()
     with tensorfork.publish({"x": torch.zeros(1)}) as seed:
-        talk = Conversation(seed.address, time.monotonic() + PATIENCE)
-        wait = talk._wait
+        conversation = Conversation(seed.address, time.monotonic() + PATIENCE)
+        wait = conversation._wait
 
         def listen() -> None:
             try:
-                talk.hear(b"lease", time.monotonic() + PATIENCE)
+                conversation.recv(b"lease", time.monotonic() + PATIENCE)
             except BaseException as error:
                 said.append(error)
 
@@ -204,17 +204,17 @@ def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes
             listening.set()
             wait(*args)
 
-        talk._wait = waiting  # type: ignore[method-assign]
+        conversation._wait = waiting  # type: ignore[method-assign]
         thread = threading.Thread(target=listen)
         thread.start()
         assert listening.wait(PATIENCE)
-        talk.close()
+        conversation.close()
         thread.join(PATIENCE)
         assert not thread.is_alive()
         assert isinstance(said[0], tensorfork.PeerUnreachable)
         for late in (
-            lambda: talk.hear(b"lease", time.monotonic() + PATIENCE),
-            lambda: talk.say(b"lease", b"word", time.monotonic() + PATIENCE),
+            lambda: conversation.recv(b"lease", time.monotonic() + PATIENCE),
+            lambda: conversation.send(b"lease", b"word", time.monotonic() + PATIENCE),
         ):
             with pytest.raises(tensorfork.PeerUnreachable, match="the conversation is over"):
                 late()
@@ -305,7 +305,7 @@ def test_a_seed_of_another_version_is_a_protocol_error_that_names_both() -> None
 
 def test_a_fork_of_another_version_is_told_so_and_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     with Child(serve, model) as child:
-        address = child.hear()
+        address = child.recv()
         ours = messages.VERSION
         with monkeypatch.context() as patch:
             patch.setattr(messages, "VERSION", 41)

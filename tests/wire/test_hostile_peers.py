@@ -38,7 +38,7 @@ class Seed:
     """A seed in a process of its own."""
 
     def __init__(self, child: Child) -> None:
-        self.child, self.address = child, child.hear()
+        self.child, self.address = child, child.recv()
         host, _, port = self.address.removeprefix("tcp://").rpartition(":")
         self.at = (host, int(port))
 
@@ -46,7 +46,7 @@ class Seed:
         """It still serves a fork, has no more leases than that one's, and has nothing to complain of."""
         found = tensorfork.fork(self.address, timeout=SECONDS)
         assert all(torch.equal(found[name], tensor) for name, tensor in model().items())
-        assert self.child.ask("errors") == []
+        assert self.child.request("errors") == []
 
     def memory(self) -> int:
         return psutil.Process(self.child.pid).memory_info().rss
@@ -405,44 +405,46 @@ def test_idle_connections_use_up_the_descriptors_of_a_seed_and_it_lives() -> Non
         seed.serves()
 
 
-def lease_of(talk: Conversation, deadline: float) -> bytes:
+def lease_of(conversation: Conversation, deadline: float) -> bytes:
     request = messages.TakeLease("zeromq", {}, SECONDS, True)
-    return talk.ask(request, messages.Leased, deadline, "lease")[0].lease
+    return conversation.request(request, messages.Leased, deadline, "lease")[0].lease
 
 
-def until_met(talk: Conversation, deadline: float) -> None:
-    talk.ask(messages.Hello("test"), messages.Welcome, deadline, "hello")
+def until_met(conversation: Conversation, deadline: float) -> None:
+    conversation.request(messages.Hello("test"), messages.Welcome, deadline, "hello")
 
 
-def until_layout(talk: Conversation, deadline: float) -> None:
-    until_met(talk, deadline)
-    talk.ask(messages.GetLayout(), messages.Pages, deadline, "layout")
+def until_layout(conversation: Conversation, deadline: float) -> None:
+    until_met(conversation, deadline)
+    conversation.request(messages.GetLayout(), messages.Pages, deadline, "layout")
 
 
-def until_lease(talk: Conversation, deadline: float) -> None:
-    lease_of(talk, deadline)
+def until_lease(conversation: Conversation, deadline: float) -> None:
+    lease_of(conversation, deadline)
 
 
-def until_said(talk: Conversation, deadline: float) -> None:
-    talk.say(lease_of(talk, deadline), b"something", deadline)
+def until_said(conversation: Conversation, deadline: float) -> None:
+    conversation.send(lease_of(conversation, deadline), b"something", deadline)
 
 
-def until_digests(talk: Conversation, deadline: float) -> None:
-    talk.ask(messages.GetDigests(lease_of(talk, deadline)), messages.Digests, deadline, "digests")
+def until_digests(conversation: Conversation, deadline: float) -> None:
+    conversation.request(messages.GetDigests(lease_of(conversation, deadline)), messages.Digests, deadline, "digests")
 
 
-def until_checked(talk: Conversation, deadline: float) -> None:
-    talk.ask(messages.CheckLease(lease_of(talk, deadline), False), messages.Checked, deadline, "check")
+def until_checked(conversation: Conversation, deadline: float) -> None:
+    lease = lease_of(conversation, deadline)
+    conversation.request(messages.CheckLease(lease, False), messages.Checked, deadline, "check")
 
 
-def until_released(talk: Conversation, deadline: float) -> None:
-    talk.ask(messages.CheckLease(lease_of(talk, deadline), True), messages.Checked, deadline, "release")
+def until_released(conversation: Conversation, deadline: float) -> None:
+    lease = lease_of(conversation, deadline)
+    conversation.request(messages.CheckLease(lease, True), messages.Checked, deadline, "release")
 
 
-def in_the_middle_of_an_answer(talk: Conversation, deadline: float) -> None:
-    until_met(talk, deadline)
+def in_the_middle_of_an_answer(conversation: Conversation, deadline: float) -> None:
+    until_met(conversation, deadline)
     for _ in range(50):
-        talk._put([messages.encode(messages.GetLayout(), 1)], deadline, "layout")
+        conversation._send_frames([messages.encode(messages.GetLayout(), 1)], deadline, "layout")
 
 
 @pytest.mark.parametrize(
@@ -462,24 +464,24 @@ def in_the_middle_of_an_answer(talk: Conversation, deadline: float) -> None:
 def test_a_fork_may_go_away_at_any_step(seed: Seed, step: Callable[[Conversation, float], None]) -> None:
     deadline = time.monotonic() + SECONDS
     for _ in range(3):
-        talk = Conversation(seed.address, deadline)
+        conversation = Conversation(seed.address, deadline)
         try:
-            step(talk, deadline)
+            step(conversation, deadline)
         finally:
-            talk.close()
+            conversation.close()
 
 
 def test_a_fork_that_says_more_than_is_read_loses_its_lease_and_nothing_else(seed: Seed) -> None:
     deadline = time.monotonic() + SECONDS
-    talk = Conversation(seed.address, deadline)
+    conversation = Conversation(seed.address, deadline)
     try:
-        lease = lease_of(talk, deadline)
+        lease = lease_of(conversation, deadline)
         for _ in range(200):
-            talk.say(lease, b"x" * 1000, deadline)
+            conversation.send(lease, b"x" * 1000, deadline)
         with pytest.raises(tensorfork.PeerRefused, match="the lease has ended"):
-            talk.ask(messages.CheckLease(lease, False), messages.Checked, deadline, "check")
+            conversation.request(messages.CheckLease(lease, False), messages.Checked, deadline, "check")
     finally:
-        talk.close()
+        conversation.close()
 
 
 # A seed that lies: a real one, and somebody between it and the fork who changes what it says.

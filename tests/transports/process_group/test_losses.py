@@ -67,18 +67,18 @@ def whole_fork(name: str, device: str, address: str) -> None:
 def test_a_seed_outlives_forks_that_are_stopped_and_killed_in_mid_transfer(backend: Backend) -> None:
     name, there, here = backend
     with Child(slow_seed, name, there) as seed:
-        address = seed.hear()
+        address = seed.recv()
         with (
             Child(slow_fork, name, here, address, LONG[name]) as stopped,
             Child(slow_fork, name, here, address, LONG[name]) as killed,
         ):
-            assert stopped.hear() == "under way"
+            assert stopped.recv() == "under way"
             stopped.stop()
-            assert killed.hear() == "under way"
+            assert killed.recv() == "under way"
             killed.kill()
             whole_fork(name, here, address)  # while the others' leases may still run
-            wait_until(lambda: seed.ask("leases")[0] == 0)
-            assert seed.ask("leases")[2] == 16
+            wait_until(lambda: seed.request("leases")[0] == 0)
+            assert seed.request("leases")[2] == 16
         whole_fork(name, here, address)
 
 
@@ -86,7 +86,7 @@ def test_a_seed_outlives_forks_that_are_stopped_and_killed_in_mid_transfer(backe
 def test_a_fork_outlives_a_seed_that_is_stopped_and_one_that_is_killed_in_mid_transfer(backend: Backend) -> None:
     name, there, here = backend
     with Child(slow_seed, name, there) as seed:
-        address = seed.hear()
+        address = seed.recv()
 
         def fail(happen: Callable[[], None]) -> dict[str, torch.Tensor]:
             happened: list[int] = []
@@ -106,7 +106,7 @@ def test_a_fork_outlives_a_seed_that_is_stopped_and_one_that_is_killed_in_mid_tr
 
         ours = fail(seed.stop)
         kept = {k: v.clone() for k, v in ours.items()}
-        seed.go_on()
+        seed.resume()
         whole_fork(name, here, address)
         assert equal(ours, kept), "something was written after the failure"
         fail(seed.kill)

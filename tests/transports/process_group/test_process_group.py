@@ -261,11 +261,11 @@ def test_the_engines_default_group_works_on_meanwhile_and_is_not_touched(backend
         Child(in_the_default_group, 0, store, name, there, None) as seed,
         Child(in_the_default_group, 1, store, name, here, None) as fork,
     ):
-        fork.say(seed.hear())
-        assert fork.hear() == "forked"
-        seed.say("enough")
-        assert seed.hear() == (True, True, True)
-        assert fork.hear() == (True, True, True)
+        fork.send(seed.recv())
+        assert fork.recv() == "forked"
+        seed.send("enough")
+        assert seed.recv() == (True, True, True)
+        assert fork.recv() == (True, True, True)
 
 
 def test_the_environment_is_as_before_after_each_construction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,7 @@ def seed() -> Iterator[Child]:
 def test_a_model_on_one_gpu_forks_to_another(seed: Child, count: int) -> None:
     sizes = [1 + 7919 * i % 300_000 for i in range(count)]
     wanted = tensors("cpu", sizes)
-    address = seed.ask("tensors", sizes)
+    address = seed.request("tensors", sizes)
     got = tensorfork.fork(address, device="cuda:1", transport="transfer_engine:nvlink", timeout=SOON)
     assert all(torch.equal(got[name].cpu(), wanted[name]) for name in wanted)
     model = {name: torch.empty_like(tensor, device="cuda:1") for name, tensor in wanted.items()}
@@ -110,7 +110,7 @@ def test_a_model_on_one_gpu_forks_to_another(seed: Child, count: int) -> None:
 @needs_mooncake
 @pytest.mark.gpu(2)
 def test_views_of_one_allocation_fork_while_another_seed_shares_it(seed: Child) -> None:
-    got = tensorfork.fork(seed.ask("views"), device="cuda:1", transport="transfer_engine:nvlink", timeout=SOON)
+    got = tensorfork.fork(seed.request("views"), device="cuda:1", transport="transfer_engine:nvlink", timeout=SOON)
     arena = torch.arange(1 << 20).to(torch.uint8)
     assert all(torch.equal(got[f"t{i}"].cpu(), arena[i * 1000 : i * 1000 + 900]) for i in range(1000))
 
@@ -120,9 +120,9 @@ def test_views_of_one_allocation_fork_while_another_seed_shares_it(seed: Child) 
 def test_memory_that_the_seed_has_mapped_anew_is_read_anew(seed: Child) -> None:
     sizes = [64 << 20, 1000]
     for _ in range(2):
-        address = seed.ask("tensors", sizes)
+        address = seed.request("tensors", sizes)
         tensorfork.fork(address, device="cuda:1", transport="transfer_engine:nvlink", timeout=SOON)
-    address = seed.ask("anew", [65 << 20, 2000])
+    address = seed.request("anew", [65 << 20, 2000])
     got = tensorfork.fork(address, device="cuda:1", transport="transfer_engine:nvlink", timeout=SOON)
     wanted = tensors("cpu", [65 << 20, 2000])
     assert all(torch.equal(got[name].cpu(), wanted[name]) for name in wanted)
@@ -131,7 +131,7 @@ def test_memory_that_the_seed_has_mapped_anew_is_read_anew(seed: Child) -> None:
 @needs_mooncake
 @pytest.mark.gpu(2)
 def test_a_fork_with_a_tensor_on_the_cpu_says_why_nvlink_cannot_take_it(seed: Child) -> None:
-    address = seed.ask("tensors", [1000])
+    address = seed.request("tensors", [1000])
     with pytest.raises(tensorfork.TransportUnavailable, match="cuda_ipc takes both"):
         tensorfork.fork(address, device="cpu", transport="transfer_engine:nvlink", timeout=SOON)
 

@@ -1,0 +1,73 @@
+"""ZeroMQ contexts and sockets with every limit set.
+
+libzmq's defaults assume peers that are trusted: a message of any size, 30 s for a handshake, waiting at close. Anybody
+may connect to a seed's port, so none of these is left at its default.
+"""
+
+import errno
+import os
+import resource
+import time
+
+import zmq
+
+from tensorfork.sockets.address import Address
+
+HANDSHAKE_MS = 5_000
+"""Milliseconds for ZeroMQ's handshake; then the connection is closed."""
+
+FREE_DESCRIPTORS = 48
+"""File descriptors that must be free before a context is made. A context with its sockets takes about a dozen."""
+
+
+def new_context(io_threads: int = 1) -> "zmq.Context[zmq.Socket[bytes]]":
+    """A new context. Raises `OSError` when this process has few file descriptors left.
+
+    libzmq ends the process when it gets no descriptor, and anybody can use them up with idle connections to a seed.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    used = len(os.listdir("/proc/self/fd"))
+    if limit != resource.RLIM_INFINITY and used + FREE_DESCRIPTORS > limit:
+        raise OSError(
+            errno.EMFILE,
+            f"{used} of {limit} file descriptors are in use, too many to begin; raise the limit (ulimit -n)",
+        )
+    return zmq.Context(io_threads)
+
+
+def new_socket(
+    context: "zmq.Context[zmq.Socket[bytes]]", kind: int, *, max_message: int, queue: int
+) -> "zmq.Socket[bytes]":
+    """A socket that receives frames of at most `max_message` bytes, and queues `queue` messages (0: without limit).
+
+    When it is closed, unsent messages are dropped.
+    """
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.maxmsgsize = max_message
+    socket.handshake_ivl = HANDSHAKE_MS
+    socket.sndhwm = socket.rcvhwm = queue
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    return socket
+
+
+def bind(socket: "zmq.Socket[bytes]", address: Address) -> Address:
+    """Bind to an address, and return it with the port that was chosen.
+
+    Raises `OSError` (`zmq.ZMQError` is one) when the address is taken, or not one of this host.
+    """
+    socket.ipv6 = ":" in address.host
+    socket.bind(str(address))
+    return Address.parse(socket.get_string(zmq.LAST_ENDPOINT))
+
+
+def connect(socket: "zmq.Socket[bytes]", address: Address) -> None:
+    """Begin to connect to a resolved address. Success or failure shows later, in the socket's monitor."""
+    socket.ipv6 = ":" in address.host
+    socket.connect(str(address))
+
+
+def poll_timeout(deadline: float) -> int:
+    """Milliseconds until the deadline, for a poll: never negative, and rounded up, so that no loop spins before it."""
+    seconds = deadline - time.monotonic()
+    return 0 if seconds <= 0 else int(seconds * 1000) + 1
