@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """What the installed command runs."""
+    """The entry point of the installed command."""
     try:
         from tensorfork.cli.app import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The commands, as typer reads them."""
+"""The commands and their options, declared for typer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +12,8 @@ from tensorfork import demo as the_demo
 app = typer.Typer(name="tensorfork", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(tensorfork.__version__)
         raise typer.Exit
 
@@ -38,18 +38,20 @@ def demo(
         typer.Option(metavar="SIZE", help="Size of the generated model, such as 512MiB or 8GiB; 2GiB by default."),
     ] = None,
     transport: Annotated[str, typer.Option(metavar="NAME", help="The transport to use.")] = "auto",
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="What each step may take.", min=1.0)] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Seconds that each step may take.", min=1.0)
+    ] = 600.0,
     verify: Annotated[bool, typer.Option(help="Compare the digest of every tensor with the seed's.")] = True,
 ) -> None:
     """Fork a model between two processes, and show that both compute the same, bit for bit.
 
-    First the real weights of all-MiniLM-L6-v2, then a large generated model, beside the time its file takes to read.
-    With --model, that folder, and a generated model only where --size asks for one.
+    First the real weights of all-MiniLM-L6-v2, then a large generated model. Each fork is compared with reading a file.
+    With --model, the model in that folder instead, and a generated one only if --size is given too.
     """
     try:
         nbytes = None if size is None else the_demo.parse_size(size)
         options = the_demo.Options(model, nbytes, transport, timeout, verify)
-        equal = the_demo.tell(options, the_demo.Screen(Console(highlight=False)))
+        equal = the_demo.run(options, the_demo.Screen(Console(highlight=False)))
     except the_demo.DemoFailed as error:
         typer.echo(f"tensorfork demo: {error}", err=True)
         raise typer.Exit(2) from None

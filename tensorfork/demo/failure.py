@@ -2,4 +2,4 @@
 
 
 class DemoFailed(Exception):
-    """The demo cannot go on. The message is for the person at the terminal, and says what to do."""
+    """The demo cannot go on. The message is shown at the terminal and names the remedy."""

@@ -1,8 +1,9 @@
-"""The demo's processes: started, asked, and never left behind.
+"""The demo's processes: started, called, and never left behind.
 
-A worker is told what to do by lines of JSON on its standard input, and answers by lines on its standard output; what
-its libraries print goes to a file, and is shown when it fails. It is a session of its own, so that Ctrl-C reaches this
-process alone; it ends when its standard input does, so that it cannot outlive us, however we end.
+A worker reads commands, one JSON object a line, from its standard input, and writes its replies to its standard output.
+What its libraries print goes to a file, of which the end is shown when the worker dies. Each worker is in a session of
+its own, so that Ctrl-C reaches only this process. A worker exits when its standard input is closed, so it does not
+outlive this process, however this one ends.
 """
 
 import json
@@ -19,10 +20,10 @@ from typing import Any, Self
 
 from tensorfork.demo.failure import DemoFailed
 
-ENDING = 10.0
-"""Seconds that a worker gets to end by itself."""
+EXIT_SECONDS = 10.0
+"""Seconds that a worker gets to exit before it is killed."""
 MARGIN = 5.0
-"""Seconds that an answer may take beyond the timeout: what has a deadline of its own is to say so itself."""
+"""Seconds that a reply may take beyond the timeout: a command with a deadline of its own is to report that itself."""
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -31,71 +32,74 @@ _ENVIRONMENT = {
 }
 
 
-class Worker:
-    """One process.
+class WorkerProcess:
+    """One worker.
 
     Attributes:
-        name: what it is called, as in "the seed".
+        name: what messages call it, such as "the seed".
         pid: its process id.
     """
 
     def __init__(self, name: str, folder: Path, timeout: float) -> None:
         self.name, self._timeout = name, timeout
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tensorfork.demo.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             cwd=folder,
             env=os.environ | _ENVIRONMENT | {"TMPDIR": str(folder)},
             start_new_session=True,
         )
-        self._rest = b""
+        self._received = b""
         self.pid = self._process.pid
 
-    def ask(self, do: str, progress: Callable[[int, int], None] | None = None, **arguments: Any) -> Mapping[str, Any]:
-        """Have it do something, and wait for the outcome.
+    def call(
+        self, command: str, progress: Callable[[int, int], None] | None = None, **arguments: Any
+    ) -> Mapping[str, Any]:
+        """Have the worker run one of its commands, and wait for the result.
 
-        Raises `DemoFailed` with what it said, when it fails, dies, or takes longer than the timeout.
+        Raises `DemoFailed`, with the worker's message, when the command fails, the worker dies, or it takes longer than
+        the timeout.
         """
-        line = json.dumps({"do": do, **arguments}).encode() + b"\n"
+        line = json.dumps({"command": command, **arguments}).encode() + b"\n"
         try:
-            os.write(_number(self._process.stdin), line)
+            os.write(_fileno(self._process.stdin), line)
         except BrokenPipeError:
-            raise DemoFailed(self._obituary()) from None
+            raise DemoFailed(self._cause_of_death()) from None
         deadline = time.monotonic() + self._timeout + MARGIN
         while True:
-            said = json.loads(self._line(deadline, do))
-            if "progress" in said:
+            reply = json.loads(self._read_line(deadline, command))
+            if "progress" in reply:
                 if progress is not None:
-                    progress(*said["progress"])
-            elif "failed" in said:
-                raise DemoFailed(f"{self.name} could not {do}: {said['failed']}")
+                    progress(*reply["progress"])
+            elif "error" in reply:
+                raise DemoFailed(f"{self.name} could not {command}: {reply['error']}")
             else:
-                answer: Mapping[str, Any] = said["answer"]
-                return answer
+                result: Mapping[str, Any] = reply["result"]
+                return result
 
     @property
     def status(self) -> int | None:
-        """Its exit status, once it has ended."""
+        """The exit status; None while the worker runs."""
         return self._process.poll()
 
-    def end(self) -> None:
-        """Let it end by itself, and kill it if it does not."""
+    def close(self) -> None:
+        """Have the worker exit; kill it where it does not."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             self._process.stdin.close()
         try:
-            self._process.wait(ENDING)
+            self._process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
-        self._close()
+        self._close_files()
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill the worker."""
         self._process.kill()
         self._process.wait()
-        self._close()
+        self._close_files()
 
     def __enter__(self) -> Self:
         return self
@@ -104,36 +108,39 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self.end()
+            self.close()
         else:
             self.kill()
 
-    def _line(self, deadline: float, do: str) -> bytes:
-        out = _number(self._process.stdout)
-        while b"\n" not in self._rest:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
-                raise DemoFailed(f"{self.name} took more than {self._timeout:g} s to {do}; give it more with --timeout")
-            got = os.read(out, 1 << 16)
-            if not got:
-                raise DemoFailed(self._obituary())
-            self._rest += got
-        line, _, self._rest = self._rest.partition(b"\n")
+    def _read_line(self, deadline: float, command: str) -> bytes:
+        out = _fileno(self._process.stdout)
+        while b"\n" not in self._received:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([out], [], [], remaining)[0]:
+                raise DemoFailed(
+                    f"{self.name} took more than {self._timeout:g} s to {command}; give it more with --timeout"
+                )
+            data = os.read(out, 1 << 16)
+            if not data:
+                raise DemoFailed(self._cause_of_death())
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         return line
 
-    def _obituary(self) -> str:
+    def _cause_of_death(self) -> str:
+        """How the process ended, and the last lines that it printed."""
         status = self._process.wait()
-        self._said.seek(0)
-        last = self._said.read().decode(errors="replace").strip().splitlines()[-20:]
+        self._stderr.seek(0)
+        printed = self._stderr.read().decode(errors="replace").strip().splitlines()[-20:]
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return "\n".join([f"{self.name} (process {self.pid}) {how}", *last])
+        return "\n".join([f"{self.name} (process {self.pid}) {how}", *printed])
 
-    def _close(self) -> None:
-        for file in (self._process.stdin, self._process.stdout, self._said):
+    def _close_files(self) -> None:
+        for file in (self._process.stdin, self._process.stdout, self._stderr):
             if file is not None:
                 file.close()
 
 
-def _number(pipe: Any) -> int:
+def _fileno(pipe: Any) -> int:
     number: int = pipe.fileno()
     return number

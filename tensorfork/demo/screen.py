@@ -1,4 +1,4 @@
-"""The demo on a terminal: 80 columns are enough, and where it is not a terminal it is plain text."""
+"""The demo's output: at most 80 columns are needed; where the output is no terminal, it is plain text."""
 
 import textwrap
 import time
@@ -13,90 +13,90 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from tensorfork.demo.sizes import show_seconds, show_speed
+from tensorfork.demo.sizes import format_seconds, format_speed
 
 INDENT = (0, 0, 0, 2)
-MARK = 10
+LABEL_WIDTH = 10
 """Columns of the word that a line begins with."""
 
 
 class Screen:
-    """Where the story is told."""
+    """Prints what the demo does."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
 
     def title(self, text: str) -> None:
-        """An act begins."""
+        """A heading for the steps that follow."""
         self._console.print()
         self._console.rule(text, align="left", style="cyan")
 
     def line(self, who: str, text: str) -> None:
-        """What somebody did."""
-        first, *rest = textwrap.wrap(text, max(20, self._console.width - MARK - 1), break_on_hyphens=False)
-        self._console.print(Text.assemble((f"{who:<{MARK}} ", "bold"), first))
+        """What `who` did; wrapped lines are indented."""
+        first, *rest = textwrap.wrap(text, max(20, self._console.width - LABEL_WIDTH - 1), break_on_hyphens=False)
+        self._console.print(Text.assemble((f"{who:<{LABEL_WIDTH}} ", "bold"), first))
         for more in rest:
-            self._console.print(Text(" " * (MARK + 1) + more))
+            self._console.print(Text(" " * (LABEL_WIDTH + 1) + more))
 
     @contextmanager
-    def waiting(self, text: str) -> Iterator[None]:
-        """While something takes its time."""
+    def status(self, text: str) -> Iterator[None]:
+        """Inside, a spinner with this text, where the output is a terminal."""
         with self._console.status(text) if self._console.is_terminal else nullcontext():
             yield
 
     @contextmanager
-    def moving(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for bytes that move; gives what is to be called with those that have, and those there are."""
+    def progress_bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Inside, a progress bar. Yields the function that updates it, given the bytes moved and the bytes in all."""
         columns = (
-            TextColumn(f"{what:<{MARK}}", style="bold"),
+            TextColumn(f"{what:<{LABEL_WIDTH}}", style="bold"),
             BarColumn(bar_width=36),
             DownloadColumn(),
             TextColumn("{task.fields[speed]}"),
         )
-        since = time.perf_counter()
+        start = time.perf_counter()
 
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as bar:
             task = bar.add_task(what, total=None, speed="")
 
-            def moved(nbytes: int, total: int) -> None:
-                speed = show_speed(nbytes, time.perf_counter() - since)
+            def update(nbytes: int, total: int) -> None:
+                speed = format_speed(nbytes, time.perf_counter() - start)
                 bar.update(task, completed=nbytes, total=total, speed=speed)
 
-            yield moved
+            yield update
 
     def phases(self, report: Mapping[str, Any]) -> None:
-        """Where a fork's time went."""
+        """A table of a fork's phases and their seconds."""
         table = _table("phase", ">time", ">share", "")
         total = report["total"]
         for name, seconds in report["seconds"].items():
-            speed = show_speed(report["nbytes"], seconds) if name == "transfer" else ""
-            table.add_row(name, show_seconds(seconds), f"{seconds / total:.0%}", speed)
+            speed = format_speed(report["nbytes"], seconds) if name == "transfer" else ""
+            table.add_row(name, format_seconds(seconds), f"{seconds / total:.0%}", speed)
         table.add_section()
-        table.add_row("all", show_seconds(total), "", show_speed(report["nbytes"], total), style="bold")
+        table.add_row("all", format_seconds(total), "", format_speed(report["nbytes"], total), style="bold")
         self._show(table)
 
-    def similarities(self, inputs: Sequence[str], ours: Sequence[float], theirs: Sequence[float]) -> None:
-        """What the models make of their inputs, on both sides."""
+    def similarities(self, inputs: Sequence[str], seed: Sequence[float], fork: Sequence[float]) -> None:
+        """A table of the cosines between the first input's vector and the others', as seed and fork computed them."""
         table = _table(f"cosine to {inputs[0]!r}", ">seed", ">fork")
-        for text, one, other in zip(inputs[1:], theirs[1:], ours[1:], strict=True):
-            table.add_row(Text(text), f"{one:.6f}", f"{other:.6f}")
+        for text, in_seed, in_fork in zip(inputs[1:], seed[1:], fork[1:], strict=True):
+            table.add_row(Text(text), f"{in_seed:.6f}", f"{in_fork:.6f}")
         self._show(table)
 
     def comparison(self, rows: Sequence[tuple[str, float, int]]) -> None:
-        """Ways to the same bytes: each with what it is, its seconds, and its bytes. The fork comes first."""
+        """A table of ways to get the same bytes. A row is its name, seconds and bytes; the fork's row is the first."""
         table = _table("the same bytes into a process", ">time", ">speed", ">beside the fork")
         for i, (what, seconds, nbytes) in enumerate(rows):
-            beside = _beside(seconds, rows[0][1]) if i else ""
-            table.add_row(what, show_seconds(seconds), show_speed(nbytes, seconds), beside)
+            compared = _compared(seconds, rows[0][1]) if i else ""
+            table.add_row(what, format_seconds(seconds), format_speed(nbytes, seconds), compared)
         self._show(table)
 
-    def end(self, good: bool, text: str) -> None:
-        """The last word."""
+    def conclusion(self, good: bool, text: str) -> None:
+        """The verdict on the whole demo."""
         self._console.print()
         self.verdict(good, text)
 
     def verdict(self, good: bool, text: str) -> None:
-        """What it comes to."""
+        """A line in green or red."""
         self._console.print(Text(text), style="bold green" if good else "bold red")
 
     def _show(self, table: Table) -> None:
@@ -105,15 +105,15 @@ class Screen:
         self._console.print()
 
 
-def _beside(seconds: float, fork: float) -> str:
-    """How another way's time compares."""
+def _compared(seconds: float, fork: float) -> str:
+    """How another way's seconds compare with the fork's."""
     if 0.95 < seconds / fork < 1.05:
         return "about the same"
     return f"{fork / seconds:.1f} x faster" if seconds < fork else f"{seconds / fork:.1f} x slower"
 
 
 def _table(*columns: str) -> Table:
-    """A column whose name begins with > is for numbers."""
+    """An empty table. A column whose name begins with > is aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name in columns:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")

@@ -1,4 +1,4 @@
-"""Sizes and durations, as people write and read them."""
+"""Sizes, durations and speeds as text for people."""
 
 import re
 
@@ -11,27 +11,27 @@ _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 def parse_size(text: str) -> int:
     """Bytes, from ``8GiB``, ``500 MB`` or ``1000000``. Raises `DemoFailed`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    parsed = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     units = {name.lower(): factor for name, factor in _UNITS.items()}
-    if found is None or found[2].lower() not in units:
+    if parsed is None or parsed[2].lower() not in units:
         raise DemoFailed(f"{text!r} is not a size; write for example 512MiB, 8GiB or 2GB")
-    return int(float(found[1]) * units[found[2].lower()])
+    return int(float(parsed[1]) * units[parsed[2].lower()])
 
 
-def show_size(nbytes: float) -> str:
-    """Bytes as a person reads them, in powers of ten, as speeds are."""
+def format_size(nbytes: float) -> str:
+    """Bytes for a person, in powers of ten as speeds are, such as ``90.9 MB``."""
     for unit in ("TB", "GB", "MB", "kB"):
         if nbytes >= _UNITS[unit]:
             return f"{nbytes / _UNITS[unit]:.3g} {unit}"
     return f"{nbytes:.0f} bytes"
 
 
-def show_seconds(seconds: float) -> str:
-    """Seconds as a person reads them."""
+def format_seconds(seconds: float) -> str:
+    """Seconds for a person, such as ``1.23 s`` or ``12.3 ms``."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def show_speed(nbytes: float, seconds: float) -> str:
-    """Bytes a second as a person reads them: GB/s, or MB/s below 0.1 GB/s."""
+def format_speed(nbytes: float, seconds: float) -> str:
+    """Bytes a second for a person: GB/s, or MB/s below 0.1 GB/s."""
     speed = nbytes / seconds if seconds else 0.0
     return f"{speed / 1e9:.2f} GB/s" if speed >= 1e8 else f"{speed / 1e6:.1f} MB/s"

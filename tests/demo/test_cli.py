@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import tensorfork
 from tensorfork import cli
 from tensorfork.cli.app import app
-from tensorfork.demo import DemoFailed, page_cache, parse_size, processes, sizes, story
-from tensorfork.demo.generated import Generated
-from tensorfork.demo.subjects import load_file, save
+from tensorfork.demo import DemoFailed, page_cache, parse_size, processes, sizes, steps
+from tensorfork.demo.generated import GeneratedModel
+from tensorfork.demo.models import load_file, save
 from tensorfork.demo.worker import Worker
 
 COMMAND = [str(Path(sys.executable).with_name("tensorfork")), "demo"]
@@ -85,11 +85,11 @@ class InThisProcess:
 
     def __init__(self, name: str, folder: Path, timeout: float) -> None:
         self.name, self.pid = name, os.getpid()
-        self._worker = Worker(lambda said: None)
+        self._worker = Worker(lambda reply: None)
 
-    def ask(self, do: str, progress: Any = None, **arguments: Any) -> Mapping[str, Any]:
+    def call(self, command: str, progress: Any = None, **arguments: Any) -> Mapping[str, Any]:
         try:
-            return getattr(self._worker, do)(**arguments)
+            return getattr(self._worker, command)(**arguments)
         except tensorfork.TensorForkError as error:
             raise DemoFailed(str(error)) from error
 
@@ -101,7 +101,7 @@ class InThisProcess:
 
 
 def test_a_folder_of_several_files_and_no_tokenizer_is_forked(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "Worker", InThisProcess)
+    monkeypatch.setattr(steps, "WorkerProcess", InThisProcess)
     result = invoke("demo", "--model", str(llama))
     assert result.exit_code == 0, result.output
     assert "small-llama" in result.output
@@ -111,16 +111,16 @@ def test_a_folder_of_several_files_and_no_tokenizer_is_forked(llama: Path, monke
 
 def test_one_bit_that_differs_is_found_and_is_the_exit_status(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Corrupting(InThisProcess):
-        def ask(self, do: str, progress: Any = None, **arguments: Any) -> Mapping[str, Any]:
-            answer = super().ask(do, progress, **arguments)
-            if do == "compute" and self.name == "the fork":
-                path = Path(arguments["into"])
+        def call(self, command: str, progress: Any = None, **arguments: Any) -> Mapping[str, Any]:
+            result = super().call(command, progress, **arguments)
+            if command == "compute" and self.name == "the fork":
+                path = Path(arguments["file"])
                 content = bytearray(path.read_bytes())
                 content[-1] ^= 1
                 path.write_bytes(content)
-            return answer
+            return result
 
-    monkeypatch.setattr(story, "Worker", Corrupting)
+    monkeypatch.setattr(steps, "WorkerProcess", Corrupting)
     result = invoke("demo", "--model", str(llama))
     assert result.exit_code == 1
     assert "NOT equal" in result.output
@@ -130,7 +130,7 @@ def test_one_bit_that_differs_is_found_and_is_the_exit_status(llama: Path, monke
 def test_an_unknown_transport_is_an_error_that_names_those_there_are(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story, "Worker", InThisProcess)
+    monkeypatch.setattr(steps, "WorkerProcess", InThisProcess)
     result = invoke("demo", "--model", str(llama), "--transport", "pigeon")
     assert result.exit_code == 2
     assert "there is no transport 'pigeon'" in result.output
@@ -228,39 +228,39 @@ def test_the_version_is_the_package_s() -> None:
 
 
 def test_a_process_that_dies_is_an_error_that_says_how(tmp_path: Path) -> None:
-    with processes.Worker("the seed", tmp_path, PATIENCE) as worker:
+    with processes.WorkerProcess("the seed", tmp_path, PATIENCE) as worker:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(DemoFailed, match=rf"the seed \(process {worker.pid}\) was killed by signal 9"):
-            worker.ask("load", subject={"generated": 1 << 20})
+            worker.call("load", model={"generated": 1 << 20})
 
 
 def test_a_process_says_why_it_failed_and_ends_when_the_demo_has_gone(tmp_path: Path) -> None:
-    with processes.Worker("the fork", tmp_path, PATIENCE) as worker:
-        worker.ask("build", subject={"generated": 1 << 20})
+    with processes.WorkerProcess("the fork", tmp_path, PATIENCE) as worker:
+        worker.call("build", model={"generated": 1 << 20})
         with pytest.raises(DemoFailed, match=r"the fork could not fork: PeerUnreachable: tcp://127\.0\.0\.1:1: "):
-            worker.ask("fork", address="tcp://127.0.0.1:1", transport="auto", timeout=0.2, verify=True)
-        worker.end()  # closes its standard input, as our death would, and kills it only where that does not help
+            worker.call("fork", address="tcp://127.0.0.1:1", transport="auto", timeout=0.2, verify=True)
+        worker.close()  # closes its standard input, as our death would, and kills it only where it does not exit
         assert worker.status == 0
 
 
 def test_a_process_that_takes_too_long_is_an_error_and_is_ended(tmp_path: Path) -> None:
-    with processes.Worker("the seed", tmp_path, timeout=-processes.MARGIN) as worker:
+    with processes.WorkerProcess("the seed", tmp_path, timeout=-processes.MARGIN) as worker:
         with pytest.raises(DemoFailed, match="give it more with --timeout"):
-            worker.ask("load", subject={"generated": 1 << 20})
+            worker.call("load", model={"generated": 1 << 20})
         worker.kill()
         assert worker.status == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("nbytes", [1 << 20, 8 << 20, 2 << 30, 8 << 30])
 def test_a_generated_model_has_the_size_it_should_to_a_row_of_its_embedding(nbytes: int) -> None:
-    subject = Generated(nbytes)
-    network = subject.build()
-    assert 0 <= nbytes - sum(tensor.nbytes for tensor in network.parameters()) < 2 * 2 * subject.hidden
+    source = GeneratedModel(nbytes)
+    network = source.build()
+    assert 0 <= nbytes - sum(tensor.nbytes for tensor in network.parameters()) < 2 * 2 * source.hidden
     assert network.head.weight is network.embedding.weight
 
 
 def test_a_generated_model_is_the_same_each_time_and_nowhere_zero() -> None:
-    one, other = Generated(1 << 20).load(), Generated(1 << 20).load()
+    one, other = GeneratedModel(1 << 20).load(), GeneratedModel(1 << 20).load()
     for name, tensor in one.named_parameters():
         assert torch.equal(tensor, other.get_parameter(name))
         assert tensor.count_nonzero() > 0.9 * tensor.numel()
@@ -295,9 +295,9 @@ def test_what_is_not_a_size_is_an_error(text: str) -> None:
 
 
 def test_sizes_times_and_speeds_are_shown_in_units_that_fit() -> None:
-    assert sizes.show_size(90_861_056) == "90.9 MB"
-    assert sizes.show_size(12) == "12 bytes"
-    assert sizes.show_seconds(1.234) == "1.23 s"
-    assert sizes.show_seconds(0.01234) == "12.3 ms"
-    assert sizes.show_speed(3e9, 2.0) == "1.50 GB/s"
-    assert sizes.show_speed(1e6, 1.0) == "1.0 MB/s"
+    assert sizes.format_size(90_861_056) == "90.9 MB"
+    assert sizes.format_size(12) == "12 bytes"
+    assert sizes.format_seconds(1.234) == "1.23 s"
+    assert sizes.format_seconds(0.01234) == "12.3 ms"
+    assert sizes.format_speed(3e9, 2.0) == "1.50 GB/s"
+    assert sizes.format_speed(1e6, 1.0) == "1.0 MB/s"
