@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ZOO, Tied, beside, fingerprints, memory_of, scramble, strided, tensors_of, tied_combs
+from models import MODELS, Tied, fingerprints, memory_of, scramble, strided, tensors_of, tied_many_runs, unused_bytes
 from processes import Child
 from torch import nn
 
@@ -30,7 +30,7 @@ SECONDS = 60.0
 def publish_all(pipe: Connection) -> None:
     """Publish the zoo; say the addresses and the fingerprints; stay until told to go."""
     with contextlib.ExitStack() as stack:
-        models = {name: make() for name, make in ZOO.items()}
+        models = {name: make() for name, make in MODELS.items()}
         addresses = {name: stack.enter_context(tensorfork.publish(model)).address for name, model in models.items()}
         pipe.send((addresses, {name: fingerprints(model) for name, model in models.items()}))
         with contextlib.suppress(EOFError):
@@ -62,45 +62,45 @@ def identities(model: Any) -> dict[str, Any]:
 # Every kind of tensor.
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_from_another_process_is_filled_in_place_bit_for_bit(elsewhere: Any, name: str) -> None:
     addresses, wanted = elsewhere
-    model = ZOO[name]()
+    model = MODELS[name]()
     scramble(model)
-    before, around = identities(model), beside(model)
+    before, around = identities(model), unused_bytes(model)
     report = tensorfork.fork_into(model, addresses[name], timeout=SECONDS)
     assert fingerprints(model) == wanted[name]
     assert identities(model) == before
-    assert beside(model) == around
+    assert unused_bytes(model) == around
     assert report.verified
     assert report.tensors == len(wanted[name])
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "many"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "many"])
 def test_a_model_is_filled_in_place_bit_for_bit_within_a_process(seed_of: Any, name: str) -> None:
-    source, model = ZOO[name](), ZOO[name]()
+    source, model = MODELS[name](), MODELS[name]()
     scramble(model)
-    before, around = identities(model), beside(model)
+    before, around = identities(model), unused_bytes(model)
     tensorfork.fork_into(model, seed_of(source).address, timeout=SECONDS)
     assert fingerprints(model) == fingerprints(source)
     assert identities(model) == before
-    assert beside(model) == around
+    assert unused_bytes(model) == around
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_fork_without_a_model_has_the_tensors_the_seed_has(elsewhere: Any, name: str) -> None:
     addresses, wanted = elsewhere
     tensors = tensorfork.fork(addresses[name], timeout=SECONDS)
     assert fingerprints(tensors) == wanted[name]
-    for mine, theirs in zip(tensors.values(), tensors_of(ZOO[name]()).values(), strict=True):
+    for mine, theirs in zip(tensors.values(), tensors_of(MODELS[name]()).values(), strict=True):
         assert (mine.dtype, mine.shape, mine.is_meta) == (theirs.dtype, theirs.shape, False)
         assert mine.stride() == theirs.stride() or 1 in mine.shape or not mine.numel()
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_on_the_meta_device_becomes_the_seed_s_in_one_allocation(elsewhere: Any, name: str) -> None:
     addresses, wanted = elsewhere
-    model = to_meta(ZOO[name]())
+    model = to_meta(MODELS[name]())
     objects = {key: id(tensor) for key, tensor in tensors_of(model).items()}
     tensorfork.fork_into(model, addresses[name], timeout=SECONDS)
     assert fingerprints(model) == wanted[name]
@@ -164,7 +164,7 @@ MODES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 def test_the_caller_s_mode_changes_nothing(seed_of: Any, mode: str) -> None:
     source, model, meta = Tied(), Tied(), to_meta(Tied())
-    combs, more_combs = tied_combs(), tied_combs()
+    combs, more_combs = tied_many_runs(), tied_many_runs()
     scramble(model)
     scramble(more_combs)
     seed, comb_seed, before = seed_of(source), seed_of(combs), identities(model)
@@ -285,7 +285,7 @@ def test_scratch_for_thousands_of_stretches_is_bounded(seed_of: Any, monkeypatch
         asked.append(tensor.nbytes)
         return tensor
 
-    source, model = tied_combs(), tied_combs()
+    source, model = tied_many_runs(), tied_many_runs()
     scramble(model)
     seed = seed_of(source)
     monkeypatch.setattr(torch, "empty", watched)
@@ -299,7 +299,10 @@ def test_progress_goes_from_nothing_to_everything(seed_of: Any) -> None:
     """Whatever the way: straight into place, and through scratch."""
     seen: list[tuple[int, int]] = []
     report = tensorfork.fork_into(
-        tied_combs(), seed_of(tied_combs()).address, timeout=SECONDS, progress=lambda now, all: seen.append((now, all))
+        tied_many_runs(),
+        seed_of(tied_many_runs()).address,
+        timeout=SECONDS,
+        progress=lambda now, all: seen.append((now, all)),
     )
     assert seen[0] == (0, report.nbytes)
     assert seen[-1] == (report.nbytes, report.nbytes)
@@ -541,7 +544,7 @@ def test_a_transformer_built_on_the_meta_device_computes_what_the_seed_s_does(se
 
 
 def test_twenty_thousand_tensors_are_published_and_described_in_time() -> None:
-    model = ZOO["many"]()
+    model = MODELS["many"]()
     start = time.perf_counter()
     seed = tensorfork.publish(model)
     published = time.perf_counter() - start

@@ -18,22 +18,22 @@ from tensorfork.model.storages import ALIGNMENT, TensorLocation, storage_extents
 
 
 def elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
-    """The place of every element, in order."""
+    """The offset of every element, in order."""
     return [
         sum(i * step for i, step in zip(index, stride, strict=True)) for index in itertools.product(*map(range, shape))
     ]
 
 
-def one(layout: ModelLayout, name: str) -> TensorLayout:
+def tensor_named(layout: ModelLayout, name: str) -> TensorLayout:
     return next(tensor for tensor in layout.tensors if tensor.name == name)
 
 
-# Tensors and their places.
+# Where tensors lie.
 
 
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, torch.Tensor]:
-    """Tensors of several dtypes over a few buffers: views, ties, overlaps, strides, nothing at all."""
+    """Tensors of several dtypes over a few buffers: views, ties, overlaps, strides, or no tensor at all."""
     buffers = [torch.zeros(draw(st.integers(0, 3000)), dtype=torch.uint8) for _ in range(draw(st.integers(1, 3)))]
     made: dict[str, torch.Tensor] = {}
     for i in range(draw(st.integers(0, 8))):
@@ -44,10 +44,10 @@ def models(draw: st.DrawFn) -> dict[str, torch.Tensor]:
         dtype = draw(st.sampled_from([torch.uint8, torch.bfloat16, torch.float32, torch.complex128]))
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
         stride = [draw(st.integers(0, 9)) for _ in shape]
-        room = buffer.nbytes // dtype.itemsize - sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) - 1
-        if 0 not in shape and room < 0:
+        free = buffer.nbytes // dtype.itemsize - sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) - 1
+        if 0 not in shape and free < 0:
             shape, stride = [0], [1]
-        offset = draw(st.integers(0, max(room, 0))) if 0 not in shape else 0
+        offset = draw(st.integers(0, max(free, 0))) if 0 not in shape else 0
         made[f"t{i}"] = torch.empty(0, dtype=dtype).set_(buffer.untyped_storage(), offset, shape, stride)
     return made
 
@@ -74,22 +74,22 @@ def test_storages_hold_what_tensors_use_and_no_byte_is_in_two(model: dict[str, t
     for region, other in itertools.combinations(regions, 2):
         assert region.address + region.nbytes <= other.address or other.address + other.nbytes <= region.address
     for region in regions:
-        held = [tensor for tensor in found.layout.tensors if tensor.storage == region.id and tensor.numel]
-        assert max(tensor.offset + tensor.extent for tensor in held) == region.nbytes
-        assert min(tensor.offset for tensor in held) < ALIGNMENT
+        inside = [tensor for tensor in found.layout.tensors if tensor.storage == region.id and tensor.numel]
+        assert max(tensor.offset + tensor.extent for tensor in inside) == region.nbytes
+        assert min(tensor.offset for tensor in inside) < ALIGNMENT
 
 
 def test_ten_rows_of_a_large_buffer_are_a_storage_of_ten_rows() -> None:
     buffer = torch.zeros(1000, 256)
     layout = describe({"rows": buffer[500:510]}).layout
     assert [storage.nbytes for storage in layout.storages] == [10 * 1024]
-    assert one(layout, "rows").offset == 0
+    assert tensor_named(layout, "rows").offset == 0
 
 
 def test_a_storage_begins_where_its_tensors_are_as_aligned_as_in_the_allocation() -> None:
     buffer = torch.zeros(10_000, dtype=torch.uint8)
     layout = describe({"odd": buffer[1300:1400], "later": buffer[2048:2100]}).layout
-    assert (one(layout, "odd").offset, one(layout, "later").offset) == (1300 - 1024, 1024)
+    assert (tensor_named(layout, "odd").offset, tensor_named(layout, "later").offset) == (1300 - 1024, 1024)
     assert layout.storages[0].nbytes == 2100 - 1024
 
 
@@ -97,7 +97,7 @@ def test_ties_are_several_names_at_one_place() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     net[1].weight = net[0].weight
     layout = describe(net).layout
-    tied, other = one(layout, "0.weight"), one(layout, "1.weight")
+    tied, other = tensor_named(layout, "0.weight"), tensor_named(layout, "1.weight")
     assert (tied.storage, tied.offset, tied.stride) == (other.storage, other.offset, other.stride)
     assert len(layout.storages) == 3
 
@@ -113,38 +113,44 @@ def test_storages_over_the_same_memory_are_one(order: tuple[str, ...]) -> None:
     }
     layout = describe({name: tensors[name] for name in (*order, "early")}).layout
     assert len(layout.storages) == 1
-    assert one(layout, "middle").offset == 1024
+    assert tensor_named(layout, "middle").offset == 1024
 
 
-def test_storages_of_a_gpu_are_in_order_of_address_so_that_a_fork_makes_room_with_the_same_neighbours() -> None:
+def test_storages_of_a_gpu_are_in_order_of_address_so_that_a_fork_s_have_the_same_neighbours() -> None:
     class Storage:
         def nbytes(self) -> int:
             return 1024
 
-    def home(device: str, base: int) -> TensorLocation:
+    def located(device: str, base: int) -> TensorLocation:
         return TensorLocation((device, base), base, device, 0, 1024, Storage())
 
-    given = [home("cuda:1", 1024), home("cuda:0", 8192), home("cpu", 4096), home("cuda:0", 6144), home("cpu", 2048)]
-    spans = storage_extents(given)
-    assert [(span.device, span.base) for span in spans.values()] == [
+    locations = [
+        located("cuda:1", 1024),
+        located("cuda:0", 8192),
+        located("cpu", 4096),
+        located("cuda:0", 6144),
+        located("cpu", 2048),
+    ]
+    extents = storage_extents(locations)
+    assert [(extent.device, extent.base) for extent in extents.values()] == [
         ("cpu", 4096),
         ("cpu", 2048),
         ("cuda:0", 6144),
         ("cuda:0", 8192),
         ("cuda:1", 1024),
     ]
-    assert [span.index for span in spans.values()] == [0, 1, 2, 3, 4]
-    assert [one.extent.index for one in given] == [4, 3, 0, 2, 1]
+    assert [extent.index for extent in extents.values()] == [0, 1, 2, 3, 4]
+    assert [location.extent.index for location in locations] == [4, 3, 0, 2, 1]
 
 
 def test_every_storage_over_the_same_memory_is_kept_alive() -> None:
     memory = bytearray(1024)
     tensors = {str(at): torch.frombuffer(memory, dtype=torch.uint8, offset=at) for at in (0, 100, 200)}
     storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors.values()]
-    kept = describe(tensors).memory
+    memory_of_model = describe(tensors).memory
     tensors.clear()
     assert not any(storage.expired() for storage in storages)
-    del kept
+    del memory_of_model
     assert all(storage.expired() for storage in storages)
 
 
@@ -174,8 +180,8 @@ def test_tensors_without_elements_have_no_bytes_and_share_with_nobody() -> None:
     buffer = torch.zeros(10)
     layout = describe({"empty": buffer[5:5], "void": torch.empty(0, 3), "full": buffer}).layout
     assert layout.nbytes == 40
-    assert one(layout, "empty").storage != one(layout, "full").storage
-    assert [one(layout, name).extent for name in ("empty", "void", "full")] == [0, 0, 40]
+    assert tensor_named(layout, "empty").storage != tensor_named(layout, "full").storage
+    assert [tensor_named(layout, name).extent for name in ("empty", "void", "full")] == [0, 0, 40]
 
 
 def test_regions_keep_the_memory_that_they_name_alive() -> None:
@@ -207,7 +213,7 @@ def test_a_module_gives_its_parameters_and_all_its_buffers_by_their_names() -> N
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor whose bytes are somewhere else, and that does not say where."""
+    """A subclass that holds its bytes elsewhere and has no `__tensor_flatten__` to reach them."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -289,9 +295,9 @@ def test_dense_and_extent_are_what_the_elements_say(shape: tuple[int, ...], data
             dense[i], step = step, step * max(shape[i], 1)
         stride = tuple(dense)
     tensor = TensorLayout("t", "float16", shape, plain_stride(shape, stride), 0, 0)
-    places = elements(shape, stride)
-    assert tensor.extent == (2 * (max(places) + 1) if places else 0)
-    assert tensor.is_dense == (sorted(places) == list(range(len(places))))
+    offsets = elements(shape, stride)
+    assert tensor.extent == (2 * (max(offsets) + 1) if offsets else 0)
+    assert tensor.is_dense == (sorted(offsets) == list(range(len(offsets))))
 
 
 def test_a_layout_equals_another_wherever_the_tensors_lie() -> None:
@@ -304,8 +310,8 @@ def test_a_difference_names_everything_that_differs_with_both_values() -> None:
     theirs = TensorLayout("t", "float16", (2, 3), (3, 1), 0, 0)
     assert theirs.difference(evolve(theirs, offset=64)) is None
     assert theirs.difference(evolve(theirs, dtype="int16")) == "dtype float16 in the seed, int16 here"
-    said = theirs.difference(evolve(theirs, shape=(3, 2), stride=(1, 3)))
-    assert said == "shape (2, 3) in the seed, (3, 2) here; stride (3, 1) in the seed, (1, 3) here"
+    difference = theirs.difference(evolve(theirs, shape=(3, 2), stride=(1, 3)))
+    assert difference == "shape (2, 3) in the seed, (3, 2) here; stride (3, 1) in the seed, (1, 3) here"
 
 
 TENSOR = TensorLayout("t", "float32", (2, 3), (3, 1), 0, 8)
@@ -322,7 +328,7 @@ TENSOR = TensorLayout("t", "float32", (2, 3), (3, 1), 0, 8)
         ([evolve(TENSOR, stride=(3,))], "t has 2 sizes and 1 strides"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_with_the_reason(tensors: list[TensorLayout], why: str) -> None:
+def test_an_impossible_layout_is_refused_with_the_reason(tensors: list[TensorLayout], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         ModelLayout(tuple(tensors), (StorageLayout(32, "cpu"),))
 
@@ -333,7 +339,7 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason(tensors: list[Tensor
      {"stride": (True, 1)}, {"shape": (1,) * 65}, {"storage": -1}, {"offset": "8"}, {"offset": True}],
     ids=str,
 )  # fmt: skip
-def test_a_tensor_s_description_has_values_of_their_kinds_only(change: dict[str, Any]) -> None:
+def test_a_tensor_layout_refuses_values_of_wrong_types_or_ranges(change: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
         evolve(TENSOR, **change)
 

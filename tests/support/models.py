@@ -1,7 +1,7 @@
-"""Generated models: each kind of tensor that a model may hold, with bytes that say which it is.
+"""Generated models, with each kind of tensor that a model may hold.
 
-Every function here makes the same model each time, in whichever process. `scramble` makes its bytes others, and
-`same_bits` tells whether two models hold the same.
+Every function here makes the same model each time, in every process. `scramble` changes all bytes of a model;
+`fingerprints` tells whether two models hold the same.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ DTYPES = [dtype for dtype in DTYPES if not str(dtype).startswith(("torch.qint", 
 
 
 def noise(nbytes: int, seed: int) -> torch.Tensor:
-    """Bytes of every value."""
+    """Random bytes, the same for the same seed."""
     return torch.frombuffer(bytearray(random.Random(seed).randbytes(max(nbytes, 1))), dtype=torch.uint8)[
         :nbytes
     ].clone()
 
 
 def made(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
-    """A tensor of any dtype, whatever its bytes mean."""
+    """A tensor of any dtype over random bytes."""
     memory = noise(math.prod(shape) * dtype.itemsize, seed)
     tensor = torch.empty(0, dtype=dtype)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
@@ -134,7 +134,7 @@ def dtypes() -> Model:
 
 
 def packed() -> Model:
-    """What quantized layers keep: two to eight values in an integer, and their scales."""
+    """As quantized layers hold them: two to eight values in an integer, and their scales."""
     return {
         "int4 in int32": made(torch.int32, 64, 32, seed=1),
         "int4 in uint8": made(torch.uint8, 64, 128, seed=2),
@@ -144,8 +144,8 @@ def packed() -> Model:
     }
 
 
-def combs() -> Model:
-    """In thousands of stretches each, one of them larger than the scratch on either side."""
+def many_runs() -> Model:
+    """Tensors in thousands of runs of bytes each, one of them larger than the scratch on either side."""
     wide = made(torch.uint8, 20_000, 1024, seed=1)
     return {
         "large": wide[:, :1000],
@@ -157,8 +157,8 @@ def combs() -> Model:
     }
 
 
-def tied_combs() -> Model:
-    model = combs()
+def tied_many_runs() -> Model:
+    model = many_runs()
     assert isinstance(model, dict)
     model["the same rows"] = model["rows, tied"]
     model["fewer of the same rows"] = model["rows, tied"][100:3000]
@@ -173,7 +173,7 @@ def overlapping() -> Model:
         "expanded scalar": made(torch.float64, 1, seed=3).expand(100, 100),
         "windows": line.unfold(0, 64, 2),
         "sparse windows": line.as_strided((1500, 2), (3, 3)),
-        "twice in many stretches": made(torch.uint8, 9000, seed=4).as_strided((1100, 1100), (2, 2)),
+        "twice in many runs": made(torch.uint8, 9000, seed=4).as_strided((1100, 1100), (2, 2)),
         "expanded columns": made(torch.int16, 2000, 1, seed=5)[::2].expand(1000, 3),
     }
 
@@ -183,15 +183,16 @@ def many() -> Model:
     return {f"layers.{i}.weight": memory[i * 48 : i * 48 + 40].clone().view(torch.float16) for i in range(20_000)}
 
 
-ZOO: Mapping[str, Callable[[], Model]] = {
-    made.__name__.lower(): made
-    for made in (
-        plain, Tied, Views, strided, Buffers, small, nothing, dtypes, packed, combs, tied_combs, overlapping, many,
+MODELS: Mapping[str, Callable[[], Model]] = {
+    make.__name__.lower(): make
+    for make in (
+        plain, Tied, Views, strided, Buffers, small, nothing, dtypes, packed, many_runs, tied_many_runs, overlapping,
+        many,
     )
 }  # fmt: skip
 
 
-# What they hold.
+# What a model holds.
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:
@@ -230,20 +231,20 @@ def memory_of(model: Any) -> dict[int, torch.Tensor]:
 
 
 def scramble(model: Any) -> None:
-    """Make every byte of its storages another, those between tensors too."""
+    """Change every byte of its storages, also those between tensors."""
     with torch.inference_mode():
         for memory in memory_of(model).values():
             memory.bitwise_not_()
 
 
-def beside(model: Any) -> dict[int, bytes]:
-    """By storage, the bytes that no tensor of the model holds."""
+def unused_bytes(model: Any) -> dict[int, bytes]:
+    """By storage, the bytes that belong to no tensor of the model."""
     memory = memory_of(model)
-    free = {at: torch.ones(len(whole), dtype=torch.bool) for at, whole in memory.items()}
+    unused = {at: torch.ones(len(whole), dtype=torch.bool) for at, whole in memory.items()}
     for tensor in tensors_of(model).values():
         if tensor.numel():
             size = tensor.element_size()
             shape, stride = [*tensor.shape, size], [*(step * size for step in tensor.stride()), 1]
-            mask = free[tensor.untyped_storage().data_ptr()]
+            mask = unused[tensor.untyped_storage().data_ptr()]
             mask.as_strided(shape, stride, tensor.storage_offset() * size).fill_(False)
-    return {at: memoryview(whole[free[at]].numpy()).tobytes() for at, whole in memory.items()}
+    return {at: memoryview(whole[unused[at]].numpy()).tobytes() for at, whole in memory.items()}
