@@ -1,11 +1,11 @@
-"""Between GPUs of one host, or within one, through CUDA IPC: no port, nothing to install.
+"""CUDA IPC between GPUs of one host, or within one GPU: it opens no port, and needs nothing to be installed.
 
-The seed hands out a handle for each of its allocations through the bootstrap; the fork opens each once, and its own
-copy engines read, over NVLink where there is one, while the seed's process takes no part. A handle is 64 bytes of plain
-data, good only on this host. It opens the whole allocation, which can hold more than weights; that, and that a reader
-keeps its mapping until it closes it, is why handles go only to whom the bootstrap lets in.
+The seed's offer has an IPC handle for each of its allocations. The fork opens each once, and its own copy engines read,
+over NVLink where there is one; the seed's process takes no part. A handle is 64 bytes of plain data, valid only on this
+host. It opens the whole allocation, which can hold more than weights, and a fork keeps its mapping until it closes the
+handle; so handles are sent only to forks that were granted a lease.
 
-What of the model is on the CPU (a few buffers, as a rule) travels over the lease's channel.
+Tensors on the CPU (as a rule, a few buffers) travel over the lease's channel.
 """
 
 import ctypes
@@ -30,7 +30,8 @@ class CudaIpc(Transport):
     """CUDA IPC between two processes of one host, or within one process.
 
     Args:
-        rate_limit: bytes a second that a fork reads at most; as fast as the link allows, by default.
+        rate_limit: bytes a second that a fork reads at most; by default as fast as the link allows. It acts on the
+            fork, so give it to `fork_into`; on a seed it has no effect, since forks read by themselves.
     """
 
     name: ClassVar[str] = "cuda_ipc"
@@ -42,19 +43,19 @@ class CudaIpc(Transport):
         if rate_limit is not None:
             self.piece = SMALL_BATCH
         self._published = PublishedAllocations()
-        self._told: tuple[Sequence[Region], Sequence[Allocation], bytes] | None = None  # at the last lease
+        self._last_offer: tuple[Sequence[Region], Sequence[Allocation], bytes] | None = None
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
         devices = sorted({region.device for region in regions if region.device != "cpu"})
         if not devices:
             raise TransportUnavailable("cuda_ipc moves GPU memory, and there is none in this model")
-        found = self._published.add(regions)
+        published = self._published.add(regions)
         return {
             "host": process.host_id(),
             "process": process_token(),
             "gpus": [cuda.device_uuid(device) for device in devices],
-            "closed": allocations.why_not_exportable(found),
+            "closed": allocations.why_not_exportable(published),
         }
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
@@ -63,34 +64,35 @@ class CudaIpc(Transport):
             return "the seed is on another host, and CUDA IPC works within one"
         if fork.get("process") == seed.get("process"):
             return None
-        closed = seed.get("closed")
-        return None if closed is None else str(closed)
+        not_exportable = seed.get("closed")
+        return None if not_exportable is None else str(not_exportable)
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
-        """See `Transport.cover`: handles are for whole allocations."""
+        """See `Transport.cover`: a handle opens a whole allocation."""
         return allocations.enclosing_allocations(regions)
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> "IpcExport":
         """See `Transport.export`."""
-        found = self._published.check(regions)
+        published = self._published.check(regions)
         if fork.get("process") == process_token():
             return IpcExport(regions, write_offer(regions, {}))
-        told = self._told
-        if told is not None and told[0] is regions and told[1] == found:
-            return IpcExport(regions, told[2])
+        last = self._last_offer
+        if last is not None and last[0] is regions and last[1] == published:
+            return IpcExport(regions, last[2])
         try:
-            said = write_offer(regions, {one.start: cuda.export_ipc_handle(one.start, one.device) for one in found})
-            self._told = regions, found, said
-            return IpcExport(regions, said)
+            handles = {one.start: cuda.export_ipc_handle(one.start, one.device) for one in published}
+            offer = write_offer(regions, handles)
+            self._last_offer = regions, published, offer
+            return IpcExport(regions, offer)
         except cuda.DriverError as error:
             raise TransportUnavailable(
                 f"cuda_ipc: the seed's memory cannot be exported: {error}. Publish memory of cudaMalloc, and "
-                "see that the container shares the host's IPC namespace"
+                "let the container share the host's IPC namespace"
             ) from error
 
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`."""
-        self._told = None
+        self._last_offer = None
 
     def open(
         self,
@@ -106,39 +108,39 @@ class CudaIpc(Transport):
 
 
 class IpcExport(Export):
-    """One lease."""
+    """The seed's side of one lease."""
 
     def __init__(self, regions: Sequence[Region], offer: bytes) -> None:
         self.offer = offer
-        self._host = {region.id: region for region in regions if region.device == "cpu"}
-        self._released = False
-        self._serving, self._served = Event(), Event()
+        self._cpu_regions = {region.id: region for region in regions if region.device == "cpu"}
+        self._released = False  # whether the fork has said that it closed the handles
+        self._serve_started, self._serve_ended = Event(), Event()
 
     def serve(self, channel: Channel) -> None:
-        """See `Export.serve`: regions on the CPU are read out on the channel; the rest needs nobody."""
-        self._serving.set()
+        """See `Export.serve`: sends the bytes of CPU regions on the channel. Forks read GPU regions by themselves."""
+        self._serve_started.set()
         try:
             self._serve(channel)
         except PeerUnreachable:
-            return  # the lease has ended without a word
+            return  # the lease has ended, and the fork has not said that it closed the handles
         finally:
-            self._served.set()
+            self._serve_ended.set()
 
     def _serve(self, channel: Channel) -> None:
         while True:
-            asked = channel.recv(time.monotonic() + 86400)
-            if asked == b"":
+            request = channel.recv(time.monotonic() + 86400)
+            if request == b"":
                 self._released = True
                 return
-            id, offset, nbytes = CPU_REQUEST.unpack(asked)
-            region = self._host.get(id)
+            id, offset, nbytes = CPU_REQUEST.unpack(request)
+            region = self._cpu_regions.get(id)
             if region is None or nbytes > CPU_CHUNK or offset + nbytes > region.nbytes:
                 channel.send(b"", time.monotonic() + 1)
             else:
                 channel.send(ctypes.string_at(region.address + offset, nbytes), time.monotonic() + 1)
 
     def close(self, deadline: float) -> bool:
-        """See `Export.close`: a fork that did not say it has closed the handles may still read."""
-        if self._serving.is_set():
-            self._served.wait(max(0.0, deadline - time.monotonic()))
+        """See `Export.close`: True if the fork has said that it closed the handles; otherwise it may still read."""
+        if self._serve_started.is_set():
+            self._serve_ended.wait(max(0.0, deadline - time.monotonic()))
         return self._released

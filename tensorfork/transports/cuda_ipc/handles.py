@@ -1,4 +1,4 @@
-"""Handles, opened on a thread of their own."""
+"""The seed's IPC handles, opened by threads in the background."""
 
 import logging
 import threading
@@ -13,77 +13,83 @@ from tensorfork.transports.cuda_ipc.offer import RemoteAllocation
 
 log = logging.getLogger("tensorfork")
 
-OPENERS = 2
-"""Threads: while one waits for the interpreter, the other's call is with the driver. Beside copies there is one."""
-LATE = "CUDA had not opened the seed's memory by the deadline"
-_Pair = tuple[int, int]
-"""A remote region's id, and one of our GPUs."""
+OPENER_THREADS = 2
+"""Threads that open handles: while one waits for the interpreter, the other is in the driver. Once copies are enqueued,
+there is one."""
+_LATE = "CUDA had not opened the seed's memory by the deadline"
+_Key = tuple[int, int]
+"""The id of a remote region, and the ordinal of one of our GPUs."""
 
 
 class RemoteHandles:
-    """The seed's memory, as our GPUs see it. Threads open the handles in the order in which they are wanted, while
-    whoever wants them draws up plans, and while bytes move already: calls of 0.06 ms each, after which a thread wants
-    the interpreter again, and gets it at once.
+    """The addresses at which our GPUs see the seed's regions.
+
+    Threads open the handles, those requested last first, while the caller prepares its copies and while bytes already
+    move. Opening one takes 0.06 ms; then the thread needs the interpreter again, and a short switch interval lets it
+    have it at once.
     """
 
     def __init__(self, sources: Mapping[int, RemoteAllocation]) -> None:
         self._sources = sources
-        self._found: dict[_Pair, int] = {}
-        self._failed: dict[_Pair, Exception] = {}
-        self._wanted: dict[_Pair, None] = {}
-        self._under_way: set[_Pair] = set()
+        self._addresses: dict[_Key, int] = {}
+        self._errors: dict[_Key, Exception] = {}
+        self._queue: dict[_Key, None] = {}
+        self._opening: set[_Key] = set()
         self._changed = threading.Condition()
         self._openers: list[threading.Thread] = []
-        self._turns = ExitStack()  # with the openers, but for one that hangs
-        self._most, self._paused = OPENERS, False
+        self._switch_interval = ExitStack()  # short while there are openers; `close` ends it even if one hangs
+        self._max_openers, self._paused = OPENER_THREADS, False
         self._closed = False
 
-    def want(self, pairs: Iterable[_Pair]) -> None:
-        """Have these opened, before those that were wanted earlier."""
+    def request(self, keys: Iterable[_Key]) -> None:
+        """Have these opened, before those that were requested earlier. Does not wait."""
         with self._changed:
-            first: dict[_Pair, None] = {}
-            for id, device in pairs:
-                if (id, device) in self._found:
+            first: dict[_Key, None] = {}
+            for id, device in keys:
+                if (id, device) in self._addresses:
                     continue
                 source = self._sources[id]
                 if source.handle is None:
-                    self._found[id, device] = source.address
+                    self._addresses[id, device] = source.address
                 else:
                     first[id, device] = None
-            for pair in self._under_way:
-                first.pop(pair, None)
-            self._wanted = first | self._wanted
-            if self._wanted and not self._openers:
-                for _ in range(min(self._most, len(self._wanted))):
-                    opener = threading.Thread(target=self._open, name="tensorfork-ipc-open", daemon=True)
-                    opener.start()  # and waits until it is known
+            for key in self._opening:
+                first.pop(key, None)
+            self._queue = first | self._queue
+            if self._queue and not self._openers:
+                for _ in range(min(self._max_openers, len(self._queue))):
+                    opener = threading.Thread(target=self._run_opener, name="tensorfork-ipc-open", daemon=True)
+                    opener.start()  # it waits for the condition's lock, until it is in the list
                     self._openers.append(opener)
 
-    def enough(self, deadline: float) -> None:
-        """Wait until an eighth of what is wanted is open, if anything is; raises as `address` does for the first that
-        failed.
+    def wait_for_first(self, deadline: float) -> None:
+        """Wait until an eighth of the requested handles is open. Returns at once if none was requested.
+
+        Raises `TransportUnavailable` if one of them cannot be opened, `TransferFailed` at the deadline.
         """
         with self._changed:
             eighth = -(-self._count() // 8)
-            over = self._changed.wait_for(
-                lambda: len(self._found) >= eighth or self._failed, max(0.0, deadline - time.monotonic())
+            in_time = self._changed.wait_for(
+                lambda: len(self._addresses) >= eighth or self._errors, max(0.0, deadline - time.monotonic())
             )
-            failed = next(iter(self._failed), None)
+            failed = next(iter(self._errors), None)
         if failed is not None:
             self.address(*failed, deadline)
-        if not over:
-            raise TransferFailed(LATE)
+        if not in_time:
+            raise TransferFailed(_LATE)
 
     def _count(self) -> int:
-        return len(self._found) + len(self._failed) + len(self._wanted) + len(self._under_way)
+        return len(self._addresses) + len(self._errors) + len(self._queue) + len(self._opening)
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Inside, no handle begins to be opened. The driver does one thing at a time, and is not fair: who opens one
-        handle after another keeps who wants to enqueue copies waiting for milliseconds.
+    def paused(self) -> Iterator[None]:
+        """Inside, no thread begins to open a handle; from the first time on, one thread opens them instead of two.
+
+        The driver does one thing at a time, and is not fair: a thread that opens one handle after another delays one
+        that enqueues copies by milliseconds.
         """
         with self._changed:
-            self._most, self._paused = 1, True
+            self._max_openers, self._paused = 1, True
         try:
             yield
         finally:
@@ -92,96 +98,97 @@ class RemoteHandles:
                 self._changed.notify_all()
 
     def is_open(self, id: int, device: int) -> bool:
-        """Whether `address` has nothing to wait for."""
-        return (id, device) in self._found
+        """Whether `address` would return at once."""
+        return (id, device) in self._addresses
 
     def address(self, id: int, device: int, deadline: float) -> int:
-        """Where one that is wanted is; waits for it.
+        """The address of a requested region on one of our GPUs; waits until its handle is open.
 
-        Raises `TransportUnavailable` where it cannot be opened, `TransferFailed` at the deadline.
+        Raises `TransportUnavailable` if it cannot be opened, `TransferFailed` at the deadline.
         """
-        pair = id, device
-        address = self._found.get(pair)
+        key = id, device
+        address = self._addresses.get(key)
         if address is not None:
             return address
         with self._changed:
-            over = self._changed.wait_for(
-                lambda: pair in self._found or pair in self._failed, max(0.0, deadline - time.monotonic())
+            in_time = self._changed.wait_for(
+                lambda: key in self._addresses or key in self._errors, max(0.0, deadline - time.monotonic())
             )
-            if not over:
-                raise TransferFailed(LATE)
-            if pair in self._found:
-                return self._found[pair]
-            error = self._failed[pair]
+            if not in_time:
+                raise TransferFailed(_LATE)
+            if key in self._addresses:
+                return self._addresses[key]
+            error = self._errors[key]
         raise TransportUnavailable(
             f"cuda_ipc: the seed's memory cannot be opened on cuda:{device}: {error}. The GPUs may not reach one "
             "another, or a container does not share the host's IPC and PID namespaces"
         ) from error
 
     def close(self, deadline: float) -> None:
-        """Close all of them; nothing may be reading any more. One that is still being opened is closed when it is."""
+        """Close all handles; no copy may be in flight. One that is still being opened is closed as soon as it is."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            self._turns.close()
+            self._switch_interval.close()
             openers = list(self._openers)
         for opener in openers:
             opener.join(max(0.1, deadline - time.monotonic()))
         with self._changed:
-            found, self._found = self._found, {}
-        for device in {device for _, device in found}:
+            addresses, self._addresses = self._addresses, {}
+        for device in {device for _, device in addresses}:
             with cuda.current_context(device), cuda.relaxed_capture():
-                for (id, on), address in found.items():
+                for (id, on), address in addresses.items():
                     if on == device and self._sources[id].handle is not None:
                         _close(address)
 
-    def _open(self) -> None:
+    def _run_opener(self) -> None:
+        """Open one requested handle after another. Runs on each of the opener threads."""
         cuda.relax_capture()
         with self._changed:
             if not self._closed:
-                self._turns.enter_context(short_switch_interval)
-        pair = self._next()
-        with ExitStack() as entered:
-            on = None
-            while pair is not None:
-                handle = self._sources[pair[0]].handle
+                self._switch_interval.enter_context(short_switch_interval)
+        key = self._next()
+        with ExitStack() as context:
+            current = None
+            while key is not None:
+                handle = self._sources[key[0]].handle
                 assert handle is not None
                 address, error = 0, None
                 try:
-                    if pair[1] != on:
-                        entered.close()
-                        on = None
-                        entered.enter_context(cuda.current_context(pair[1]))
-                        on = pair[1]
+                    if key[1] != current:
+                        context.close()
+                        current = None
+                        context.enter_context(cuda.current_context(key[1]))
+                        current = key[1]
                     address = cuda.open_ipc_handle(handle)
-                except Exception as failed:  # of the driver, or of its absence: for who asks
-                    error = failed
-                pair = self._next(pair, address, error)
+                except Exception as raised:  # by the driver, or for want of one: `address` raises it to its caller
+                    error = raised
+                key = self._next(key, address, error)
 
-    def _next(self, over: _Pair | None = None, address: int = 0, error: Exception | None = None) -> _Pair | None:
-        """Note what became of one, and say which is wanted first; None when the thread is to end."""
+    def _next(self, finished: _Key | None = None, address: int = 0, error: Exception | None = None) -> _Key | None:
+        """Record the result for `finished`, and return the key to open next; None if this thread is to end."""
         with self._changed:
-            if over is not None:
-                self._under_way.discard(over)
+            if finished is not None:
+                self._opening.discard(finished)
                 if error is not None:
-                    self._failed[over] = error
+                    self._errors[finished] = error
                 elif self._closed:
                     _close(address)
                 else:
-                    self._found[over] = address
+                    self._addresses[finished] = address
                 self._changed.notify_all()
-            if len(self._openers) <= self._most:
+            if len(self._openers) <= self._max_openers:
                 self._changed.wait_for(lambda: self._closed or not self._paused)
-            if self._closed or not self._wanted or len(self._openers) > self._most:
-                if threading.current_thread() in self._openers:  # else who started it was interrupted
+            if self._closed or not self._queue or len(self._openers) > self._max_openers:
+                if threading.current_thread() in self._openers:  # it is not if `request` was interrupted
                     self._openers.remove(threading.current_thread())
                 if not self._openers:
-                    self._turns.close()
+                    self._switch_interval.close()
                 return None
-            pair = next(iter(self._wanted))
-            del self._wanted[pair]
-            self._under_way.add(pair)
-            return pair
+            key = next(iter(self._queue))
+            del self._queue[key]
+            self._opening.add(key)
+            return key
 
 
 def _close(address: int) -> None:

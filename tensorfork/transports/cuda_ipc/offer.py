@@ -1,4 +1,4 @@
-"""What a seed tells a fork of its memory, and what both must agree on to read what of it is on the CPU."""
+"""The offer, which tells a fork where the seed's memory is, and the request for bytes of the seed's CPU regions."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from tensorfork.memory import cuda
 from tensorfork.regions import Region, RemoteRegion
 
 _OFFER = struct.Struct("<16sI")
-
+"""The token of the seed's process, and the number of its GPU regions."""
 _EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE_BYTES}s")
-
+"""For each of them: its id, its address in the seed's process, and its handle."""
 CPU_REQUEST = struct.Struct("<QQQ")
-
+"""The id of a region on the CPU, the offset in it, and the number of bytes; the answer is the bytes, or none."""
 CPU_CHUNK = 512 << 10
-"""Bytes of a CPU's region in one message of the channel."""
+"""Bytes of a CPU region in one message of the channel."""
 
 
 @frozen
 class RemoteAllocation:
-    """A region of the seed's: its address there, and a handle for it, or none within one process."""
+    """A GPU region of the seed: its address there, and its handle; None if the seed is in this process."""
 
     address: int
     nbytes: int
@@ -30,8 +30,8 @@ class RemoteAllocation:
 
 
 def write_offer(regions: Sequence[Region], handles: Mapping[int, bytes]) -> bytes:
-    """What a fork is told. `handles` are those of the regions' blocks, by address; none for a fork of this very
-    process.
+    """The offer for these regions. `handles` are those of the regions' allocations, by address; none for a fork in the
+    same process.
     """
     exported = [
         _EXPORTED.pack(region.id, region.address, handles.get(region.address, bytes(cuda.HANDLE_BYTES)))
@@ -42,17 +42,17 @@ def write_offer(regions: Sequence[Region], handles: Mapping[int, bytes]) -> byte
 
 
 def read_offer(offer: bytes, remote: Sequence[RemoteRegion]) -> tuple[bool, dict[int, RemoteAllocation]]:
-    """Whether the seed is in this process, and where each of its regions is. Raises `TransportUnavailable`."""
+    """Whether the seed is in this process, and its GPU regions by id. Raises `TransportUnavailable` for a bad offer."""
     if len(offer) < _OFFER.size or (len(offer) - _OFFER.size) % _EXPORTED.size:
         raise TransportUnavailable("what the seed offers is not an offer of cuda_ipc; use one version on both sides")
-    process, count = _OFFER.unpack_from(offer)
+    seed_process, count = _OFFER.unpack_from(offer)
     sizes = {region.id: region.nbytes for region in remote if region.device != "cpu"}
-    found = list(_EXPORTED.iter_unpack(offer[_OFFER.size :]))
-    if len(found) != count or {id for id, _, _ in found} != sizes.keys():
+    exported = list(_EXPORTED.iter_unpack(offer[_OFFER.size :]))
+    if len(exported) != count or {id for id, _, _ in exported} != sizes.keys():
         raise TransportUnavailable(
             "the seed's offer over cuda_ipc does not fit its regions; use one version on both sides"
         )
-    within = process == process_token()
-    return within, {
-        id: RemoteAllocation(address, sizes[id], None if within else handle) for id, address, handle in found
+    same_process = seed_process == process_token()
+    return same_process, {
+        id: RemoteAllocation(address, sizes[id], None if same_process else handle) for id, address, handle in exported
     }

@@ -1,4 +1,4 @@
-"""The fork's side of a lease: it opens the seed's handles, and its copy engines read."""
+"""The fork's side of a lease: it opens the seed's handles, and its own copy engines read."""
 
 import ctypes
 import time
@@ -19,20 +19,21 @@ from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, read_of
 from tensorfork.transports.rate_limit import RateLimiter
 
 BATCH = 1 << 30
-"""Bytes of copies, or a little more, that are enqueued together, and whose completion is one event: an event between
-two copies costs the copy engine some 40 µs, measured on two H200."""
+"""Bytes of copies, or a little more, that are enqueued together and share one event: an event between two copies costs
+the copy engine some 40 µs, measured on two H200."""
 SMALL_BATCH = 32 << 20
-"""The same for models of less than some of these, so that they too are seen to arrive."""
+"""Bytes of a batch at least. A pull of less than 8 GiB has batches of an eighth of it, so that it too reports progress;
+one with a rate limit has batches of this size."""
 WINDOW = 3
-"""Batches under way on a device."""
+"""Batches in flight on a device."""
 CATCH_UP = 0.01
 """Seconds lost by waking late that a rate limit makes up for."""
-POLL = 50e-6
-"""Seconds between two looks at the events."""
+POLL_SECONDS = 50e-6
+"""Time between two polls of the events."""
 
 
 class IpcSession(Session):
-    """See above. `rate_limit` is in bytes a second."""
+    """One lease. `rate_limit` is in bytes a second."""
 
     def __init__(
         self,
@@ -42,28 +43,29 @@ class IpcSession(Session):
         channel: Channel,
         rate_limit: float | None,
     ) -> None:
-        within, offered = read_offer(offer, remote)
-        self.fabric = "same process" if within else "cuda ipc"
+        same_process, allocations = read_offer(offer, remote)
+        self.fabric = "same process" if same_process else "cuda ipc"
         self._channel, self._closed = channel, False
         self._rate_limit, self._limiter, self._deadline = rate_limit, RateLimiter(rate_limit), 0.0
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
         self._streams = {device: streams.acquire_stream(device) for device in devices}
-        self._memory = RemoteHandles(offered)
+        self._handles = RemoteHandles(allocations)
         try:
-            if len(devices) == 1 and offered:
-                self._memory.want([(id, devices[0]) for id in offered])
+            if len(devices) == 1 and allocations:
+                self._handles.request([(id, devices[0]) for id in allocations])
         except BaseException:
             self.close(time.monotonic())
             raise
 
     def ready(self, deadline: float) -> None:
-        """See `Session.ready`: the first handle takes 10 ms, while CUDA learns of the other GPU. Those that follow are
-        opened while bytes move: that takes longer than while nothing does, and less than one after the other.
+        """See `Session.ready`. Opening the first handle takes 10 ms, in which CUDA sets up access to the other GPU.
+        Most others are opened while bytes move: each then takes longer, but the whole takes less than one after the
+        other.
         """
         try:
-            self._memory.enough(deadline)
+            self._handles.wait_for_first(deadline)
         except TransferFailed as error:
             raise TransportUnavailable(f"cuda_ipc: {error}") from error
 
@@ -71,27 +73,27 @@ class IpcSession(Session):
         """See `Session.pull`."""
         for copy in copies:
             self._check(copy)
-        pending: list[_Pending] = []
+        queues: list[_CopyQueue] = []
         for device, stream in self._streams.items():
-            mine = [i for i, copy in enumerate(copies) if self._runs_on(copy) == device]
+            indices = [i for i, copy in enumerate(copies) if self._device_of(copy) == device]
             stream.wait_stream(torch.cuda.current_stream(device))
-            self._memory.want(dict.fromkeys((copies[i].region, device) for i in mine))
-            pending.append(_Pending(device, deque(mine), self._batch(sum(copies[i].nbytes for i in mine))))
+            self._handles.request(dict.fromkeys((copies[i].region, device) for i in indices))
+            queues.append(_CopyQueue(device, deque(indices), self._batch_size(sum(copies[i].nbytes for i in indices))))
         self._limiter, self._deadline = RateLimiter(self._rate_limit, catch_up=CATCH_UP), deadline
-        flying: deque[_Flying] = deque()
+        in_flight: deque[_InFlightBatch] = deque()
         try:
-            while pending or flying:
+            while queues or in_flight:
                 check_going_on(deadline, cancel)
-                pending = [one for one in pending if self._launch(one, copies, flying)]
-                while flying and flying[0].event.query():
-                    for i in flying.popleft().copies:
+                queues = [queue for queue in queues if self._enqueue(queue, copies, in_flight)]
+                while in_flight and in_flight[0].event.query():
+                    for i in in_flight.popleft().copies:
                         check_going_on(deadline, cancel)
                         done(i)
-                if pending or flying:
-                    time.sleep(POLL)
+                if queues or in_flight:
+                    time.sleep(POLL_SECONDS)
             for i, copy in enumerate(copies):
-                if self._runs_on(copy) is None:
-                    self._read_out(copy, deadline, cancel)
+                if self._device_of(copy) is None:
+                    self._read_from_cpu(copy, deadline, cancel)
                     done(i)
         except cuda.DriverError as error:
             raise TransferFailed(f"reading over CUDA IPC failed: {error}") from error
@@ -104,55 +106,60 @@ class IpcSession(Session):
         if self._closed:
             return
         self._closed = True
-        self._memory.close(deadline)
+        self._handles.close(deadline)
         while self._streams:
             streams.release_stream(self._streams.popitem()[1])
         try:
-            self._channel.send(b"", max(deadline, time.monotonic() + 1))
+            self._channel.send(b"", max(deadline, time.monotonic() + 1))  # the handles are closed
         except PeerUnreachable:
-            return  # a seed that is gone needs not be told
+            return
 
-    def _launch(self, pending: "_Pending", copies: Sequence[Copy], flying: "deque[_Flying]") -> bool:
-        """Enqueue what the window allows, and what of it is open by now; False when there is nothing left."""
-        stream = self._streams[pending.device]
-        while pending.copies and len(flying) < WINDOW * len(self._streams) and not self._limiter.wait(time.monotonic()):
-            batch = self._open_by_now(pending, copies, sum(one.device == pending.device for one in flying))
+    def _enqueue(self, queue: "_CopyQueue", copies: Sequence[Copy], in_flight: "deque[_InFlightBatch]") -> bool:
+        """Enqueue batches as far as the window, the rate limit and the open handles allow. False when the queue is
+        empty.
+        """
+        stream, window = self._streams[queue.device], WINDOW * len(self._streams)
+        while queue.copies and len(in_flight) < window and not self._limiter.wait(time.monotonic()):
+            batch = self._next_batch(queue, copies, sum(other.device == queue.device for other in in_flight))
             if not batch:
                 break
-            moves = []
+            operations = []
             for i in batch:
                 copy = copies[i]
-                source = self._memory.address(copy.region, pending.device, self._deadline) + copy.offset
-                moves.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
-            self._limiter.spend(sum(nbytes for _, _, nbytes in moves), time.monotonic())
-            with self._memory.pause():
-                cuda.copy_batch(stream, moves)
+                source = self._handles.address(copy.region, queue.device, self._deadline) + copy.offset
+                operations.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
+            self._limiter.spend(sum(nbytes for _, _, nbytes in operations), time.monotonic())
+            with self._handles.paused():
+                cuda.copy_batch(stream, operations)
                 event = torch.cuda.Event()
                 event.record(stream)
-            flying.append(_Flying(pending.device, event, batch))
-        return bool(pending.copies)
+            in_flight.append(_InFlightBatch(queue.device, event, batch))
+        return bool(queue.copies)
 
-    def _open_by_now(self, pending: "_Pending", copies: Sequence[Copy], flying: int) -> list[int]:
-        """The next copies whose handles are open: a batch of them, or fewer if the copy engine would soon have nothing
-        to do; one that is to be waited for if it has nothing to do now.
+    def _next_batch(self, queue: "_CopyQueue", copies: Sequence[Copy], in_flight: int) -> list[int]:
+        """Take the next copies off a device's queue that has `in_flight` batches in flight.
+
+        A full batch whose handles are open; if there is none, what is open, but only with at most one batch in flight,
+        so that the copy engine does not run dry; and with none in flight at least one copy, whose handle is waited for.
         """
         nbytes = count = 0
-        for i in pending.copies:
-            if nbytes >= pending.batch or not self._memory.is_open(copies[i].region, pending.device):
+        for i in queue.copies:
+            if nbytes >= queue.batch_size or not self._handles.is_open(copies[i].region, queue.device):
                 break
             nbytes += copies[i].nbytes
             count += 1
-        whole = nbytes >= pending.batch or count == len(pending.copies)
-        if not whole and flying > 1:
+        full = nbytes >= queue.batch_size or count == len(queue.copies)
+        if not full and in_flight > 1:
             return []
-        return [pending.copies.popleft() for _ in range(count if flying else max(1, count))]
+        return [queue.copies.popleft() for _ in range(count if in_flight else max(1, count))]
 
-    def _batch(self, nbytes: int) -> int:
-        """Bytes to be enqueued together, of so many."""
-        batch = min(BATCH, max(SMALL_BATCH, nbytes // 8))
-        return batch if self._rate_limit is None else min(batch, SMALL_BATCH)
+    def _batch_size(self, nbytes: int) -> int:
+        """Bytes of a batch, for a pull of `nbytes` on a device."""
+        size = min(BATCH, max(SMALL_BATCH, nbytes // 8))
+        return size if self._rate_limit is None else min(size, SMALL_BATCH)
 
-    def _runs_on(self, copy: Copy) -> int | None:
+    def _device_of(self, copy: Copy) -> int | None:
+        """The ordinal of the GPU that a copy goes to; None for the CPU."""
         device = self._regions[copy.into].device
         return None if device == "cpu" else cuda.device_index(device)
 
@@ -162,31 +169,32 @@ class IpcSession(Session):
         if (remote.device == "cpu") != (ours.device == "cpu"):
             raise TransportUnavailable("cuda_ipc does not move bytes between a GPU and a CPU; zeromq does")
 
-    def _read_out(self, copy: Copy, deadline: float, cancel: Event) -> None:
-        """Fetch bytes of the seed's CPU over the channel."""
+    def _read_from_cpu(self, copy: Copy, deadline: float, cancel: Event) -> None:
+        """Make a copy from one of the seed's CPU regions, over the channel."""
         for start in range(0, copy.nbytes, CPU_CHUNK):
             check_going_on(deadline, cancel)
             nbytes = min(CPU_CHUNK, copy.nbytes - start)
             self._channel.send(CPU_REQUEST.pack(copy.region, copy.offset + start, nbytes), deadline)
-            said = self._channel.recv(deadline)
-            if len(said) != nbytes:
-                raise TransferFailed("the seed sent another number of bytes than was asked for")
-            ctypes.memmove(self._regions[copy.into].address + copy.at + start, said, nbytes)
+            answer = self._channel.recv(deadline)
+            if len(answer) != nbytes:
+                raise TransferFailed("the seed sent another number of bytes than was requested")
+            ctypes.memmove(self._regions[copy.into].address + copy.at + start, answer, nbytes)
 
 
 @frozen
-class _Pending:
-    """What is still to be enqueued on a device."""
+class _CopyQueue:
+    """The copies that are still to be enqueued on a device."""
 
     device: int
     copies: deque[int]
-    batch: int
+    """Their indices."""
+    batch_size: int
     """Bytes to be enqueued together."""
 
 
 @frozen
-class _Flying:
-    """A batch under way."""
+class _InFlightBatch:
+    """Copies that a device was given together, by index; `event` is recorded behind the last of them."""
 
     device: int
     event: "torch.cuda.Event"

@@ -1,4 +1,4 @@
-"""What a seed tells forks over CUDA IPC: as little work for each lease as can be; the driver is a fake."""
+"""The offer of a CUDA IPC lease, and how little a seed does for each; the driver is a fake."""
 
 import time
 import weakref
@@ -18,11 +18,11 @@ GIVEN = [Region(0, 0x1800, 8, "cuda:0"), Region(1, 0x2000, 8, "cuda:0"), Region(
 
 
 class Owner:
-    """Of memory."""
+    """Owns memory."""
 
 
 class Gpu:
-    """A GPU and how often handles were asked of it."""
+    """A GPU, and the addresses whose handles were exported."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.driver = Driver({0x1000: (0x1000, 7, True), 0x2000: (0x1000, 8, True)})
@@ -55,14 +55,14 @@ def lease(made: CudaIpc, regions: Sequence[Region]) -> Export:
 
 
 def handles(export: Export, regions: Sequence[Region]) -> list[bytes | None]:
-    """As a fork in another process reads them."""
+    """The offered handles, as a fork in another process reads them."""
     remote = [RemoteRegion(one.id, one.nbytes, one.device) for one in regions]
     with pytest.MonkeyPatch.context() as elsewhere:
         elsewhere.setattr(process, "_random", bytes(8))
         return [source.handle for source in offer.read_offer(export.offer, remote)[1].values()]
 
 
-def test_a_lease_after_the_first_asks_whether_each_block_is_the_same_and_nothing_else(gpu: Gpu) -> None:
+def test_a_lease_after_the_first_only_checks_that_each_allocation_is_still_the_same(gpu: Gpu) -> None:
     made, regions = published()
     first = lease(made, regions)
     assert gpu.exported == [0x1000, 0x2000]
@@ -82,7 +82,7 @@ def test_memory_that_is_mapped_anew_is_refused_until_it_is_published_and_then_ha
     assert handles(lease(made, regions), regions) == [b"\11" * cuda.HANDLE_BYTES, b"\10" * cuda.HANDLE_BYTES]
 
 
-def test_two_seeds_of_one_transport_are_told_apart(gpu: Gpu) -> None:
+def test_two_seeds_with_one_transport_have_their_own_offers(gpu: Gpu) -> None:
     made, regions = published()
     other = made.cover(GIVEN[1:])[0]
     assert len(handles(lease(made, regions), regions)) == 2
@@ -94,7 +94,9 @@ def test_a_seed_that_has_closed_is_not_kept_alive_and_takes_nothing_from_another
     made, regions = published()
     owner = Owner()
     kept = weakref.ref(owner)
-    closed = [Region(0, 0x1000, 0x2000, "cuda:0", owner)]  # beyond a block: `cover` leaves it and its owner
+    closed = [
+        Region(0, 0x1000, 0x2000, "cuda:0", owner)
+    ]  # longer than an allocation, so that `cover` returns it with its owner
     made.facts(closed)
     lease(made, made.cover(closed)[0])
     made.forget(closed)
@@ -105,11 +107,11 @@ def test_a_seed_that_has_closed_is_not_kept_alive_and_takes_nothing_from_another
         lease(made, regions)
 
 
-def test_a_fork_of_this_very_process_gets_no_handles(gpu: Gpu) -> None:
+def test_a_fork_in_the_same_process_gets_no_handles(gpu: Gpu) -> None:
     made, regions = published()
-    within = made.export(regions, SITE, made.facts(GIVEN), time.monotonic() + 60)
+    local = made.export(regions, SITE, made.facts(GIVEN), time.monotonic() + 60)
     remote = [RemoteRegion(one.id, one.nbytes, one.device) for one in regions]
-    same, sources = offer.read_offer(within.offer, remote)
+    same, sources = offer.read_offer(local.offer, remote)
     assert same
     assert [source.handle for source in sources.values()] == [None, None]
     assert gpu.exported == []
