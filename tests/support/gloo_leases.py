@@ -1,4 +1,4 @@
-"""Leases over gloo with the seed's end and the fork's in this process, for tests to speak to."""
+"""Leases over gloo with both ends in this process, for tests that send and receive the messages themselves."""
 
 import threading
 import time
@@ -7,56 +7,57 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgpack
+from tensorfork.testing.ends import Speaker
+from tensorfork.testing.memory import Memory
 
 import tensorfork
 from tensorfork import Copy, Site
-from tensorfork.testing.ends import Speaker
-from tensorfork.testing.memory import Memory
 from tensorfork.transports.process_group import Gloo
 
-PARCEL = 4096
-DIRECT = {"parcel": PARCEL, "small": 1}
-"""Options with which each copy of `PARCEL` bytes is a parcel of its own, and nothing is packed."""
+BATCH = 4096
+DIRECT = {"parcel": BATCH, "small": 1}
+"""Options with which each copy of `BATCH` bytes is a batch of its own, and nothing is packed."""
 LOOPBACK = Site("127.0.0.1", "127.0.0.1")
 SECONDS = 60.0
-"""A deadline that is kept with ease."""
+"""A deadline that is easily met."""
 
 
-def wait_until(true: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + SECONDS
-    while not true():
+    while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
 
 
 @contextmanager
 def served(
-    export: tensorfork.Export, change: Callable[[list[Any]], list[Any] | None] = lambda words: words
+    export: tensorfork.Export, change: Callable[[list[Any]], list[Any] | None] = lambda message: message
 ) -> Iterator[tuple[Speaker, list[BaseException]]]:
-    """An export that is served; the fork's end of its channel, and how serving ended. Ends like a lease.
+    """Serve an export on a thread, and close it at the end.
 
-    What the seed says reaches the fork as `change` makes it; None does not.
+    Yields the fork's end of its channel, and a list to which an exception that `serve` raises is added. `change` gets
+    each message of the seed's, and returns what the fork receives instead; None for nothing.
     """
 
-    def pass_on(message: bytes) -> None:
-        if (words := change(msgpack.unpackb(message))) is not None:
-            forks.hear(msgpack.packb(words))
+    def pass_on(packed: bytes) -> None:
+        if (message := change(msgpack.unpackb(packed))) is not None:
+            fork_end.hear(msgpack.packb(message))
 
-    forks = Speaker(lambda _: None)
-    mine = Speaker(pass_on)
-    forks._say = mine.hear
-    ended: list[BaseException] = []
+    fork_end = Speaker(lambda _: None)
+    seed_end = Speaker(pass_on)
+    fork_end._say = seed_end.hear
+    raised: list[BaseException] = []
 
     def serve() -> None:
         try:
-            export.serve(mine)
+            export.serve(seed_end)
         except BaseException as error:
-            ended.append(error)
+            raised.append(error)
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        yield forks, ended
+        yield fork_end, raised
     finally:
         assert export.close(time.monotonic() + SECONDS)
         thread.join(SECONDS)
@@ -67,21 +68,21 @@ def export(memory: Memory, seconds: float = SECONDS, **options: Any) -> tensorfo
     return Gloo(**options).export(memory.regions, LOOPBACK, {}, time.monotonic() + seconds)
 
 
-def hear(speaker: Speaker) -> list[Any]:
-    found: list[Any] = msgpack.unpackb(speaker.recv(time.monotonic() + SECONDS))
-    return found
+def recv(channel: Speaker) -> list[Any]:
+    message: list[Any] = msgpack.unpackb(channel.recv(time.monotonic() + SECONDS))
+    return message
 
 
-def say(speaker: Speaker, *words: Any) -> None:
-    speaker.send(msgpack.packb(words), time.monotonic() + SECONDS)
+def send(channel: Speaker, *message: Any) -> None:
+    channel.send(msgpack.packb(message), time.monotonic() + SECONDS)
 
 
 @contextmanager
 def opened(
-    memory: Memory, into: Memory, speaker: Speaker, offer: bytes, **options: Any
+    memory: Memory, into: Memory, channel: Speaker, offer: bytes, **options: Any
 ) -> Iterator[tensorfork.Session]:
     remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
-    session = Gloo(**options).open(offer, "127.0.0.1", remote, into.regions, speaker, time.monotonic() + SECONDS)
+    session = Gloo(**options).open(offer, "127.0.0.1", remote, into.regions, channel, time.monotonic() + SECONDS)
     try:
         session.ready(time.monotonic() + SECONDS)
         yield session
@@ -89,7 +90,7 @@ def opened(
         session.close(time.monotonic() + SECONDS)
 
 
-def stripes(memory: Memory, into: Memory, count: int) -> list[Copy]:
-    """So many copies, of a parcel each."""
-    here, there = memory.regions[0].id, into.regions[0].id
-    return [Copy(0, here, i * PARCEL, there, i * PARCEL, PARCEL) for i in range(count)]
+def batch_copies(memory: Memory, into: Memory, count: int) -> list[Copy]:
+    """So many copies, of one batch each."""
+    source, destination = memory.regions[0].id, into.regions[0].id
+    return [Copy(0, source, i * BATCH, destination, i * BATCH, BATCH) for i in range(count)]

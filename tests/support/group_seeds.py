@@ -12,9 +12,9 @@ import tensorfork
 from tensorfork.transports.process_group import NCCL, Gloo
 
 SECONDS = 60.0
-"""A deadline that is kept with ease."""
+"""A deadline that is easily met."""
 SLOW = 4 << 20
-"""Bytes a second, of a transfer in the middle of which something happens."""
+"""Bytes a second of a transfer that something happens to halfway."""
 BACKENDS = [
     pytest.param(("gloo", "cpu", "cpu"), id="gloo"),
     pytest.param(("nccl", "cuda:0", "cuda:1"), id="nccl", marks=pytest.mark.gpu(2)),
@@ -27,23 +27,23 @@ def transport(name: str, **options: Any) -> tensorfork.Transport:
 
 
 def model(device: str, sizes: Sequence[int], seed: int | None = None) -> dict[str, torch.Tensor]:
-    """Tensors of bytes: the same for the same seed, or zeros."""
-    draw = torch.Generator().manual_seed(seed or 0)
-    made = {
-        f"t{i}": torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=draw)
+    """Tensors of random bytes, the same for the same seed; zeros without a seed."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    tensors = {
+        f"t{i}": torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
         if seed is not None
         else torch.zeros(nbytes, dtype=torch.uint8)
         for i, nbytes in enumerate(sizes)
     }
-    return {name: tensor.to(device) for name, tensor in made.items()}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 Part = tuple[str, str, Sequence[int], int]
-"""Of a seed's model: a prefix for its names, its device, the tensors' bytes, and what they are drawn from."""
+"""Part of a seed's model: a prefix for its names, a device, the tensors' sizes in bytes, and a random seed."""
 
 
-def a_seed(pipe: Any, parts: Sequence[Part], transports: Sequence[tensorfork.Transport] | None) -> None:
-    """Publishes until told to end."""
+def publish_parts(pipe: Any, parts: Sequence[Part], transports: Sequence[tensorfork.Transport] | None) -> None:
+    """Publish these parts as one model until told to end."""
     theirs = {prefix + name: tensor for prefix, *args in parts for name, tensor in model(*args).items()}
     with tensorfork.publish(theirs, transports=transports) as seed:
         pipe.send(seed.address)
@@ -55,8 +55,8 @@ def a_seed(pipe: Any, parts: Sequence[Part], transports: Sequence[tensorfork.Tra
 
 @contextmanager
 def published(*parts: Part, transports: Sequence[tensorfork.Transport] | None = None) -> Iterator[str]:
-    """The address of a seed in a process of its own, as NCCL wants it."""
-    with Child(a_seed, parts, transports) as child:
+    """The address of a seed in a process of its own, which NCCL needs."""
+    with Child(publish_parts, parts, transports) as child:
         yield child.recv()
 
 

@@ -1,9 +1,9 @@
-"""Through a process group of two that torch makes: `NCCL` between GPUs, `Gloo` between CPUs, one code for both.
+"""Transports through torch's process groups: `NCCL` between GPUs and `Gloo` between CPUs, with the same code.
 
-Two-sided: the fork sends the list of what it wants over the lease's channel, and a thread of the seed's sends it. Small
-copies are packed on the one side and unpacked on the other. The group is the lease's own, on a store of its own; the
-engine's groups are not touched. Nothing protects what travels: docs/nccl.md says which ports are opened, what is set in
-the environment, and what ends when.
+A transfer is two-sided: the fork sends the list of what it wants over the lease's channel, and a thread of the seed
+sends the bytes. Small copies are packed on one side and unpacked on the other. Each lease creates groups of its own, of
+two processes, on a store of its own; the engine's groups are not touched. What travels is neither encrypted nor
+authenticated. docs/nccl.md says which ports are opened, what is set in the environment, and what ends when.
 """
 
 import math
@@ -23,19 +23,19 @@ from tensorfork.transports.base import Channel, Facts, Site, Transport
 from tensorfork.transports.process_group.export import GroupExport
 from tensorfork.transports.process_group.gloo import gloo_environment
 from tensorfork.transports.process_group.nccl import ENVIRONMENT
-from tensorfork.transports.process_group.pair_group import Ctas, Settings
-from tensorfork.transports.process_group.region_tensors import merge_touching
+from tensorfork.transports.process_group.pair_group import CtaLimits, Settings
+from tensorfork.transports.process_group.region_tensors import merge_adjacent
 from tensorfork.transports.process_group.session import GroupSession
 from tensorfork.transports.rate_limit import RateLimiter, check_rate
 
 __all__ = ["NCCL", "Gloo"]
 
-SMOOTH = 0.005
-"""Seconds that one parcel may take at the rate limit: what is sent in a burst is no more."""
+MAX_BATCH_SECONDS = 0.005
+"""Seconds that one batch may take at the rate limit; a burst is no longer."""
 
 
-class _Group(Transport):
-    """What both have in common. See `NCCL` and `Gloo` for the arguments."""
+class _GroupTransport(Transport):
+    """What both transports have in common. See `NCCL` and `Gloo` for the arguments."""
 
     def __init__(
         self,
@@ -47,19 +47,19 @@ class _Group(Transport):
         stall: float,
     ) -> None:
         check_rate(rate_limit)
-        if not 0 < settings.small <= settings.bucket or settings.parcel < 1:
+        if not 0 < settings.small <= settings.bucket or settings.batch < 1:
             raise ValueError("sizes are in bytes, at least 1; small must be no more than bucket")
         if rate_limit is not None:
-            parcel = RateLimiter(rate_limit).piece(settings.parcel, seconds=SMOOTH, least=256 << 10)
-            bucket = min(settings.bucket, parcel)
-            settings = Settings(settings.nccl, parcel, bucket, min(settings.small, bucket), settings.ctas)
+            batch = RateLimiter(rate_limit).piece(settings.batch, seconds=MAX_BATCH_SECONDS, least=256 << 10)
+            bucket = min(settings.bucket, batch)
+            settings = Settings(settings.nccl, batch, bucket, min(settings.small, bucket), settings.ctas)
         self._settings = settings
-        self.piece = settings.parcel
+        self.piece = settings.batch
         self._ports, self._rate_limit, self._joining, self._stall = ports, rate_limit, joining, stall
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
-        """See `Transport.cover`: regions that touch are one."""
-        return merge_touching(regions)
+        """See `Transport.cover`. Regions that touch are merged."""
+        return merge_adjacent(regions)
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> GroupExport:
         """See `Transport.export`."""
@@ -91,15 +91,15 @@ class _Group(Transport):
         return GroupSession(offer, self._settings, seed, remote, regions, channel, self._joining, deadline)
 
 
-class Gloo(_Group):
-    """Over TCP, between CPUs; memory of GPUs is staged through pinned buffers. Used by name only.
+class Gloo(_GroupTransport):
+    """Over TCP, between CPUs; GPU memory is staged through pinned buffers. Only used when asked for by name.
 
     Args:
         ports: the range in which the seed's store listens; any free port by default. gloo's own ports are not in it.
-        rate_limit: bytes a second that the seed sends a fork, at most.
-        joining: seconds that the two sides may take to find one another.
-        parcel: bytes sent and waited for as one; four are under way.
-        bucket: bytes of small copies that are packed together.
+        rate_limit: bytes a second that the seed sends to one fork, at most.
+        joining: seconds that the two sides may take to find each other.
+        parcel: bytes of one batch, which is sent and waited for as one; four are in flight at once.
+        bucket: bytes of small copies that are packed into one batch.
         small: copies shorter than this are packed.
     """
 
@@ -120,23 +120,22 @@ class Gloo(_Group):
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
-        _need_gloo()
+        _require_gloo()
         return {"devices": _devices(regions)}
 
 
-class NCCL(_Group):
-    """Between GPUs of two processes, over whatever NCCL finds between them; what of the model is on the CPU goes over
-    gloo beside it.
+class NCCL(_GroupTransport):
+    """Between GPUs of two processes, over the best path that NCCL finds; what is on the CPU goes over gloo.
 
     Args:
         ports: the range in which the seed's store listens; any free port by default. NCCL's own ports are not in it.
-        rate_limit: bytes a second that the seed sends a fork, at most.
+        rate_limit: bytes a second that the seed sends to one fork, at most.
         max_ctas, min_ctas, cga_cluster_size: NCCL's limits for the footprint of its kernels (see
-            `torch.distributed.ProcessGroupNCCL.Options`); what the fork says counts before what the seed says.
-        joining: seconds that the two sides may take to find one another, and NCCL to make a communicator.
-        stall: seconds after which the seed ends a kernel of its own that still waits for the fork.
-        parcel: bytes sent and waited for as one; four are under way.
-        bucket: bytes of small copies that are packed together; there are four buckets on each GPU.
+            `torch.distributed.ProcessGroupNCCL.Options`). The fork's take precedence over the seed's.
+        joining: seconds that the two sides may take to find each other, and NCCL to create a communicator.
+        stall: seconds after which the seed aborts a kernel of its own that still waits for the fork.
+        parcel: bytes of one batch, which is sent and waited for as one; four are in flight at once.
+        bucket: bytes of small copies that are packed into one batch; there are four buckets on each GPU.
         small: copies shorter than this are packed.
     """
 
@@ -156,7 +155,7 @@ class NCCL(_Group):
         bucket: int = 3 << 20,
         small: int = 1 << 20,
     ) -> None:
-        settings = Settings(True, parcel, bucket, small, Ctas(min_ctas, max_ctas, cga_cluster_size))
+        settings = Settings(True, parcel, bucket, small, CtaLimits(min_ctas, max_ctas, cga_cluster_size))
         super().__init__(settings, ports=ports, rate_limit=rate_limit, joining=joining, stall=stall)
 
     def facts(self, regions: Sequence[Region]) -> Facts:
@@ -168,7 +167,7 @@ class NCCL(_Group):
         if not gpus:
             raise TransportUnavailable("nccl moves GPU memory, and there is none in this model; use gloo, or zeromq")
         if "cpu" in devices:
-            _need_gloo()
+            _require_gloo()
         if why_not := forbidden_changes(ENVIRONMENT):
             raise TransportUnavailable(f"nccl: {why_not}")
         version = list(torch.cuda.nccl.version()[:3])
@@ -177,7 +176,7 @@ class NCCL(_Group):
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
         """See `Transport.why_not`."""
-        if fork["process"] == seed["process"]:  # seen: a segmentation fault, while both ends make their communicator
+        if fork["process"] == seed["process"]:  # seen: a segmentation fault, while both ends create their communicator
             return "both are one process, and NCCL may crash one that is both of its ends; use cuda_ipc, or gloo"
         if set(fork["gpus"]) & set(seed["gpus"]):
             return "both processes use the same GPU, which NCCL refuses; use cuda_ipc, or put the fork on another GPU"
@@ -189,14 +188,14 @@ class NCCL(_Group):
 
 def _devices(regions: Sequence[Region]) -> list[str]:
     devices = sorted({region.device for region in regions})
-    if strange := [device for device in devices if device != "cpu" and not device.startswith("cuda:")]:
+    if unsupported := [device for device in devices if device != "cpu" and not device.startswith("cuda:")]:
         raise TransportUnavailable(
-            f"it reaches memory of CPUs and CUDA's GPUs, and part of the model is on {strange[0]}"
+            f"it moves memory of CPUs and CUDA's GPUs, and part of the model is on {unsupported[0]}"
         )
     return devices
 
 
-def _need_gloo() -> None:
+def _require_gloo() -> None:
     if why_not := forbidden_changes(gloo_environment()):
         raise TransportUnavailable(f"gloo: {why_not}")
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():

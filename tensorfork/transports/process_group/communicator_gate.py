@@ -1,4 +1,4 @@
-"""When communicators of NCCL's are made and taken down in this process: not both at a time."""
+"""Keeps this process from creating one of NCCL's communicators while it destroys another."""
 
 import atexit
 import threading
@@ -8,92 +8,102 @@ from contextlib import contextmanager
 from typing import Any
 
 from tensorfork.errors import TransferFailed
-from tensorfork.transports.process_group.tasks import POLL, BackgroundTask
+from tensorfork.transports.process_group.tasks import POLL_INTERVAL, BackgroundTask
 
 EXIT_WAIT = 5.0
-"""Seconds that a process which ends waits for groups that are being taken down."""
+"""Seconds that a process which ends waits for groups that are being destroyed."""
 LEASE_WAIT = 5.0
-"""Seconds for which leases wait for the one whose turn it is: a fork that was stopped must not stop others."""
+"""Seconds that leases wait for one that is creating its communicators: a stopped fork must not stop others."""
 
 
 class CommunicatorGate:
-    """Seen with torch 2.11: a process that made one communicator while another was aborted, or its group let go of,
-    ended with a segmentation fault; so did one that made two at a time, the two ends of one lease. So a making waits
-    for those, and leases take turns. The lanes of one lease are made together, as the other side's order is not known.
+    """Decides when communicators may be created and destroyed.
+
+    Seen with torch 2.11: a process ended with a segmentation fault when it created one communicator while another was
+    aborted or its group was destroyed, and when it created two at a time that were the two ends of one lease. So
+    creation waits for aborts and destruction, and one lease creates at a time. The groups of one lease are created
+    together, as the order on the other side is not known.
     """
 
     def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._turns: list[tuple[object, float]] = []  # whose, and since when
-        self._ending = self._aborting = self._waiting = 0
+        self._changed = threading.Condition()
+        self._creating: list[tuple[object, float]] = []  # leases that create a communicator, and since when
+        self._destroying = self._aborting = 0
+        self._pending = 0  # groups that are being destroyed, or wait for it
 
     @contextmanager
-    def making(self, lease: object, until: float) -> Iterator[None]:
-        """Round the making of one, of a lease that the object stands for. Waits for a group that is taken down, which
-        takes half a second, and, a while, for other leases. Raises `TransferFailed` past `until`.
+    def creating(self, lease: object, deadline: float) -> Iterator[None]:
+        """Held while a communicator is created. `lease` is any object that stands for the lease.
+
+        Waits for groups that are being destroyed, which takes half a second, and at most `LEASE_WAIT` for other leases.
+        Raises `TransferFailed` at the deadline.
         """
-        begun = time.monotonic()
-        with self._change:
-            while self._ending or self._aborting or self._is_others(lease, begun):
-                if time.monotonic() >= until:
+        started = time.monotonic()
+        with self._changed:
+            while self._destroying or self._aborting or self._must_wait_for_others(lease, started):
+                if time.monotonic() >= deadline:
                     raise TransferFailed("earlier groups were neither made nor taken down by the deadline")
-                self._change.wait(POLL)
-            turn = (lease, time.monotonic())
-            self._turns.append(turn)
+                self._changed.wait(POLL_INTERVAL)
+            entry = (lease, time.monotonic())
+            self._creating.append(entry)
         try:
             yield
         finally:
-            with self._change:
-                self._turns.remove(turn)
-                self._change.notify_all()
+            with self._changed:
+                self._creating.remove(entry)
+                self._changed.notify_all()
 
     @contextmanager
     def aborting(self) -> Iterator[None]:
-        """Round an abort: it waits for nobody, and nothing more is begun meanwhile."""
-        with self._change:
+        """Held during an abort, which does not wait; no communicator's creation starts meanwhile."""
+        with self._changed:
             self._aborting += 1
         try:
             yield
         finally:
-            with self._change:
+            with self._changed:
                 self._aborting -= 1
-                self._change.notify_all()
+                self._changed.notify_all()
 
-    def end(self, held: list[Any], stop: Callable[[Any], object] | None = None) -> None:
-        """Let go of a group and what it uses, a list of things held by nothing else, on a thread of its own when nobody
-        makes one. Where `stop` is given, it is called with the group before.
+    def destroy(self, references: list[Any], abort: Callable[[Any], object] | None = None) -> None:
+        """Destroy a group on a thread of its own, once no communicator is being created. Returns at once.
+
+        `references` must be the only references to the group, which comes first, and to what it uses. The list is
+        emptied. If `abort` is given, it is called with the group before.
         """
-        with self._change:
-            self._waiting += 1
-        BackgroundTask(lambda: self._end(held, stop), lambda _: None, "tensorfork-close")
+        with self._changed:
+            self._pending += 1
+        BackgroundTask(lambda: self._destroy(references, abort), lambda _: None, "tensorfork-destroy")
 
-    def settle(self) -> None:
-        """Wait for that, a moment: a thread that comes back from torch when Python has ended aborts the process."""
-        with self._change:
-            self._change.wait_for(lambda: not self._waiting, EXIT_WAIT)
+    def wait_until_idle(self) -> None:
+        """Wait at most `EXIT_WAIT` until all groups are destroyed: a thread that returns from torch after Python has
+        ended aborts the process.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending, EXIT_WAIT)
 
-    def _is_others(self, lease: object, begun: float) -> bool:
-        """Whether it is another lease's turn, and neither it nor our wait has lasted too long."""
+    def _must_wait_for_others(self, lease: object, started: float) -> bool:
+        """Whether another lease is creating a communicator, and neither that nor our wait has lasted `LEASE_WAIT`."""
         now = time.monotonic()
-        return now < begun + LEASE_WAIT and any(
-            one is not lease and now < since + LEASE_WAIT for one, since in self._turns
+        return now < started + LEASE_WAIT and any(
+            other is not lease and now < since + LEASE_WAIT for other, since in self._creating
         )
 
-    def _end(self, held: list[Any], stop: Callable[[Any], object] | None) -> None:
-        with self._change:
-            self._change.wait_for(lambda: not self._turns and not self._ending)
-            self._ending += 1
+    def _destroy(self, references: list[Any], abort: Callable[[Any], object] | None) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._creating and not self._destroying)
+            self._destroying += 1
         try:
-            if stop is not None:
-                stop(held[0])
+            if abort is not None:
+                abort(references[0])
         finally:
-            del held[0]
-            held.clear()
-            with self._change:
-                self._ending -= 1
-                self._waiting -= 1
-                self._change.notify_all()
+            del references[0]
+            references.clear()
+            with self._changed:
+                self._destroying -= 1
+                self._pending -= 1
+                self._changed.notify_all()
 
 
 communicator_gate = CommunicatorGate()
-atexit.register(communicator_gate.settle)
+atexit.register(communicator_gate.wait_until_idle)

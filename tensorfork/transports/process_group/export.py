@@ -1,10 +1,10 @@
-"""The seed's side of a lease: it waits for the fork's words, and sends the parcels that the fork asks for."""
+"""The seed's side of a lease: it waits for the fork's messages, and sends the batches that the fork asks for."""
 
 import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -15,33 +15,28 @@ from tensorfork.interpreter import process
 from tensorfork.regions import Region
 from tensorfork.sockets.address import WILDCARDS, local_address, numeric_host
 from tensorfork.transports.base import Channel, Export, Site
-from tensorfork.transports.process_group.batches import Stretch, read_page
-from tensorfork.transports.process_group.making import make_group, warm_up_thread
+from tensorfork.transports.process_group.backends import create_group, warm_up_thread
+from tensorfork.transports.process_group.batches import ByteRange, decode_page
 from tensorfork.transports.process_group.messages import MAX_PAIRS, MessageChannel
-from tensorfork.transports.process_group.pair_group import SEED, WINDOW, Ctas, PairGroup, Settings
+from tensorfork.transports.process_group.pair_group import SEED, CtaLimits, PairGroup, Settings
 from tensorfork.transports.process_group.region_tensors import RegionTensors
-from tensorfork.transports.process_group.rendezvous import Stores, serve_store
+from tensorfork.transports.process_group.rendezvous import GroupStores, serve_store
+from tensorfork.transports.process_group.sender import CATCH_UP, BatchSender, check_lease
 from tensorfork.transports.process_group.tasks import Watchdog, run_together
 from tensorfork.transports.rate_limit import RateLimiter
-
-CATCH_UP = 0.01
-"""Seconds lost by waking late that a rate limit makes up for."""
-TELL = 0.004
-"""Seconds from one word to the fork that parcels have left to the next, in the mean: each costs the seed's interpreter
-some 0.1 ms."""
 
 
 class GroupExport(Export):
     """One lease of the seed's.
 
     Args:
-        settings: what the fork is told of how to ask.
-        regions: the memory.
-        site: where to listen.
-        ports: the range in which to, or None.
+        settings: the seed's; the offer has them.
+        regions: the regions that are leased.
+        site: where the seed listens.
+        ports: the ports that the store may listen on, or None for any.
         rate_limit: bytes a second, or None.
-        joining: seconds that the making of a group may take.
-        stall: seconds after which a GPU's kernel that waits for the fork is ended.
+        joining: seconds that creating groups may take.
+        stall: seconds after which a batch that still waits for the fork is aborted.
         deadline: when the lease ends.
     """
 
@@ -57,34 +52,34 @@ class GroupExport(Export):
         stall: float,
         deadline: float,
     ) -> None:
-        self._settings, self._memory = settings, RegionTensors(regions)
+        self._settings, self._regions = settings, RegionTensors(regions)
         self._site, self._deadline, self._joining, self._stall = site, deadline, joining, stall
-        self._token = secrets.token_hex(16)
         self._limiter = RateLimiter(rate_limit, catch_up=CATCH_UP)
-        self._lanes: list[PairGroup] = []
-        self._pairs: list[tuple[str, str]] = []
+        self._groups: list[PairGroup] = []
+        self._pairs: list[tuple[str, str]] = []  # the devices of each group
         self._ended, self._serving = threading.Event(), threading.Lock()
-        self._server, own, port = serve_store(site.bind, ports, deadline)
-        self._stores: Stores | None = Stores(own, port, self._token, deadline, self._look)
-        ctas = [settings.ctas.fewest, settings.ctas.most, settings.ctas.cluster]
+        token = secrets.token_hex(16)
+        self._server, host, port = serve_store(site.bind, ports, deadline)
+        self._stores: GroupStores | None = GroupStores(host, port, token, deadline, self._check_lease)
+        ctas = [settings.ctas.min_ctas, settings.ctas.max_ctas, settings.ctas.cga_cluster_size]
         self.offer = msgpack.packb(
-            [self._token, port, settings.parcel, settings.bucket, settings.small, ctas, process.host_id()]
+            [token, port, settings.batch, settings.bucket, settings.small, ctas, process.host_id()]
         )
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`."""
-        talk = MessageChannel(channel)
+        messages = MessageChannel(channel)
         with self._serving:
             try:
                 while not self._ended.is_set():
-                    self._answer(talk.hear(self._deadline, self._look), talk)
+                    self._handle(messages.recv(self._deadline, self._check_lease), messages)
             except (TensorForkError, RuntimeError) as error:
                 if not self._ended.is_set():
                     self._abort()
-                    self._fail(talk, error)
+                    self._fail(messages, error)
             finally:
-                for lane in self._lanes:
-                    lane.close()
+                for group in self._groups:
+                    group.close()
 
     def close(self, deadline: float) -> bool:
         """See `Export.close`."""
@@ -96,130 +91,101 @@ class GroupExport(Export):
             self._serving.release()
         return served
 
-    def _answer(self, words: Sequence[Any], talk: MessageChannel) -> None:
-        match words:
-            case ["join", list(pairs), [fewest, most, cluster], str(address)]:
-                self._join(pairs, Ctas(_few(fewest), _few(most), _few(cluster)), address, talk)
+    def _handle(self, message: Sequence[Any], channel: MessageChannel) -> None:
+        match message:
+            case ["join", list(pairs), [min_ctas, max_ctas, cga_cluster_size], str(address)]:
+                limits = CtaLimits(_cta_limit(min_ctas), _cta_limit(max_ctas), _cta_limit(cga_cluster_size))
+                self._join(pairs, limits, address, channel)
             case ["parcels", bool(last), bytes(page)]:
-                self._send(last, page, talk)
+                self._send(last, page, channel)
             case _:
-                raise ProtocolError(f"a message {words[0][:20]!r} came where none is expected")
+                raise ProtocolError(f"a message {message[0][:20]!r} came where none is expected")
 
-    def _join(self, pairs: Sequence[Any], ctas: Ctas, address: str, talk: MessageChannel) -> None:
-        until = min(self._deadline, time.monotonic() + self._joining)
-        wanted = [self._pair(pair) for pair in pairs]
-        if len(self._pairs) + len(wanted) > MAX_PAIRS:
+    def _join(self, requested: Sequence[Any], ctas: CtaLimits, fork: str, channel: MessageChannel) -> None:
+        """Create a group with the fork for each pair of devices requested. `fork` is the fork's address."""
+        deadline = min(self._deadline, time.monotonic() + self._joining)
+        pairs = [self._check_pair(pair) for pair in requested]
+        if len(self._pairs) + len(pairs) > MAX_PAIRS:
             raise ProtocolError(f"more than {MAX_PAIRS} pairs of devices were asked for")
         bind = self._site.bind
-        own = local_address(address) if bind in WILDCARDS else numeric_host(bind)
-        talk.say("ready", until=until)
-        settings = evolve(self._settings, ctas=ctas)
+        address = local_address(fork) if bind in WILDCARDS else numeric_host(bind)
+        channel.send("ready", deadline=deadline)
 
-        def look() -> None:
-            self._look()
-            if time.monotonic() > until:
+        def check() -> None:
+            self._check_lease()
+            if time.monotonic() > deadline:
                 raise TransportUnavailable("the group was not made in time")
 
-        def maker(pair: tuple[str, str], store: Any) -> Callable[[], PairGroup]:
-            return lambda: make_group(pair, store, SEED, self._memory, settings, own, until)
-
         assert self._stores is not None
-        makers = [maker(*each) for each in zip(wanted, self._stores.take(len(wanted), until, look), strict=True)]
-        for pair in wanted:
-            warm_up_thread(pair, SEED, self._memory, settings)
-        self._lanes += run_together(makers, PairGroup.close, "tensorfork-join", look)
-        self._pairs += wanted
-        self._look()
-        talk.say("joined", until=until)
+        settings = evolve(self._settings, ctas=ctas)
+        creations = [
+            partial(create_group, pair, store, SEED, self._regions, settings, address, deadline)
+            for pair, store in zip(pairs, self._stores.take(len(pairs), deadline, check), strict=True)
+        ]
+        for pair in pairs:
+            warm_up_thread(pair, SEED, self._regions, settings)
+        self._groups += run_together(creations, PairGroup.close, "tensorfork-group", check)
+        self._pairs += pairs
+        self._check_lease()
+        channel.send("joined", deadline=deadline)
 
-    def _pair(self, pair: Any) -> tuple[str, str]:
+    def _check_pair(self, pair: Any) -> tuple[str, str]:
+        """The seed's device and the fork's. Raises `ProtocolError` unless there are regions on the seed's device."""
         match pair:
-            case [str(theirs), str(forks)] if theirs in self._memory.devices and len(forks) < 20:
-                return theirs, forks
+            case [str(ours), str(theirs)] if ours in self._regions.devices and len(theirs) < 20:
+                return ours, theirs
         raise ProtocolError(f"the seed has no memory on {str(pair)[:60]}")
 
-    def _send(self, last: bool, page: bytes, talk: MessageChannel) -> None:
-        """Serve one pull, from its first page of parcels to the word that all have left."""
-        window: deque[tuple[PairGroup, Any]] = deque()
-        left = told = 0
-        reports = RateLimiter(1 / TELL, catch_up=CATCH_UP)
-        with Watchdog(self._deadline, "the lease has ended", None, self._abort) as watch:
+    def _send(self, last: bool, page: bytes, channel: MessageChannel) -> None:
+        """Serve one pull, whose first page of batches is given."""
+        with Watchdog(self._deadline, "the lease has ended", None, self._abort) as watchdog:
+            sender = BatchSender(channel, self._limiter, watchdog, self._ended, self._deadline, self._stall)
+            sender.send(self._requested_batches(last, page, channel))
 
-            def go_on() -> None:
-                self._look()
-                watch.until = min(self._deadline, time.monotonic() + self._stall)
-
-            def finish() -> None:
-                nonlocal left, told
-                go_on()
-                lane, begun = window.popleft()
-                lane.finish(begun, self._look)
-                left += 1
-                if reports.try_spend(1) <= 0:
-                    talk.say("sent", left, until=self._deadline)
-                    told = left
-
-            for lane, packed, stretches in self._asked(last, page, talk):
-                while (early := self._limiter.try_spend(sum(nbytes for _, _, nbytes in stretches))) > 0:
-                    if window:  # there is time to see it off, and to say so
-                        finish()
-                    else:
-                        self._ended.wait(min(early, 0.5))
-                        go_on()
-                if len(window) == WINDOW:
-                    finish()
-                window.append((lane, lane.begin(stretches, packed, self._deadline)))
-                watch.begin()
-                go_on()
-            while window:
-                finish()
-            if told < left:
-                talk.say("sent", left, until=self._deadline)
-
-    def _asked(
-        self, last: bool, page: bytes, talk: MessageChannel
-    ) -> Iterator[tuple[PairGroup, bool, Sequence[Stretch]]]:
-        """The parcels of this page and those that follow, each looked at before anything is done for it."""
+    def _requested_batches(
+        self, last: bool, page: bytes, channel: MessageChannel
+    ) -> Iterator[tuple[PairGroup, bool, Sequence[ByteRange]]]:
+        """Yield the batches on this page and those that follow, each checked before it is yielded."""
         while True:
-            for number, packed, stretches in read_page(page):
-                yield self._checked(number, packed, stretches), packed, stretches
+            for index, packed, ranges in decode_page(page):
+                self._check_batch(index, packed, ranges)
+                yield self._groups[index], packed, ranges
             if last:
                 return
-            match words := talk.hear(self._deadline, self._look):
+            match message := channel.recv(self._deadline, self._check_lease):
                 case ["parcels", bool(last), bytes(page)]:
                     continue
-            raise ProtocolError(f"a message {words[0][:20]!r} came where parcels are expected")
+            raise ProtocolError(f"a message {message[0][:20]!r} came where batches are expected")
 
-    def _checked(self, number: int, packed: bool, stretches: Sequence[Stretch]) -> PairGroup:
-        """The lane, if everything asked for lies in the regions and fits into a bucket. Raises `ProtocolError`."""
-        if number >= len(self._lanes):
-            raise ProtocolError(f"there is no lane {number}")
-        device = self._pairs[number][SEED]
-        for stretch in stretches:
-            if not self._memory.holds(stretch, device):
-                raise ProtocolError("a stretch outside the leased regions was asked for")
-        if packed and sum(nbytes for _, _, nbytes in stretches) > self._settings.bucket:
+    def _check_batch(self, index: int, packed: bool, ranges: Sequence[ByteRange]) -> None:
+        """Raise `ProtocolError` unless the group exists, all ranges are within the regions, and they fit a bucket."""
+        if index >= len(self._groups):
+            raise ProtocolError(f"there is no group {index}")
+        device = self._pairs[index][SEED]
+        for one in ranges:
+            if not self._regions.contains(one, device):
+                raise ProtocolError("a range outside the leased regions was asked for")
+        if packed and sum(nbytes for _, _, nbytes in ranges) > self._settings.bucket:
             raise ProtocolError("more was asked for than a bucket holds")
-        return self._lanes[number]
 
-    def _look(self) -> None:
-        if self._ended.is_set():
-            raise PeerUnreachable("the lease has ended")
+    def _check_lease(self) -> None:
+        check_lease(self._ended)
 
     def _abort(self) -> None:
-        for lane in list(self._lanes):
-            lane.abort()
+        for group in list(self._groups):
+            group.abort()
 
-    def _fail(self, talk: MessageChannel, error: BaseException) -> None:
-        """Tell the fork, if it is still there; to the seed, whatever happened means that the fork is gone."""
+    def _fail(self, channel: MessageChannel, error: BaseException) -> None:
+        """Tell the fork, if it is still there, and raise `PeerUnreachable`: for the seed, the fork is gone."""
         try:
-            talk.say("failed", str(error)[:4096], until=time.monotonic() + 1.0)
+            channel.send("failed", str(error)[:4096], deadline=time.monotonic() + 1.0)
         except PeerUnreachable:
             pass
         raise PeerUnreachable(f"the transfer ended: {error}") from error
 
 
-def _few(value: Any) -> int | None:
+def _cta_limit(value: Any) -> int | None:
+    """One of NCCL's limits, as the fork asks for it. Raises `ProtocolError`."""
     if value is None or (type(value) is int and 0 < value <= 64):
         return value
     raise ProtocolError(f"{str(value)[:20]!r} is no number of CTAs")

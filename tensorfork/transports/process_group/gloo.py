@@ -1,9 +1,11 @@
-"""The lane between CPUs, over gloo's TCP.
+"""A group of two over gloo, between CPUs, through TCP.
 
-A parcel is a broadcast from the seed, which for two is a send and a receive, because torch can be asked whether a
-broadcast is over, and waits for one in a thread of its own. Gloo has no way to abort: what it has is a wait that times
-out, which closes the connection. Nothing is sent or written after that, but whoever waits for a message of which bytes
-have moved already is not told, and waits on, in that thread, until the message's own time is over.
+A batch is a broadcast from the seed, which for two is a send and a receive: torch can be asked whether a broadcast has
+ended, and waits for one in a thread of its own.
+
+Gloo has no abort. It has a wait that times out, which closes the connection. Nothing is sent or written after that. But
+gloo does not tell a thread that waits for a message of which some bytes have moved already: that thread, which is
+torch's, waits until the message's own timeout.
 """
 
 import atexit
@@ -20,178 +22,181 @@ import torch
 from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.interpreter.environment import Changes, environment
 from tensorfork.memory import streams
-from tensorfork.transports.process_group.batches import Stretch
+from tensorfork.transports.process_group.batches import ByteRange
 from tensorfork.transports.process_group.pair_group import (
     FORK,
+    MAX_IN_FLIGHT,
     SEED,
-    WINDOW,
     PairGroup,
-    check_greeting,
-    greeting,
+    check_handshake,
+    handshake_message,
     new_stream,
 )
 from tensorfork.transports.process_group.region_tensors import RegionTensors, gather, scatter
 from tensorfork.transports.process_group.rendezvous import time_left
 
-SLICES = {SEED: datetime.timedelta(milliseconds=50), FORK: datetime.timedelta(milliseconds=5)}
-"""Of one wait; between two, whoever waits looks up. The fork has to hear the seed's words meanwhile."""
-PROBE = 0.05
-"""Seconds between two looks whether the connection is closed; each leaves something behind until the group ends."""
+WAIT_SLICES = {SEED: datetime.timedelta(milliseconds=50), FORK: datetime.timedelta(milliseconds=5)}
+"""Of one wait; between two, `check` is called. The fork's is short, as it receives the seed's messages in between."""
+PROBE_INTERVAL = 0.05
+"""Seconds between two checks that the connection is open; each uses some memory until the group is destroyed."""
 
-_parked: list[tuple[Any, list[Any]]] = []
-"""Groups that are closed, each with what its threads still wait for: to end one earlier would wait with them."""
-_parking = threading.Lock()
+_closed_groups: list[tuple[Any, list[Any]]] = []
+"""Closed groups, each with the operations that its threads still wait for: destroying a group waits for those."""
+_closed_lock = threading.Lock()
 
 
 def gloo_environment() -> Changes:
-    """What torch must read when it constructs a device of gloo's: connections are made at once. That is its default."""
+    """What torch must read when it constructs one of gloo's devices: that connections are made at once.
+
+    That is torch's default, so nothing is to be changed unless the variable is set.
+    """
     return {"TORCH_GLOO_LAZY_INIT": "0"} if "TORCH_GLOO_LAZY_INIT" in os.environ else {}
 
 
 class GlooGroup(PairGroup):
-    """Between memory of the CPU; what is on a GPU is staged through pinned buckets."""
+    """Between the memory of two CPUs; what is on a GPU is staged through pinned buckets."""
 
     def __init__(
-        self, store: Any, rank: int, memory: RegionTensors, device: str, bucket: int, address: str, until: float
+        self, store: Any, rank: int, regions: RegionTensors, device: str, bucket: int, address: str, deadline: float
     ) -> None:
-        super().__init__(rank, memory, bucket)
+        super().__init__(rank, regions, bucket)
         from torch.distributed import ProcessGroupGloo
 
-        _clear_up()
+        _destroy_finished()
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout, options._threads = time_left(until), WINDOW
+        options._timeout, options._threads = time_left(deadline), MAX_IN_FLIGHT
         try:
             with environment(gloo_environment()):
                 options._devices = [ProcessGroupGloo.create_device(hostname=address)]
         except RuntimeError as error:
             raise TransportUnavailable(f"gloo cannot listen at {address}: {error}. Check the interface.") from error
         self._stream = new_stream(torch.device(device)) if device != "cpu" else None
-        self._under_way: list[Any] = []
+        self._in_flight: list[Any] = []
         self._group = ProcessGroupGloo(store, rank, 2, options)
 
-    def begin(self, stretches: Sequence[Stretch], packed: bool, until: float) -> Any:
-        """See `PairGroup.begin`."""
+    def start(self, ranges: Sequence[ByteRange], packed: bool, deadline: float) -> Any:
+        """See `PairGroup.start`."""
         if not packed:
-            return [self._move(self._memory.view(stretch), until) for stretch in stretches], (), None
-        bucket = self._slot(sum(nbytes for _, _, nbytes in stretches), self._make)
+            return [self._broadcast(self._regions.view(one), deadline) for one in ranges], (), None
+        bucket = self._next_bucket(sum(nbytes for _, _, nbytes in ranges), self._allocate)
         if self.rank == FORK:
-            return [self._move(bucket, until)], stretches, bucket
+            return [self._broadcast(bucket, deadline)], ranges, bucket
         if self._stream is None:
-            gather(self._memory, stretches, bucket)
+            gather(self._regions, ranges, bucket)
         else:
-            self._stage(stretches, bucket)
-        return [self._move(bucket, until)], (), bucket
+            self._stage(ranges, bucket)
+        return [self._broadcast(bucket, deadline)], (), bucket
 
-    def finish(self, begun: Any, look: Callable[[], object]) -> None:
+    def finish(self, operation: Any, check: Callable[[], object]) -> None:
         """See `PairGroup.finish`."""
-        works, stretches, bucket = begun
-        probe = time.monotonic() + PROBE
+        works, unpack_into, bucket = operation
+        next_probe = time.monotonic() + PROBE_INTERVAL
         for work in works:
-            while not self._over(work):
-                look()
-                if time.monotonic() >= probe:
-                    self._probe()
-                    probe = time.monotonic() + PROBE
-            self._under_way.remove(work)
+            while not self._wait_slice(work):
+                check()
+                if time.monotonic() >= next_probe:
+                    self._check_connection()
+                    next_probe = time.monotonic() + PROBE_INTERVAL
+            self._in_flight.remove(work)
         if self.aborted:
             raise TransferFailed("the transfer was aborted")
-        if self._stream is not None and stretches:
-            self._stage(stretches, bucket)
-        elif stretches:
-            scatter(self._memory, stretches, bucket)
+        if self._stream is not None and unpack_into:
+            self._stage(unpack_into, bucket)
+        elif unpack_into:
+            scatter(self._regions, unpack_into, bucket)
 
     def abort(self) -> None:
         """See `PairGroup.abort`."""
         group, self.aborted = self._group, True
         if group is not None:
             try:
-                self._nothing(group).wait(time_left(0.0))
+                self._recv_never_sent(group).wait(time_left(0.0))
             except RuntimeError:
-                return  # as it should be
+                return  # it timed out, which closes the connection
 
-    def quiet(self, begun: Any) -> bool:
-        """See `PairGroup.quiet`. The connection is closed under gloo's own lock."""
+    def has_stopped(self, operation: Any) -> bool:
+        """See `PairGroup.has_stopped`. The connection was closed under gloo's own lock."""
         return True
 
-    def greet(self, until: float) -> None:
-        """See `PairGroup.greet`."""
-        come = greeting(self.rank)
-        work = self._move(come, until)
-        while not self._over(work):
-            if time.monotonic() >= until:
+    def handshake(self, deadline: float) -> None:
+        """See `PairGroup.handshake`."""
+        message = handshake_message(self.rank)
+        work = self._broadcast(message, deadline)
+        while not self._wait_slice(work):
+            if time.monotonic() >= deadline:
                 raise TransferFailed("the first message over gloo did not arrive")
-        self._under_way.remove(work)
-        check_greeting(come)
+        self._in_flight.remove(work)
+        check_handshake(message)
 
     def close(self, idle: bool = False) -> None:
         """See `PairGroup.close`."""
         group = self._group
         super().close(idle)
         if group is not None:
-            with _parking:
-                _parked.append((group, self._under_way))
+            with _closed_lock:
+                _closed_groups.append((group, self._in_flight))
         del group
-        _clear_up()
+        _destroy_finished()
 
-    def prepare(self) -> None:
-        """See `PairGroup.prepare`."""
+    def wait_for_current_stream(self) -> None:
+        """See `PairGroup.wait_for_current_stream`."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
-    def _move(self, tensor: torch.Tensor, until: float) -> Any:
+    def _broadcast(self, tensor: torch.Tensor, deadline: float) -> Any:
         from torch.distributed import BroadcastOptions
 
         options = BroadcastOptions()
         options.rootRank = SEED
-        options.timeout = time_left(until)
+        options.timeout = time_left(deadline)
         work = self._group.broadcast([tensor], options)
-        self._under_way.append(work)
+        self._in_flight.append(work)
         return work
 
-    def _over(self, work: Any) -> bool:
-        """Whether it is, after a moment's wait. Raises RuntimeError, torch's, if it failed."""
+    def _wait_slice(self, work: Any) -> bool:
+        """Wait for a moment; whether the operation has ended. Raises RuntimeError, torch's, if it failed."""
         try:
-            work.wait(SLICES[self.rank])
+            work.wait(WAIT_SLICES[self.rank])
         except RuntimeError:
             if not work.is_completed():
                 return False
             work.wait()
         return True
 
-    def _probe(self) -> None:
+    def _check_connection(self) -> None:
         """Raise RuntimeError if the connection is closed."""
-        self._nothing(self._group)
+        self._recv_never_sent(self._group)
 
-    def _nothing(self, group: Any) -> Any:
-        """Ask for a message that the other side never sends."""
+    def _recv_never_sent(self, group: Any) -> Any:
+        """Start to receive a message that the other side never sends."""
         return group.recv([torch.empty(1, dtype=torch.uint8)], 1 - self.rank, 0)
 
-    def _make(self, nbytes: int) -> torch.Tensor:
+    def _allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
 
-    def _stage(self, stretches: Sequence[Stretch], bucket: torch.Tensor) -> None:
-        """Between a GPU and a bucket of the host."""
+    def _stage(self, ranges: Sequence[ByteRange], bucket: torch.Tensor) -> None:
+        """Copy ranges of a GPU's memory into a bucket at the seed, and out of it at the fork."""
         assert self._stream is not None
-        sizes = [nbytes for _, _, nbytes in stretches]
+        sizes = [nbytes for _, _, nbytes in ranges]
         with streams.on_stream(self._stream):
-            for stretch, part in zip(stretches, bucket.split(sizes), strict=True):
+            for one, part in zip(ranges, bucket.split(sizes), strict=True):
                 if self.rank == SEED:
-                    part.copy_(self._memory.view(stretch), non_blocking=True)
+                    part.copy_(self._regions.view(one), non_blocking=True)
                 else:
-                    self._memory.view(stretch).copy_(part, non_blocking=True)
+                    self._regions.view(one).copy_(part, non_blocking=True)
             self._stream.synchronize()
 
 
-def _clear_up() -> None:
-    """Let go of the closed groups whose threads have nothing to wait for any more."""
-    with _parking:
-        left = [(group, works) for group, works in _parked if not all(work.is_completed() for work in works)]
-        gone, _parked[:] = _parked[:], left
-    del gone, left
+def _destroy_finished() -> None:
+    """Destroy the closed groups whose threads wait for nothing any more."""
+    with _closed_lock:
+        waiting = [(group, works) for group, works in _closed_groups if not all(work.is_completed() for work in works)]
+        before, _closed_groups[:] = _closed_groups[:], waiting
+    del before, waiting  # destroys the others, without the lock
 
 
 @atexit.register
-def _leave_behind() -> None:
-    """A process that ends does not wait for them either."""
-    for group, _ in _parked:
+def _leak_at_exit() -> None:
+    """Leak the closed groups, so that a process which ends does not wait for their threads."""
+    for group, _ in _closed_groups:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))

@@ -1,8 +1,10 @@
-"""What the two sides of a lease say to one another on its channel, in msgpack.
+"""The messages between the two sides of a lease, which travel on its channel, in msgpack.
 
-The fork says ``join, pairs, ctas, address`` and ``parcels, last, page``; the seed ``ready`` and ``joined``, ``sent,
-number``, and ``failed, reason``. ``sent`` says how many of a pull's parcels, counted from its first, have left whole,
-by operations that nothing had aborted when they ended. It comes now and then, and at last for all of them.
+The fork sends ``join, pairs, ctas, address`` and ``parcels, last, page``, where a page is a list of batches. The seed
+sends ``ready`` and ``joined``, ``sent, number``, and ``failed, reason``.
+
+``sent`` says how many batches of a pull, counted from its first, have left whole: their operations ended, and nothing
+had aborted them by then. It comes from time to time, and once more after the last batch.
 """
 
 import time
@@ -15,48 +17,51 @@ from attrs import define
 from tensorfork.errors import PeerUnreachable, ProtocolError
 from tensorfork.transports.base import Channel
 
-SLICE = 0.2
-"""Seconds of one wait on the channel; between two, whoever waits looks up."""
+WAIT_SLICE = 0.2
+"""Seconds of one wait on the channel; between two waits, the receiver checks whether it is to stop."""
 MAX_PAIRS = 256
+"""Pairs of devices that a fork may ask for, at most."""
 
 
 @define
 class MessageChannel:
-    """A channel, and the format of what is said on it."""
+    """A lease's channel, with messages encoded and decoded."""
 
     channel: Channel
 
-    def say(self, *words: Any, until: float) -> None:
-        """Send."""
-        self.channel.send(msgpack.packb(words), until)
+    def send(self, *message: Any, deadline: float) -> None:
+        """Send a message. Raises `PeerUnreachable` if the other side is gone."""
+        self.channel.send(msgpack.packb(message), deadline)
 
-    def hear(self, until: float, look: Callable[[], object]) -> list[Any]:
-        """The next message. `look` is called now and then, and may raise.
+    def recv(self, deadline: float, check: Callable[[], object]) -> list[Any]:
+        """The next message. `check` is called every `WAIT_SLICE` at least, and may raise to end the wait.
 
         Raises `PeerUnreachable` at the deadline and when the other side is gone, `ProtocolError` for nonsense.
         """
         while True:
-            look()
-            words = self.overhear(min(until, time.monotonic() + SLICE))
-            if words is not None:
-                return words
-            if time.monotonic() >= until:
+            check()
+            message = self.try_recv(min(deadline, time.monotonic() + WAIT_SLICE))
+            if message is not None:
+                return message
+            if time.monotonic() >= deadline:
                 raise PeerUnreachable("the other side said nothing by the deadline")
 
-    def overhear(self, until: float) -> list[Any] | None:
-        """The next message if it comes by then; where that is past, if it is here. Raises `PeerUnreachable` if the
-        other side is gone, which only a wait can tell.
+    def try_recv(self, deadline: float) -> list[Any] | None:
+        """The next message, or None if there is none by the deadline; a deadline in the past does not wait.
+
+        Raises `PeerUnreachable` if the other side is gone, which is only noticed while waiting, and `ProtocolError` for
+        nonsense.
         """
         try:
-            message = self.channel.recv(until)
+            packed = self.channel.recv(deadline)
         except PeerUnreachable:
-            if time.monotonic() < until:  # it did not wait so long: there is nobody
+            if time.monotonic() < deadline:  # raised before the deadline: the other side is gone
                 raise
             return None
         try:
-            words = msgpack.unpackb(message, strict_map_key=True)
+            message = msgpack.unpackb(packed, strict_map_key=True)
         except Exception as error:  # msgpack has no common base for what it raises on bad bytes
             raise ProtocolError(f"what came on the channel is not msgpack: {error}") from error
-        if not isinstance(words, list) or not words or not isinstance(words[0], str):
+        if not isinstance(message, list) or not message or not isinstance(message[0], str):
             raise ProtocolError("what came on the channel is not one of our messages")
-        return words
+        return message

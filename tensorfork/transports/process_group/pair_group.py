@@ -1,12 +1,15 @@
-"""A lane: a process group of two, for one device of the seed and one of the fork. Rank 0 is the seed, and sends.
+"""A process group of two, for one device of the seed and one of the fork. Rank 0 is the seed, and sends.
 
 Groups are constructed directly, on a store of their own: torch's default group is neither used nor changed, and may be
-in use meanwhile. What both kinds promise: `begin` does not wait for the other side; `finish` returns when a parcel has
-left, or come, and raises when the lane was aborted; `abort` may be called from any thread, at any time, and when it
-returns nothing is sent or written any more, unless `quiet` says otherwise.
+in use meanwhile. The contract of both kinds, over gloo and over NCCL:
 
-What they do not promise: that a parcel which came is whole, where it is the seed's lane that was aborted. NCCL's fork
-then sees its kernel end as if it had its data. That a parcel has left whole, the seed says (see `talk`).
+- `start` does not wait for the other side.
+- `finish` returns when a batch has been sent or received, and raises when the group was aborted.
+- `abort` may be called from any thread, at any time. When it returns, nothing is sent or written any more, unless
+  `has_stopped` says otherwise.
+
+Not promised: that a batch which was received is whole, when the *seed's* group was aborted. With NCCL the fork's kernel
+then ends as if it had its data. The seed confirms which batches left whole (see `messages`).
 """
 
 import sys
@@ -18,122 +21,130 @@ import torch
 from attrs import frozen
 
 from tensorfork.errors import TransferFailed
-from tensorfork.transports.process_group.batches import Limits, Stretch
+from tensorfork.transports.process_group.batches import ByteRange, Limits
 from tensorfork.transports.process_group.region_tensors import RegionTensors
 
 SEED, FORK = 0, 1
-WINDOW = 4
-"""Parcels under way at once; as many buckets has a lane, at most."""
-GREETING = bytes(range(16))
+"""The ranks of the two sides."""
+MAX_IN_FLIGHT = 4
+"""Batches that are sent or received at once; a group has as many buckets, at most."""
+HANDSHAKE = bytes(range(16))
+"""The first message of each group."""
 
 
 @frozen
-class Ctas:
+class CtaLimits:
     """NCCL's limits for the kernels of a communicator; the same on both sides. None leaves one to NCCL."""
 
-    fewest: int | None = None
-    most: int | None = None
-    cluster: int | None = None
+    min_ctas: int | None = None
+    max_ctas: int | None = None
+    cga_cluster_size: int | None = None
 
 
 @frozen
 class Settings:
-    """What both sides of a lane must agree on, in bytes where it is a size.
+    """What both sides of a group must agree on. Sizes are in bytes.
 
     Attributes:
-        nccl: whether NCCL moves what lies on GPUs on both sides.
-        parcel: of one parcel.
-        bucket: of one packed parcel.
+        nccl: whether NCCL moves what is on GPUs on both sides.
+        batch: of a batch that is not packed.
+        bucket: of a packed batch.
         small: copies shorter than this are packed.
         ctas: NCCL's limits.
     """
 
     nccl: bool
-    parcel: int
+    batch: int
     bucket: int
     small: int
-    ctas: Ctas = Ctas()
+    ctas: CtaLimits = CtaLimits()
 
-    def over_nccl(self, pair: tuple[str, str]) -> bool:
+    def uses_nccl(self, pair: tuple[str, str]) -> bool:
         """Whether NCCL, not gloo, moves what is copied between these two devices."""
         return self.nccl and "cpu" not in pair
 
     def limits(self, pair: tuple[str, str]) -> Limits:
-        """How copies between these two devices become parcels: where buckets stage them, all are packed."""
-        direct = pair == ("cpu", "cpu") or self.over_nccl(pair)
-        return Limits(self.parcel, self.bucket, self.small if direct else sys.maxsize)
+        """How copies between these two devices are divided into batches: all are packed if buckets stage them."""
+        direct = pair == ("cpu", "cpu") or self.uses_nccl(pair)
+        return Limits(self.batch, self.bucket, self.small if direct else sys.maxsize)
 
 
 class PairGroup(ABC):
-    """See above. `slots` are the buckets, made when they are first needed."""
+    """One side of such a group. See the module's docstring for what its methods promise.
 
-    def __init__(self, rank: int, memory: RegionTensors, bucket: int) -> None:
+    Args:
+        rank: `SEED` or `FORK`.
+        regions: the regions of this side.
+        bucket: bytes of one bucket.
+    """
+
+    def __init__(self, rank: int, regions: RegionTensors, bucket: int) -> None:
         self.rank = rank
-        self._memory, self._bucket = memory, bucket
-        self._slots: list[torch.Tensor] = []
-        self._packed = 0
-        self._group: Any = None
         self.aborted = False
+        self._regions, self._bucket_bytes = regions, bucket
+        self._buckets: list[torch.Tensor] = []  # allocated when the first is needed
+        self._buckets_used = 0
+        self._group: Any = None
 
     @abstractmethod
-    def begin(self, stretches: Sequence[Stretch], packed: bool, until: float) -> Any:
-        """Start to send these stretches of ours, or to receive into them; by `until`, it is over in some way. The
-        answer is for `finish`.
+    def start(self, ranges: Sequence[ByteRange], packed: bool, deadline: float) -> Any:
+        """Start to send these ranges of our regions, or to receive into them. The operation ends or fails by the
+        deadline. Returns the operation, for `finish`.
         """
 
     @abstractmethod
-    def finish(self, begun: Any, look: Callable[[], object]) -> None:
-        """Wait for what was begun. `look` is called now and then where that is possible, and may raise.
+    def finish(self, operation: Any, check: Callable[[], object]) -> None:
+        """Wait for an operation. `check` is called repeatedly where that is possible, and may raise.
 
         Raises RuntimeError (torch's) or `TransferFailed`.
         """
 
     @abstractmethod
     def abort(self) -> None:
-        """End whatever is under way, and all that may come. A second time does nothing."""
+        """End all operations, and make later ones fail. A second call does nothing."""
 
     @abstractmethod
-    def quiet(self, begun: Any) -> bool:
-        """Whether nothing is read or written for this any more; asked after an abort."""
+    def has_stopped(self, operation: Any) -> bool:
+        """Whether nothing is read or written for this operation any more. To be called after `abort`."""
 
     @abstractmethod
-    def greet(self, until: float) -> None:
-        """Exchange a first message: connections are made, and both know that they mean the same lane."""
+    def handshake(self, deadline: float) -> None:
+        """Exchange a first message, which makes connections and shows that both sides are in the same group."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Before parcels are begun: what the caller's current stream still does with the memory comes first."""
+    def wait_for_current_stream(self) -> None:
+        """Make batches that start after this wait for what the caller's current stream still does with the memory."""
 
     def close(self, idle: bool = False) -> None:
-        """Let go of everything. What is under way is aborted first; `idle` promises that nothing is, and that need not
-        be waited for.
-        """
+        """Release everything. Operations are aborted first; `idle` promises that there are none to wait for."""
         self.abort()
         self._group = None
-        self._slots = []
+        self._buckets = []
 
-    def _slot(self, nbytes: int, make: Callable[[int], torch.Tensor]) -> torch.Tensor:
-        """The next bucket. Parcels end in order and at most `WINDOW` are under way, so it is free."""
-        turn = self._packed % WINDOW
-        self._packed += 1
-        if not self._slots:  # in one piece: an allocator makes of each more than it asks for
-            self._slots = list(make(self._bucket * WINDOW).split(self._bucket))
-        return self._slots[turn].narrow(0, 0, nbytes)
+    def _next_bucket(self, nbytes: int, allocate: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The first bytes of the next bucket: free, as batches end in order and at most `MAX_IN_FLIGHT` are started."""
+        index = self._buckets_used % MAX_IN_FLIGHT
+        self._buckets_used += 1
+        if not self._buckets:  # one allocation for all, since allocators round each one up
+            self._buckets = list(allocate(self._bucket_bytes * MAX_IN_FLIGHT).split(self._bucket_bytes))
+        return self._buckets[index].narrow(0, 0, nbytes)
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of torch's high-priority pool. Its pools hand the same 32 streams out again and again, and one that
-    waits for a fork must not be one that an engine computes or captures on, which are of the other pool.
+    """A stream of torch's high-priority pool.
+
+    torch hands out the same 32 streams of each pool again and again. A stream that waits for a fork must not be one on
+    which an engine computes or captures; those are of the other pool.
     """
     return torch.cuda.Stream(device, priority=-1)
 
 
-def greeting(rank: int) -> torch.Tensor:
-    """What the seed sends first, or room for it."""
-    return torch.tensor(list(GREETING if rank == SEED else bytes(len(GREETING))), dtype=torch.uint8)
+def handshake_message(rank: int) -> torch.Tensor:
+    """The first message at the seed; at the fork, a buffer to receive it into."""
+    return torch.tensor(list(HANDSHAKE if rank == SEED else bytes(len(HANDSHAKE))), dtype=torch.uint8)
 
 
-def check_greeting(come: torch.Tensor) -> None:
-    """Raise `TransferFailed` unless it is the greeting."""
-    if bytes(come.tolist()) != GREETING:
+def check_handshake(received: torch.Tensor) -> None:
+    """Raise `TransferFailed` unless this is the first message."""
+    if bytes(received.tolist()) != HANDSHAKE:
         raise TransferFailed("what answers in the group is not the other side of this lease")

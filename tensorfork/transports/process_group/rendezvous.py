@@ -1,4 +1,4 @@
-"""Where the two sides of a group find one another: a TCPStore at the seed, and the addresses that gloo listens at."""
+"""How the two sides of a group find each other: a TCPStore at the seed."""
 
 import datetime
 import socket
@@ -11,37 +11,37 @@ from tensorfork.sockets.address import WILDCARDS, Address, numeric_host
 from tensorfork.transports.process_group.tasks import BackgroundTask
 
 
-def time_left(until: float) -> datetime.timedelta:
-    """What is left until then, for torch: never so little that torch would take it for its default."""
-    return datetime.timedelta(milliseconds=max(1, int((until - time.monotonic()) * 1000)))
+def time_left(deadline: float) -> datetime.timedelta:
+    """The time until the deadline, as a timeout for torch; at least 1 ms, as torch takes 0 for its default."""
+    return datetime.timedelta(milliseconds=max(1, int((deadline - time.monotonic()) * 1000)))
 
 
-def serve_store(bind: str, ports: range | None, until: float) -> tuple[Any, str, int]:
-    """A store that listens where the seed does, and the address and port at which it is reached from here.
+def serve_store(bind: str, ports: range | None, deadline: float) -> tuple[Any, str, int]:
+    """A store that listens at the address `bind`, with the host and port at which this process reaches it.
 
-    Raises `TransportUnavailable`.
+    `ports` are the ports to choose from; None for any free port. Raises `TransportUnavailable`.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    listening = _listen(bind, ports)
-    port = listening.getsockname()[1]
-    loopback = "::1" if listening.family == socket.AF_INET6 else "127.0.0.1"
-    own = loopback if bind in WILDCARDS else listening.getsockname()[0]
+    listener = _listen(bind, ports)
+    port = listener.getsockname()[1]
+    loopback = "::1" if listener.family == socket.AF_INET6 else "127.0.0.1"
+    host = loopback if bind in WILDCARDS else listener.getsockname()[0]
     try:
         store = TCPStore(
-            own, port, None, True, time_left(until), wait_for_workers=False, master_listen_fd=listening.detach()
+            host, port, None, True, time_left(deadline), wait_for_workers=False, master_listen_fd=listener.detach()
         )
     except RuntimeError as error:
-        raise TransportUnavailable(f"torch cannot serve a store at {Address(own, port)}: {error}") from error
-    return store, own, port
+        raise TransportUnavailable(f"torch cannot serve a store at {Address(host, port)}: {error}") from error
+    return store, host, port
 
 
-def reach_store(host: str, port: int, until: float) -> Any:
-    """A client of a store. Raises `TransportUnavailable`; waits without holding up other threads."""
+def connect_store(host: str, port: int, deadline: float) -> Any:
+    """A client of a store. Releases the GIL while it waits. Raises `TransportUnavailable`."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
-        return TCPStore(host, port, None, False, time_left(until), wait_for_workers=False)
+        return TCPStore(host, port, None, False, time_left(deadline), wait_for_workers=False)
     except RuntimeError as error:
         raise TransportUnavailable(
             f"the seed's store at {Address(host, port)} cannot be reached: {_first_line(error)}. Open that port, or "
@@ -49,43 +49,47 @@ def reach_store(host: str, port: int, until: float) -> Any:
         ) from error
 
 
-class Stores:
-    """What the groups of one lease find one another in: parts of one store, in the same order on either side, each
-    through a client of its own. What waits for a key holds up whatever else is said through the same client, and groups
-    that begin in another order on either side would wait for each other.
+class GroupStores:
+    """One side's stores for the groups of one lease: parts of the seed's store, in the same order on both sides.
 
-    `look` is called now and then while torch tries, and may raise. Raises `TransportUnavailable`.
+    Each group has a client of its own. A client that waits for a key blocks everything else that is asked through it,
+    and groups that start in different orders on the two sides would wait for each other.
+
+    `check` is called repeatedly while torch connects, and may raise. Raises `TransportUnavailable`.
     """
 
-    def __init__(self, host: str, port: int, token: str, until: float, look: Callable[[], object]) -> None:
+    def __init__(self, host: str, port: int, token: str, deadline: float, check: Callable[[], object]) -> None:
         self._host, self._port, self._token = host, port, token
         self._taken = 0
-        self._ready = [self._reach(until, look)]
+        self._clients = [self._connect(deadline, check)]
 
-    def take(self, count: int, until: float, look: Callable[[], object]) -> list[Any]:
-        """The next so many. They connect one after another: torch was seen to stall where several do."""
+    def take(self, count: int, deadline: float, check: Callable[[], object]) -> list[Any]:
+        """The stores of the next `count` groups. They connect one after another: torch was seen to stall when several
+        connect at once.
+        """
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-        clients, self._ready = self._ready[:count], self._ready[count:]
-        clients += [self._reach(until, look) for _ in range(count - len(clients))]
+        clients, self._clients = self._clients[:count], self._clients[count:]
+        clients += [self._connect(deadline, check) for _ in range(count - len(clients))]
         first, self._taken = self._taken, self._taken + count
         return [PrefixStore(f"{self._token}/{number}", client) for number, client in enumerate(clients, first)]
 
-    def _reach(self, until: float, look: Callable[[], object]) -> Any:
-        # on a thread that holds on to nothing of ours while torch retries, however long that is
-        reach = BackgroundTask(lambda: reach_store(self._host, self._port, until), lambda _: None, "tensorfork-join")
-        return reach.result(look)
+    def _connect(self, deadline: float, check: Callable[[], object]) -> Any:
+        # The thread keeps nothing of the lease alive while torch retries, however long that takes.
+        host, port = self._host, self._port
+        task = BackgroundTask(lambda: connect_store(host, port, deadline), lambda _: None, "tensorfork-store")
+        return task.result(check)
 
 
 def _listen(bind: str, ports: range | None) -> socket.socket:
-    """A listening socket on a free port of the range, so that the port cannot be lost to anybody else."""
+    """A socket that listens on a free port of the range, so that no other process can take the port."""
     host = {"*": "0.0.0.0"}.get(bind, bind)
     host = host if host in WILDCARDS else numeric_host(host)
-    both = host == "::" and socket.has_dualstack_ipv6()
+    dual_stack = host == "::" and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in [0] if ports is None else ports:
         try:
-            return socket.create_server((host, port), family=family, backlog=16, dualstack_ipv6=both)
+            return socket.create_server((host, port), family=family, backlog=16, dualstack_ipv6=dual_stack)
         except OSError as error:
             if ports is None:
                 raise TransportUnavailable(f"it cannot listen at {host}: {error}") from error

@@ -1,10 +1,8 @@
-"""The fork's side of a lease: it draws up the order, asks for it, and receives."""
+"""The fork's side of a lease: it creates the groups, divides copies into batches, and receives them."""
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -16,30 +14,26 @@ from tensorfork.interpreter import process
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.sockets.address import local_address
 from tensorfork.transports.base import Channel, Session
-from tensorfork.transports.process_group.batches import Batch, pages, schedule
-from tensorfork.transports.process_group.making import make_group
+from tensorfork.transports.checks import check_going_on
+from tensorfork.transports.process_group.backends import create_group
+from tensorfork.transports.process_group.batches import Batch, schedule
 from tensorfork.transports.process_group.messages import MessageChannel
-from tensorfork.transports.process_group.pair_group import FORK, WINDOW, Ctas, PairGroup, Settings
-from tensorfork.transports.process_group.region_tensors import RegionTensors, holds
-from tensorfork.transports.process_group.rendezvous import Stores
+from tensorfork.transports.process_group.pair_group import FORK, CtaLimits, PairGroup, Settings
+from tensorfork.transports.process_group.receiver import BatchReceiver
+from tensorfork.transports.process_group.region_tensors import RegionTensors, contains
+from tensorfork.transports.process_group.rendezvous import GroupStores
 from tensorfork.transports.process_group.tasks import BackgroundTask, Watchdog, run_together
 
-LISTEN = 0.002
-"""Seconds between two looks whether the seed has said something, while something is under way."""
-ATTEND = 0.05
-"""Seconds between two such looks that wait a moment: only those see that the seed is gone."""
-NETWORK = 128 << 20
-"""Bytes of a parcel between hosts, at most: the seed ends one that takes longer than `stall`, as if the fork had
+MAX_NETWORK_BATCH = 128 << 20
+"""Bytes of a batch between hosts, at most: the seed aborts one that takes longer than `stall`, as if the fork had
 stopped, and networks may be slow."""
-AWAKE = 0.001
-"""Seconds for which the last word is looked for again and again: to fall asleep and be woken takes a tenth of that."""
-LATE = "not everything had arrived by the deadline"
-ENDING = 2.0
-"""Seconds that closing waits for a group that is just being made: it holds our memory, and is not to be interrupted."""
-DRAINING = 2.0
-"""Seconds for a GPU to stop writing after an abort."""
+CLOSE_WAIT = 2.0
+"""Seconds that `close` waits for a group being created: the thread uses our memory, and cannot be interrupted."""
+DRAIN_TIMEOUT = 2.0
+"""Seconds that a GPU is given to stop writing after an abort."""
+
 _undrained: list[tuple[PairGroup, Any]] = []
-"""What a GPU may still be writing to; kept for ever, since nothing says when it stops."""
+"""Operations by which a GPU may still be writing; kept for ever, since nothing says when it stops."""
 
 
 class GroupSession(Session):
@@ -47,9 +41,13 @@ class GroupSession(Session):
 
     Args:
         offer: the seed's.
-        settings: our own; the smaller of both sides' sizes count.
+        settings: the fork's; for each size, the smaller of the two sides' counts.
         seed: the seed's address, resolved.
-        joining: seconds that the making of a group may take.
+        remote: the seed's regions.
+        regions: the fork's regions.
+        channel: the lease's.
+        joining: seconds that creating groups may take.
+        deadline: by when the seed's store must be reached, and a first group created.
     """
 
     def __init__(
@@ -63,332 +61,197 @@ class GroupSession(Session):
         joining: float,
         deadline: float,
     ) -> None:
-        token, port, self._settings, same_host = _read_offer(offer, settings)
+        token, port, self._settings, same_host = _parse_offer(offer, settings)
         self.fabric = "tcp" if not settings.nccl else "p2p" if same_host else "network"
         self._seed, self._joining = seed, joining
         self._remote = {region.id: region for region in remote}
-        self._memory = RegionTensors(regions)
-        self._ours = {region.id: region for region in regions}
-        self._talk = MessageChannel(channel)
-        self._lanes: list[PairGroup] = []
-        self._pairs: list[tuple[str, str]] = []
+        self._regions = RegionTensors(regions)
+        self._channel = MessageChannel(channel)
+        self._groups: list[PairGroup] = []
+        self._pairs: list[tuple[str, str]] = []  # the devices of each group, the seed's first
         self._broken = False
-        self._ended = Event()
-        theirs, ours = {region.device for region in remote}, {region.device for region in regions}
-        pairs = [(one, other) for one in theirs for other in ours]
-        self._first = pairs if len(pairs) == 1 else []  # else the copies say which are needed
-        until = min(deadline, time.monotonic() + joining)
-        self._stores: Stores | None = Stores(seed, port, token, until, _patience(until))
-        self._meeting: BackgroundTask[list[PairGroup]] | None = None
-        if self._first:
-            self._meeting = BackgroundTask(
-                lambda: self._join(self._first, until, self._wanted), _close_all, "tensorfork-meet"
-            )
+        self._closed = Event()
+        pairs = [(theirs, ours) for theirs in {region.device for region in remote} for ours in self._regions.devices]
+        self._early_pairs = pairs if len(pairs) == 1 else []  # with several, the copies say which are needed
+        deadline = min(deadline, time.monotonic() + joining)
+        self._stores: GroupStores | None = GroupStores(seed, port, token, deadline, _deadline_check(deadline))
+        self._early_join: BackgroundTask[list[PairGroup]] | None = None
+        if self._early_pairs:
+            join = partial(self._join, self._early_pairs, deadline, self._check_open)
+            self._early_join = BackgroundTask(join, _close_all, "tensorfork-join")
 
     def ready(self, deadline: float) -> None:
-        """See `Session.ready`: the two sides meet, and make a group if one will do, which takes NCCL half a second."""
-        if self._meeting is None:
+        """See `Session.ready`: waits for the group, if one will do. NCCL takes half a second to create it."""
+        if self._early_join is None:
             return
         try:
-            self._lanes = self._meeting.result(_patience(min(deadline, time.monotonic() + self._joining)))
+            self._groups = self._early_join.result(_deadline_check(min(deadline, time.monotonic() + self._joining)))
         except BaseException:
             self.close(deadline)
             raise
-        self._meeting, self._pairs = None, list(self._first)
+        self._early_join, self._pairs = None, list(self._early_pairs)
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
-        """See `Session.pull`."""
+        """See `Session.pull`. After a failure, every later pull of this session fails."""
         if self._broken:
             raise TransferFailed("this connection failed before; open another session")
-        if cancel.is_set() or time.monotonic() >= deadline:
-            raise TransferFailed("the transfer was cancelled" if cancel.is_set() else "the deadline is past")
+        check_going_on(deadline, cancel)
         self.ready(deadline)
-        pairs = self._first or self._pairs_of(copies)
-        self._broken = True  # until it is over
-        window: deque[tuple[Batch, Any]] = deque()
-        made: Sequence[PairGroup] = ()
-        with Watchdog(deadline, LATE, cancel, self._abort) as watch:
-            pull = _Pull(self._talk, watch, cancel, deadline, done)
+        pairs = self._early_pairs or self._pairs_of(copies)
+        self._broken = True  # until the pull has succeeded
+        with Watchdog(deadline, "not everything had arrived by the deadline", cancel, self._abort) as watchdog:
+            receiver = BatchReceiver(self._channel, watchdog, cancel, deadline, done)
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
-                    watch.begin()
-                    until = min(deadline, time.monotonic() + self._joining)
-                    self._lanes += self._join(missing, until, pull.check)
+                    watchdog.begin()
+                    join_deadline = min(deadline, time.monotonic() + self._joining)
+                    self._groups += self._join(missing, join_deadline, receiver.check)
                     self._pairs += missing
-                lanes = {pair: i for i, pair in enumerate(self._pairs)}
-                numbers = [0] * len(copies) if self._first else [lanes[pair] for pair in pairs]
-                limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
-                pull.run(copies, self._checked(schedule(copies, numbers, limits)), made := self._lanes, window)
+                receiver.receive(copies, self._batches(copies, pairs), self._groups)
             except BaseException as error:
-                undrained = self._drain(window, made)
-                if error is pull.callers or not isinstance(error, RuntimeError | TensorForkError):
+                undrained = self._drain(receiver)
+                if error is receiver.callback_error or not isinstance(error, RuntimeError | TensorForkError):
                     raise
-                raise TransferFailed(f"{self._seed}: {pull.reason(error)}", undrained=undrained) from error
-        self._broken = bool(watch.reason)  # it may have ended just when it was to be aborted
+                raise TransferFailed(f"{self._seed}: {receiver.failure_reason(error)}", undrained=undrained) from error
+        self._broken = bool(watchdog.reason)  # the groups may have been aborted just after the last batch
 
     def close(self, deadline: float) -> None:
         """See `Session.close`."""
-        self._ended.set()
-        if self._meeting is not None:
-            self._meeting.give_up(ENDING)
-        lanes, self._lanes, self._stores, self._meeting = self._lanes, [], None, None
-        idle, self._broken = not self._broken, True  # the last pull was whole, or there was none
-        for lane in lanes:
-            lane.close(idle)
+        self._closed.set()
+        if self._early_join is not None:
+            self._early_join.abandon(CLOSE_WAIT)
+        groups, self._groups, self._stores, self._early_join = self._groups, [], None, None
+        idle, self._broken = not self._broken, True  # idle: there was no pull, or the last one succeeded
+        for group in groups:
+            group.close(idle)
 
-    def _wanted(self) -> None:
-        if self._ended.is_set():
-            raise TransferFailed("nobody waits for this any more")
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise TransferFailed("this session is closed")
 
-    def _join(self, pairs: Sequence[tuple[str, str]], until: float, look: Callable[[], object]) -> list[PairGroup]:
-        """Make lanes for these pairs of devices, all at once. Raises `TransportUnavailable`, and leaves nothing.
+    def _join(self, pairs: Sequence[tuple[str, str]], deadline: float, check: Callable[[], object]) -> list[PairGroup]:
+        """Create a group for each of these pairs of devices, all at once.
 
-        Before a pull this runs on a thread of its own, beside which nobody uses the channel.
+        `check` is called repeatedly, and may raise. Raises `TransportUnavailable`, and leaves no group behind. Before
+        the first pull this runs on a thread of its own, and no other thread uses the channel meanwhile.
         """
-        patience = _patience(until)
+        check_deadline = _deadline_check(deadline)
         ctas = self._settings.ctas
-        lanes: list[PairGroup] = []
+        groups: list[PairGroup] = []
 
-        def both() -> None:
-            patience()
-            look()
+        def check_both() -> None:
+            check_deadline()
+            check()
 
         stores = self._stores
         try:
-            look()
+            check()
             if stores is None:
                 raise TransferFailed("this session is closed")
-            own = local_address(self._seed)
-            self._talk.say("join", pairs, [ctas.fewest, ctas.most, ctas.cluster], own, until=until)
-            self._expect("ready", until, look)
-            makers = [
-                self._maker(*each, own, until) for each in zip(pairs, stores.take(len(pairs), until, both), strict=True)
+            address = local_address(self._seed)
+            limits = [ctas.min_ctas, ctas.max_ctas, ctas.cga_cluster_size]
+            self._channel.send("join", pairs, limits, address, deadline=deadline)
+            self._expect("ready", deadline, check)
+            creations = [
+                partial(create_group, pair, store, FORK, self._regions, self._settings, address, deadline)
+                for pair, store in zip(pairs, stores.take(len(pairs), deadline, check_both), strict=True)
             ]
-            lanes = run_together(makers, PairGroup.close, "tensorfork-join", both)
-            self._expect("joined", until, look)
-            return lanes
+            groups = run_together(creations, PairGroup.close, "tensorfork-group", check_both)
+            self._expect("joined", deadline, check)
+            return groups
         except BaseException as error:
-            _close_all(lanes)
+            _close_all(groups)
             if isinstance(error, RuntimeError | PeerUnreachable | TransferFailed):
                 raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
             raise
 
-    def _maker(self, pair: tuple[str, str], store: Any, own: str, until: float) -> Callable[[], PairGroup]:
-        return lambda: make_group(pair, store, FORK, self._memory, self._settings, own, until)
-
-    def _expect(self, word: str, until: float, look: Callable[[], object]) -> None:
-        words = self._talk.hear(until, look)
-        if words[0] == "failed":
-            raise TransferFailed(f"the seed says: {str(words[-1])[:4096]}")
-        if words[0] != word:
-            raise ProtocolError(f"the seed said {words[0][:20]!r} where {word!r} is expected")
+    def _expect(self, word: str, deadline: float, check: Callable[[], object]) -> None:
+        """Wait for the seed's next message, which must begin with this word."""
+        message = self._channel.recv(deadline, check)
+        if message[0] == "failed":
+            raise TransferFailed(f"the seed says: {str(message[-1])[:4096]}")
+        if message[0] != word:
+            raise ProtocolError(f"the seed said {message[0][:20]!r} where {word!r} is expected")
 
     def _pairs_of(self, copies: Sequence[Copy]) -> list[tuple[str, str]]:
-        """The two devices of each copy. Raises `TransferFailed` where there is no such region."""
+        """The two devices of each copy. Raises `TransferFailed` if a region does not exist."""
         try:
-            return [(self._remote[copy.region].device, self._ours[copy.into].device) for copy in copies]
+            return [(self._remote[copy.region].device, self._regions.device_of(copy.into)) for copy in copies]
         except KeyError as error:
             raise TransferFailed(f"a copy names the region {error}, and there is none of that number") from error
 
-    def _checked(self, parcels: Iterable[Batch]) -> Iterator[Batch]:
-        """The same. Raises `TransferFailed` at one that does not lie within the regions of both sides."""
-        for parcel in parcels:
-            theirs, ours = self._pairs[parcel.lane]
-            if not all(holds(self._remote, stretch, theirs) for stretch in parcel.theirs):
+    def _batches(self, copies: Sequence[Copy], pairs: Sequence[tuple[str, str]]) -> Iterator[Batch]:
+        """The batches for these copies, each checked before it is yielded. `pairs` are the two devices of each copy,
+        or one pair for all.
+        """
+        index = {pair: i for i, pair in enumerate(self._pairs)}
+        groups = [0] * len(copies) if self._early_pairs else [index[pair] for pair in pairs]
+        limits = {i: self._settings.limits(pair) for i, pair in enumerate(self._pairs)}
+        return self._checked(schedule(copies, groups, limits))
+
+    def _checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the same batches. Raises `TransferFailed` at one that is not within the regions of both sides."""
+        for batch in batches:
+            theirs, ours = self._pairs[batch.group]
+            if not all(contains(self._remote, one, theirs) for one in batch.sources):
                 raise TransferFailed("a copy lies outside the seed's regions")
-            if not all(self._memory.holds(stretch, ours) for stretch in parcel.ours):
+            if not all(self._regions.contains(one, ours) for one in batch.destinations):
                 raise TransferFailed("a copy lies outside our regions")
-            yield parcel
+            yield batch
 
     def _abort(self) -> None:
-        for lane in self._lanes:
-            lane.abort()
+        for group in self._groups:
+            group.abort()
 
-    def _drain(self, window: Sequence[tuple[Batch, Any]], lanes: Sequence[PairGroup]) -> list[tuple[int, int]]:
-        """Stop everything; the stretches, as (address, bytes), that may be written to all the same."""
+    def _drain(self, receiver: BatchReceiver) -> list[tuple[int, int]]:
+        """Abort all groups and wait until nothing is written any more, `DRAIN_TIMEOUT` at most.
+
+        Returns the memory that may be written to all the same, as (address, bytes). Its operations are kept for ever.
+        """
         self._abort()
-        end = time.monotonic() + DRAINING
+        end = time.monotonic() + DRAIN_TIMEOUT
         undrained = []
-        for parcel, begun in window:
-            lane = lanes[parcel.lane]
-            while not (quiet := lane.quiet(begun)) and time.monotonic() < end:
+        for batch, group, operation in receiver.in_flight:
+            while not (stopped := group.has_stopped(operation)) and time.monotonic() < end:
                 time.sleep(0.01)
-            if not quiet:
-                _undrained.append((lane, begun))
-                undrained += [(self._memory.address(stretch), stretch[2]) for stretch in parcel.ours]
+            if not stopped:
+                _undrained.append((group, operation))
+                undrained += [(self._regions.address(one), one[2]) for one in batch.destinations]
         return undrained
 
 
-class _Pull:
-    """One pull, under way. A parcel counts when it has arrived here, and the seed has said that it left whole: of an
-    operation that the seed aborts, this side cannot tell that the bytes never came. `callers` is what `done` raised.
+def _parse_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]:
+    """The token, the store's port, the settings for both sides, and whether both are on one host.
+
+    Raises `ProtocolError`.
     """
-
-    def __init__(
-        self,
-        talk: MessageChannel,
-        watch: Watchdog,
-        cancel: threading.Event,
-        deadline: float,
-        done: Callable[[int], None],
-    ) -> None:
-        self._talk, self._watch, self._cancel, self._deadline, self._done = talk, watch, cancel, deadline, done
-        self._listen = time.monotonic()
-        self._attend = self._listen + ATTEND
-        self._parcels: list[Batch] = []  # asked for
-        self._all = False
-        self._left: list[int] = []  # bytes that each copy still needs
-        self._arrived = self._sent = self._counted = 0  # parcels
-        self._failed = ""
-        self.callers: BaseException | None = None
-
-    def run(
-        self,
-        copies: Sequence[Copy],
-        parcels: Iterable[Batch],
-        lanes: Sequence[PairGroup],
-        window: deque[tuple[Batch, Any]],
-    ) -> None:
-        """Receive all parcels, which hold these copies. What is under way is in the window."""
-        book = pages(parcels)
-        self._ask(book)
-        self._left = [copy.nbytes for copy in copies]
-        for i in [i for i, nbytes in enumerate(self._left) if not nbytes]:
-            self._say_done(i)
-        for lane in lanes:
-            lane.prepare()
-        for number in count():
-            wanted = number + (WINDOW if len(window) == WINDOW else 1)  # no more than is needed to keep the link busy
-            while not self._all and len(self._parcels) < wanted:
-                self._ask(book)
-            if number == len(self._parcels):
-                break
-            if len(window) == WINDOW:
-                self._finish(window, lanes)
-            parcel = self._parcels[number]
-            window.append((parcel, lanes[parcel.lane].begin(parcel.ours, parcel.packed, self._deadline)))
-            self._watch.begin()
-        while window:
-            self._finish(window, lanes)
-        self._count(len(self._parcels))
-        awake = time.monotonic() + AWAKE
-        while self._counted < len(self._parcels):
-            if time.monotonic() < awake:
-                words = self._talk.overhear(0.0)
-            else:
-                words = self._talk.hear(self._deadline, self.check)
-            if words:
-                self._note(words)
-                self._count(len(self._parcels))
-
-    def check(self) -> None:
-        """Raise if it is over: cancelled, or late."""
-        if self._cancel.is_set():
-            raise TransferFailed("the transfer was cancelled")
-        if self._watch.reason or time.monotonic() >= self._deadline:
-            raise TransferFailed(self._watch.reason or LATE)
-
-    def look(self) -> None:
-        """Raise if it is over; hear what the seed says, without waiting for it; and see to a parcel that counts now.
-
-        One at a time: what `done` does must not keep the next from being begun.
-        """
-        self.check()
-        now = time.monotonic()
-        if now >= self._listen:
-            until = now
-            if now >= self._attend:
-                self._attend, until = now + ATTEND, now + 0.001
-            while words := self._talk.overhear(until):
-                self._note(words)
-            self._listen = time.monotonic() + LISTEN
-        self._count(1)
-
-    def reason(self, error: BaseException) -> str:
-        """Why it failed: what we did ourselves, what the seed says, or what torch saw."""
-        if self._watch.reason or self._failed or not isinstance(error, RuntimeError):
-            return self._watch.reason or self._failed or str(error)
-        try:
-            while words := self._talk.overhear(time.monotonic() + ATTEND):
-                self._note(words)
-        except (TransferFailed, ProtocolError, PeerUnreachable) as said:
-            return f"{said} ({str(error).splitlines()[0]})"
-        return f"the connection broke: {str(error).splitlines()[0]}"
-
-    def _ask(self, book: Iterator[tuple[bytes, list[Batch]]]) -> None:
-        """Ask for another page of parcels; an empty one says that there are no more."""
-        page, parcels = next(book, (b"", []))
-        self._all = not parcels
-        self._talk.say("parcels", self._all, page, until=self._deadline)
-        self._parcels += parcels
-
-    def _finish(self, window: deque[tuple[Batch, Any]], lanes: Sequence[PairGroup]) -> None:
-        parcel, begun = window[0]
-        lanes[parcel.lane].finish(begun, self.look)
-        window.popleft()
-        self._arrived += 1
-        self.look()  # `finish` has not, where it had nothing to wait for
-        self._count(1)  # two for one, so as to catch up
-
-    def _count(self, most: int) -> None:
-        """Say `done` for copies that are whole now, by the next parcels that count, so many at most."""
-        for parcel in self._parcels[self._counted : min(self._counted + most, self._arrived, self._sent)]:
-            self._counted += 1
-            for i, (_, _, nbytes) in zip(parcel.copies, parcel.ours, strict=True):
-                self._left[i] -= nbytes
-                if not self._left[i]:
-                    self._say_done(i)
-
-    def _say_done(self, i: int) -> None:
-        try:
-            self._done(i)
-        except BaseException as error:
-            self.callers = error
-            raise
-        if self._cancel.is_set():
-            raise TransferFailed("the transfer was cancelled")
-
-    def _note(self, words: Sequence[Any]) -> None:
-        match words:
-            case ["sent", int(count)] if self._sent < count <= len(self._parcels):
-                self._sent = count
-            case ["failed", str(reason)]:
-                self._failed = f"the seed says: {reason}"
-                raise TransferFailed(self._failed)
-            case _:
-                raise ProtocolError(f"the seed said {str(words)[:40]} where nothing of the kind is expected")
-
-
-def _read_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool]:
-    """The token, the store's port, what both sides keep to, and whether they share a host."""
     try:
-        token, port, parcel, bucket, small, ctas, host = msgpack.unpackb(offer)
-        sizes = [min(int(a), b) for a, b in ((parcel, ours.parcel), (bucket, ours.bucket), (small, ours.small))]
-        limits = [theirs if mine is None else mine for theirs, mine in zip(ctas, _ctas(ours.ctas), strict=True)]
+        token, port, batch, bucket, small, theirs, host = msgpack.unpackb(offer)
+        sizes = [min(int(a), b) for a, b in ((batch, ours.batch), (bucket, ours.bucket), (small, ours.small))]
+        mine = ours.ctas.min_ctas, ours.ctas.max_ctas, ours.ctas.cga_cluster_size
+        ctas = [their if our is None else our for their, our in zip(theirs, mine, strict=True)]
     except Exception as error:  # msgpack has no common base for what it raises on bad bytes
         raise ProtocolError(f"the seed's offer cannot be read: {error}") from error
     if min(sizes) < 1 or type(port) is not int or not 0 < port < 65536:
         raise ProtocolError("the seed's offer is no offer")
     same_host = host == process.host_id()
-    parcel = sizes[0] if same_host else min(sizes[0], NETWORK)
-    settings = evolve(ours, parcel=parcel, bucket=sizes[1], small=sizes[2], ctas=Ctas(*limits))
+    batch = sizes[0] if same_host else min(sizes[0], MAX_NETWORK_BATCH)
+    settings = evolve(ours, batch=batch, bucket=sizes[1], small=sizes[2], ctas=CtaLimits(*ctas))
     return str(token), port, settings, same_host
 
 
-def _close_all(lanes: Sequence[PairGroup]) -> None:
-    for lane in lanes:
-        lane.close()
+def _close_all(groups: Sequence[PairGroup]) -> None:
+    for group in groups:
+        group.close()
 
 
-def _ctas(ctas: Ctas) -> list[int | None]:
-    return [ctas.fewest, ctas.most, ctas.cluster]
+def _deadline_check(deadline: float) -> Callable[[], None]:
+    """A function that raises `TransportUnavailable` once the deadline has passed."""
 
-
-def _patience(until: float) -> Callable[[], None]:
-    def look() -> None:
-        if time.monotonic() >= until:
+    def check() -> None:
+        if time.monotonic() >= deadline:
             raise TransportUnavailable(
                 "the two sides did not find one another in time; check that the seed's ports can be reached"
             )
 
-    return look
+    return check

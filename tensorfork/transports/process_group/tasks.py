@@ -1,4 +1,4 @@
-"""Work that nothing can interrupt, on threads of its own, and a watchdog that aborts what hangs."""
+"""Calls that cannot be interrupted, on threads of their own, and a watchdog that aborts what hangs."""
 
 import threading
 import time
@@ -9,92 +9,104 @@ from tensorfork.memory import cuda
 
 T = TypeVar("T")
 
-POLL = 0.02
-"""Seconds between two looks at what may end a wait."""
+POLL_INTERVAL = 0.02
+"""Seconds between two checks whether a wait is to end early."""
 
 
 class BackgroundTask(Generic[T]):
-    """Work on a thread of its own, since torch has calls that nothing can interrupt.
+    """A call on a thread of its own, since torch has calls that cannot be interrupted.
 
-    Whoever no longer waits says so; should the work come to its end after all, `discard` is then called with what it
-    made.
+    A task can be abandoned before it has ended. When its call returns after that, `discard` is called with the result.
     """
 
-    def __init__(self, work: Callable[[], T], discard: Callable[[T], object], name: str) -> None:
-        self._work, self._discard = work, discard
-        self._over = threading.Event()
+    def __init__(self, function: Callable[[], T], discard: Callable[[T], object], name: str) -> None:
+        self._function, self._discard = function, discard
+        self._finished = threading.Event()
         self._lock = threading.Lock()
-        self._given_up = False
-        self._made: list[T] = []
+        self._abandoned = False
+        self._results: list[T] = []
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
-    def result(self, look: Callable[[], object]) -> T:
-        """What the work made, or raised. `look` is called now and then, and may raise to end the wait."""
+    def result(self, check: Callable[[], object]) -> T:
+        """Wait for the call; return what it returned, or raise what it raised.
+
+        `check` is called every `POLL_INTERVAL`. If it raises, the task is abandoned and the exception is passed on.
+        """
         try:
-            while not self._over.wait(POLL):
-                look()
+            while not self._finished.wait(POLL_INTERVAL):
+                check()
         except BaseException:
-            self.give_up()
+            self.abandon()
             raise
         if self._error is not None:
             raise self._error
-        return self._made[0]
+        return self._results[0]
 
-    def give_up(self, seconds: float = 0.0) -> None:
-        """Nobody waits any more, but for so many seconds for its end."""
+    def abandon(self, seconds: float = 0.0) -> None:
+        """Discard the result, now or when there is one. Waits at most so many seconds for the call to end."""
         with self._lock:
-            self._given_up = True
-            made, self._made = self._made, []
-        for one in made:
-            self._discard(one)
+            self._abandoned = True
+            results, self._results = self._results, []
+        for result in results:
+            self._discard(result)
         if seconds:
-            self._over.wait(seconds)
+            self._finished.wait(seconds)
 
     def _run(self) -> None:
         cuda.relax_capture()
         try:
-            made = self._work()
+            result = self._function()
         except BaseException as error:
             self._error = error
         else:
             with self._lock:
-                unwanted = self._given_up
-                if not unwanted:
-                    self._made.append(made)
-            if unwanted:
-                self._discard(made)
-        self._over.set()
+                abandoned = self._abandoned
+                if not abandoned:
+                    self._results.append(result)
+            if abandoned:
+                self._discard(result)
+        self._finished.set()
 
 
 def run_together(
-    works: Iterable[Callable[[], T]], discard: Callable[[T], object], name: str, look: Callable[[], object]
+    functions: Iterable[Callable[[], T]], discard: Callable[[T], object], name: str, check: Callable[[], object]
 ) -> list[T]:
-    """What several works made, each on a thread of its own. Should one fail, everything is discarded."""
-    tasks = [BackgroundTask(work, discard, name) for work in works]
+    """Call several functions, each on a thread of its own, and return their results in order.
+
+    `check` is called while waiting, and may raise. If it or a function raises, all results are discarded, and the
+    exception is passed on.
+    """
+    tasks = [BackgroundTask(function, discard, name) for function in functions]
     try:
-        return [task.result(look) for task in tasks]
+        return [task.result(check) for task in tasks]
     except BaseException:
         for task in tasks:
-            task.give_up()
+            task.abandon()
         raise
 
 
 class Watchdog:
-    """Calls `abort` from a thread of its own, once, with the reason, when it is time: past `until`, or when told to;
-    from `begin` on, which is to be called before anything that may hang.
+    """Calls `abort` once, from a thread of its own, at the deadline or when `cancel` is set.
 
-    `until` may be moved at any time. `reason` is empty as long as there was none.
+    Nothing is watched before `begin`, which must be called before anything that may hang. `deadline` may be moved at
+    any time. `reason` says why `abort` was called, and is empty until then.
+
+    Args:
+        deadline: when to abort.
+        late: the reason to give at the deadline.
+        cancel: an event that aborts too, or None.
+        abort: what to call.
     """
 
-    def __init__(self, until: float, late: str, cancel: threading.Event | None, abort: Callable[[], None]) -> None:
-        self.until, self.reason = until, ""
+    def __init__(self, deadline: float, late: str, cancel: threading.Event | None, abort: Callable[[], None]) -> None:
+        self.deadline, self.reason = deadline, ""
         self._late, self._cancel, self._abort = late, cancel, abort
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tensorfork-watch", daemon=True)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tensorfork-watchdog", daemon=True)
 
     def begin(self) -> None:
-        """Watch; nothing new where it does."""
+        """Start to watch. A second call does nothing."""
         if self._thread.ident is None:
             self._thread.start()
 
@@ -102,15 +114,15 @@ class Watchdog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._stopped.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(POLL if self._cancel is not None else 0.1):
+        while not self._stopped.wait(POLL_INTERVAL if self._cancel is not None else 0.1):
             if self._cancel is not None and self._cancel.is_set():
                 self.reason = "the transfer was cancelled"
-            elif time.monotonic() >= self.until:
+            elif time.monotonic() >= self.deadline:
                 self.reason = self._late
             if self.reason:
                 self._abort()

@@ -1,4 +1,4 @@
-"""When communicators are made and taken down, and what a fork waits for; nothing here needs a GPU."""
+"""When communicators are created and destroyed, and what a fork waits for; nothing here needs a GPU."""
 
 import gc
 import threading
@@ -9,120 +9,121 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from gloo_leases import DIRECT, PARCEL, SECONDS, export, opened, served, stripes
+from gloo_leases import BATCH, DIRECT, SECONDS, batch_copies, export, opened, served
 
 from tensorfork import TransferFailed
 from tensorfork.testing.memory import Memory
-from tensorfork.transports.process_group import communicator_gate as the_module
-from tensorfork.transports.process_group import nccl
+from tensorfork.transports.process_group import communicator_gate, nccl
 from tensorfork.transports.process_group.communicator_gate import CommunicatorGate
 from tensorfork.transports.process_group.gloo import GlooGroup
 from tensorfork.transports.process_group.nccl import NcclGroup
 from tensorfork.transports.process_group.pair_group import FORK
 
 MOMENT = 0.1
-"""Seconds in which what must wait would have come."""
+"""Seconds after which something that has not happened is taken to wait."""
 
 
 class Lease:
-    """Stands for one."""
+    """Stands for a lease."""
 
 
-class Maker:
-    """Makes a communicator, on a thread of its own, until it is told that it is made."""
+class Creation:
+    """Creates a communicator, on a thread of its own; it is being created until `created` is set."""
 
-    def __init__(self, nursery: CommunicatorGate, lease: Lease, seconds: float = SECONDS) -> None:
-        self._nursery, self._lease, self._until = nursery, lease, time.monotonic() + seconds
-        self.began, self.made, self.error = threading.Event(), threading.Event(), None
+    def __init__(self, gate: CommunicatorGate, lease: Lease, seconds: float = SECONDS) -> None:
+        self._gate, self._lease, self._deadline = gate, lease, time.monotonic() + seconds
+        self.started, self.created, self.error = threading.Event(), threading.Event(), None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            with self._nursery.making(self._lease, self._until):
-                self.began.set()
-                self.made.wait(SECONDS)
+            with self._gate.creating(self._lease, self._deadline):
+                self.started.set()
+                self.created.wait(SECONDS)
         except TransferFailed as error:
             self.error: TransferFailed | None = error
 
 
 @contextmanager
-def making(nursery: CommunicatorGate, lease: Lease, seconds: float = SECONDS) -> Iterator[Maker]:
-    maker = Maker(nursery, lease, seconds)
+def creating(gate: CommunicatorGate, lease: Lease, seconds: float = SECONDS) -> Iterator[Creation]:
+    creation = Creation(gate, lease, seconds)
     try:
-        yield maker
+        yield creation
     finally:
-        maker.made.set()
-        maker.thread.join(SECONDS)
-        assert not maker.thread.is_alive()
+        creation.created.set()
+        creation.thread.join(SECONDS)
+        assert not creation.thread.is_alive()
 
 
-def test_leases_take_turns_and_the_lanes_of_one_are_made_together() -> None:
-    nursery, one, other = CommunicatorGate(), Lease(), Lease()
-    with making(nursery, one) as first, making(nursery, one) as second:
-        assert first.began.wait(SECONDS)
-        assert second.began.wait(the_module.LEASE_WAIT / 2)
-        with making(nursery, other) as third:
-            first.made.set()
-            assert not third.began.wait(MOMENT)
-            second.made.set()
-            assert third.began.wait(SECONDS)
+def test_leases_take_turns_and_the_groups_of_one_lease_are_created_together() -> None:
+    gate, one, other = CommunicatorGate(), Lease(), Lease()
+    with creating(gate, one) as first, creating(gate, one) as second:
+        assert first.started.wait(SECONDS)
+        assert second.started.wait(communicator_gate.LEASE_WAIT / 2)
+        with creating(gate, other) as third:
+            first.created.set()
+            assert not third.started.wait(MOMENT)
+            second.created.set()
+            assert third.started.wait(SECONDS)
 
 
-def test_a_turn_that_does_not_end_stops_others_for_a_while_only_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(the_module, "LEASE_WAIT", 1.0)
-    nursery = CommunicatorGate()
-    with making(nursery, Lease()) as stuck:
-        assert stuck.began.wait(SECONDS)
-        with making(nursery, Lease()) as second:
-            assert not second.began.wait(MOMENT)
-            assert second.began.wait(SECONDS)
-        with making(nursery, Lease()) as third:
-            assert third.began.wait(0.8), "it waited for the same one again"
+def test_a_lease_that_does_not_finish_delays_others_for_a_limited_time_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(communicator_gate, "LEASE_WAIT", 1.0)
+    gate = CommunicatorGate()
+    with creating(gate, Lease()) as stuck:
+        assert stuck.started.wait(SECONDS)
+        with creating(gate, Lease()) as second:
+            assert not second.started.wait(MOMENT)
+            assert second.started.wait(SECONDS)
+        with creating(gate, Lease()) as third:
+            assert third.started.wait(0.8), "it waited for the same one again"
 
 
-def test_a_making_waits_for_an_abort_and_an_abort_for_nothing() -> None:
-    nursery = CommunicatorGate()
-    with making(nursery, Lease()) as first, ExitStack() as abort:
-        assert first.began.wait(SECONDS)
-        abort.enter_context(nursery.aborting())
-        first.made.set()
-        with making(nursery, Lease()) as second:
-            assert not second.began.wait(MOMENT)
+def test_creation_waits_for_an_abort_and_an_abort_for_nothing() -> None:
+    gate = CommunicatorGate()
+    with creating(gate, Lease()) as first, ExitStack() as abort:
+        assert first.started.wait(SECONDS)
+        abort.enter_context(gate.aborting())
+        first.created.set()
+        with creating(gate, Lease()) as second:
+            assert not second.started.wait(MOMENT)
             abort.close()
-            assert second.began.wait(SECONDS)
-    with nursery.aborting(), making(nursery, Lease(), MOMENT) as late:
+            assert second.started.wait(SECONDS)
+    with gate.aborting(), creating(gate, Lease(), MOMENT) as late:
         late.thread.join(SECONDS)
         assert late.error is not None
-        assert not late.began.is_set()
+        assert not late.started.is_set()
 
 
-def test_a_group_is_taken_down_when_nobody_makes_one_and_nobody_makes_one_meanwhile() -> None:
-    nursery, going, ended = CommunicatorGate(), threading.Event(), threading.Event()
+def test_a_group_is_destroyed_while_none_is_created_and_none_is_created_meanwhile() -> None:
+    gate, aborting, aborted = CommunicatorGate(), threading.Event(), threading.Event()
 
-    def stop(group: object) -> None:
-        going.set()
-        ended.wait(SECONDS)
+    def abort(group: object) -> None:
+        aborting.set()
+        aborted.wait(SECONDS)
 
     group = Lease()
-    gone = weakref.ref(group)
-    held: list[object] = [group, "buckets"]
+    reference = weakref.ref(group)
+    references: list[object] = [group, "buckets"]
     del group
-    with making(nursery, Lease()) as first:
-        assert first.began.wait(SECONDS)
-        nursery.end(held, stop)
-        assert not going.wait(MOMENT)
-        first.made.set()
-        assert going.wait(SECONDS)
-    with making(nursery, Lease()) as second:
-        assert not second.began.wait(MOMENT)
-        assert len(held) == 2
-        ended.set()
-        assert second.began.wait(SECONDS)
-        assert not held
-    nursery.settle()
+    with creating(gate, Lease()) as first:
+        assert first.started.wait(SECONDS)
+        gate.destroy(references, abort)
+        assert not aborting.wait(MOMENT)
+        first.created.set()
+        assert aborting.wait(SECONDS)
+    with creating(gate, Lease()) as second:
+        assert not second.started.wait(MOMENT)
+        assert len(references) == 2
+        aborted.set()
+        assert second.started.wait(SECONDS)
+        assert not references
+    gate.wait_until_idle()
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
 # What a fork waits for.
@@ -139,47 +140,47 @@ class Group:
         assert self.go_on.wait(SECONDS)
 
 
-def lane_of(group: Group | None) -> NcclGroup:
-    lane = object.__new__(NcclGroup)
-    lane.rank, lane.aborted, lane._group, lane._slots = FORK, False, group, [torch.zeros(10)]
-    return lane
+def nccl_group(group: Group | None) -> NcclGroup:
+    pair_group = object.__new__(NcclGroup)
+    pair_group.rank, pair_group.aborted, pair_group._group, pair_group._buckets = FORK, False, group, [torch.zeros(10)]
+    return pair_group
 
 
 @pytest.fixture
-def nursery(monkeypatch: pytest.MonkeyPatch) -> CommunicatorGate:
-    """One for this test alone."""
-    made = CommunicatorGate()
-    monkeypatch.setattr(nccl, "communicator_gate", made)
-    return made
+def gate(monkeypatch: pytest.MonkeyPatch) -> CommunicatorGate:
+    """A gate for this test alone."""
+    gate = CommunicatorGate()
+    monkeypatch.setattr(nccl, "communicator_gate", gate)
+    return gate
 
 
-def test_an_idle_lane_is_aborted_behind_its_forks_back_and_its_buckets_are_kept_until_then(
-    nursery: CommunicatorGate,
+def test_an_idle_group_is_aborted_after_close_returns_and_its_buckets_are_kept_until_then(
+    gate: CommunicatorGate,
 ) -> None:
     group = Group()
-    lane = lane_of(group)
-    bucket, kept = weakref.ref(lane._slots[0]), weakref.ref(group)
-    lane.close(idle=True)
-    assert lane.aborted
+    pair_group = nccl_group(group)
+    bucket, torch_group = weakref.ref(pair_group._buckets[0]), weakref.ref(group)
+    pair_group.close(idle=True)
+    assert pair_group.aborted
     assert group.aborting.wait(SECONDS)
-    lane.abort()  # and this neither waits nor aborts it again
-    lane.close()
+    pair_group.abort()  # and this neither waits nor aborts it again
+    pair_group.close()
     gc.collect()
     assert bucket() is not None
     group.go_on.set()
     del group
-    nursery.settle()
+    gate.wait_until_idle()
     assert bucket() is None
-    assert kept() is None
+    assert torch_group() is None
 
 
-def test_a_lane_that_may_be_at_work_is_aborted_before_it_is_closed(nursery: CommunicatorGate) -> None:
+def test_a_group_that_may_be_busy_is_aborted_before_close_returns(gate: CommunicatorGate) -> None:
     group = Group()
-    lane = lane_of(group)
+    pair_group = nccl_group(group)
     closed = threading.Event()
 
     def close() -> None:
-        lane.close()
+        pair_group.close()
         closed.set()
 
     threading.Thread(target=close, daemon=True).start()
@@ -187,31 +188,31 @@ def test_a_lane_that_may_be_at_work_is_aborted_before_it_is_closed(nursery: Comm
     assert not closed.wait(MOMENT)
     group.go_on.set()
     assert closed.wait(SECONDS)
-    nursery.settle()
+    gate.wait_until_idle()
 
 
-def test_a_session_waits_for_its_lanes_to_be_aborted_only_where_something_may_be_under_way(
+def test_a_session_waits_for_its_groups_to_be_aborted_only_if_something_may_be_in_flight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     idle: list[bool] = []
     close = GlooGroup.close
 
-    def note(lane: GlooGroup, nothing: bool = False) -> None:
-        if lane.rank == FORK:
-            idle.append(nothing)
-        close(lane, nothing)
+    def record(group: GlooGroup, is_idle: bool = False) -> None:
+        if group.rank == FORK:
+            idle.append(is_idle)
+        close(group, is_idle)
 
-    monkeypatch.setattr(GlooGroup, "close", note)
-    memory, into = Memory("cpu", [6 * PARCEL], 1), Memory("cpu", [6 * PARCEL], 2)
-    copies = stripes(memory, into, 6)
+    monkeypatch.setattr(GlooGroup, "close", record)
+    memory, into = Memory("cpu", [6 * BATCH], 1), Memory("cpu", [6 * BATCH], 2)
+    copies = batch_copies(memory, into, 6)
 
     def lease(*pulls: float) -> None:
         made = export(memory, **DIRECT)
-        with served(made) as (speaker, _), opened(memory, into, speaker, made.offer, **DIRECT) as session:
+        with served(made) as (channel, _), opened(memory, into, channel, made.offer, **DIRECT) as session:
             for seconds in pulls:
                 session.pull(copies, time.monotonic() + seconds, lambda _: None, threading.Event())
 
-    def stumble(_: int) -> None:
+    def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
     lease()
@@ -220,9 +221,9 @@ def test_a_session_waits_for_its_lanes_to_be_aborted_only_where_something_may_be
     assert idle == [True] * 3
     made = export(memory, **DIRECT)
     with (
-        served(made) as (speaker, _),
-        opened(memory, into, speaker, made.offer, **DIRECT) as session,
+        served(made) as (channel, _),
+        opened(memory, into, channel, made.offer, **DIRECT) as session,
         pytest.raises(KeyboardInterrupt),
     ):
-        session.pull(copies, time.monotonic() + SECONDS, stumble, threading.Event())
+        session.pull(copies, time.monotonic() + SECONDS, interrupt, threading.Event())
     assert idle == [True] * 3 + [False]

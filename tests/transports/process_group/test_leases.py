@@ -1,4 +1,4 @@
-"""Leases of process groups, with the seed's end and the fork's spoken to directly; over gloo."""
+"""Leases of process groups, whose messages the tests send and receive themselves; over gloo."""
 
 import socket
 import subprocess
@@ -12,7 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 import torch
-from gloo_leases import SECONDS, export, hear, opened, say, served, wait_until
+from gloo_leases import SECONDS, export, opened, recv, send, served, wait_until
 
 import tensorfork
 from tensorfork import Copy, TransferFailed, TransportUnavailable
@@ -21,8 +21,8 @@ from tensorfork.testing.memory import Memory
 from tensorfork.transports.process_group import Gloo
 from tensorfork.transports.process_group.gloo import GlooGroup
 from tensorfork.transports.process_group.pair_group import FORK
-from tensorfork.transports.process_group.region_tensors import RegionTensors as RegionsOfOneSide
-from tensorfork.transports.process_group.rendezvous import reach_store, serve_store
+from tensorfork.transports.process_group.region_tensors import RegionTensors
+from tensorfork.transports.process_group.rendezvous import connect_store, serve_store
 from tensorfork.transports.process_group.tasks import run_together
 
 
@@ -32,28 +32,30 @@ def test_a_fork_that_never_joins_costs_a_thread_until_the_lease_ends() -> None:
     assert not ended
 
 
-@pytest.mark.parametrize("answered", [False, True], ids=["a seed that says nothing", "a seed that waits in the group"])
-def test_a_session_that_is_closed_while_the_two_sides_meet_leaves_nobody_waiting(answered: bool) -> None:
+@pytest.mark.parametrize(
+    "seed_answers", [False, True], ids=["a seed that says nothing", "a seed that waits in the group"]
+)
+def test_a_session_that_is_closed_while_its_group_is_created_leaves_no_thread(seed_answers: bool) -> None:
     memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
     asked = threading.Event()
     made = export(memory, joining=SECONDS)
     before = set(threading.enumerate())
 
-    def left(*names: str) -> bool:
+    def running(*names: str) -> bool:
         return any(thread.name in names for thread in set(threading.enumerate()) - before)
 
-    with served(made, lambda words: (asked.set(), words if answered else None)[1]) as (speaker, _):
+    with served(made, lambda message: (asked.set(), message if seed_answers else None)[1]) as (channel, _):
         remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
         options = {"joining": 4 * SECONDS}
         session = Gloo(**options).open(  # type: ignore[arg-type]
-            made.offer, "127.0.0.1", remote, into.regions, speaker, time.monotonic() + 4 * SECONDS
+            made.offer, "127.0.0.1", remote, into.regions, channel, time.monotonic() + 4 * SECONDS
         )
-        assert asked.wait(SECONDS), "it does not meet the seed by itself"
+        assert asked.wait(SECONDS), "it does not join by itself"
         session.close(time.monotonic() + SECONDS)
-        wait_until(lambda: not left("tensorfork-meet"))
+        wait_until(lambda: not running("tensorfork-join"))
         with pytest.raises(TransferFailed):
             session.pull([], time.monotonic() + SECONDS, lambda i: None, threading.Event())
-    wait_until(lambda: not left("tensorfork-meet", "tensorfork-join"))
+    wait_until(lambda: not running("tensorfork-join", "tensorfork-group", "tensorfork-store"))
 
 
 def test_a_lease_whose_time_is_over_ends_by_itself() -> None:
@@ -62,17 +64,17 @@ def test_a_lease_whose_time_is_over_ends_by_itself() -> None:
     assert isinstance(ended[0], PeerUnreachable)
 
 
-def test_a_fork_that_says_it_joins_and_does_not_come_is_told_so() -> None:
-    with served(export(Memory("cpu", [1000], 1), joining=0.3)) as (speaker, ended):
-        say(speaker, "join", [["cpu", "cpu"]], [None, None, None], "127.0.0.1")
-        assert hear(speaker) == ["ready"]
-        assert hear(speaker)[0] == "failed"
+def test_a_fork_that_asks_to_join_and_does_not_connect_is_told_so() -> None:
+    with served(export(Memory("cpu", [1000], 1), joining=0.3)) as (channel, ended):
+        send(channel, "join", [["cpu", "cpu"]], [None, None, None], "127.0.0.1")
+        assert recv(channel) == ["ready"]
+        assert recv(channel)[0] == "failed"
         wait_until(lambda: bool(ended))
     assert isinstance(ended[0], PeerUnreachable)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "message",
     [
         ["parcels", True, b"short"],
         ["parcels", True, b"\x07\x00\x00\x00\x01\x00\x00\x00" + bytes(24)],
@@ -85,61 +87,61 @@ def test_a_fork_that_says_it_joins_and_does_not_come_is_told_so() -> None:
     ],
     ids=[
         "half a page",
-        "no such lane",
+        "no such group",
         "no such device",
         "many CTAs",
-        "many lanes",
+        "many groups",
         "half a join",
         "nonsense",
         "numbers",
     ],
 )
-def test_a_fork_that_talks_nonsense_is_refused_and_the_seed_goes_on(words: list[Any]) -> None:
-    with served(export(Memory("cpu", [1000], 1))) as (speaker, ended):
-        say(speaker, *words)
-        assert hear(speaker)[0] == "failed"
+def test_a_fork_that_sends_nonsense_is_refused_and_the_seed_goes_on(message: list[Any]) -> None:
+    with served(export(Memory("cpu", [1000], 1))) as (channel, ended):
+        send(channel, *message)
+        assert recv(channel)[0] == "failed"
         wait_until(lambda: bool(ended))
     assert isinstance(ended[0], PeerUnreachable)
 
 
 @pytest.mark.parametrize(
-    "stretch", [(7, 0, 1001), (7, 1000, 1), (8, 0, 1), (7, (1 << 64) - 1, 2), (7, 0, (1 << 64) - 1)]
+    "byte_range", [(7, 0, 1001), (7, 1000, 1), (8, 0, 1), (7, (1 << 64) - 1, 2), (7, 0, (1 << 64) - 1)]
 )
-def test_a_fork_that_asks_for_other_memory_gets_none(stretch: tuple[int, int, int]) -> None:
+def test_a_fork_that_asks_for_other_memory_gets_none(byte_range: tuple[int, int, int]) -> None:
     memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
     memory_id = memory.regions[0].id
     made = export(memory)
-    with served(made) as (speaker, ended), opened(memory, into, speaker, made.offer):
-        id = memory_id if stretch[0] == 7 else 12345
-        page = b"\x00\x00\x00\x00\x01\x00\x00\x00" + b"".join(n.to_bytes(8, "little") for n in (id, *stretch[1:]))
-        say(speaker, "parcels", True, page)
-        words = hear(speaker)
-        assert words[0] == "failed"
-        assert "outside" in words[1]
+    with served(made) as (channel, ended), opened(memory, into, channel, made.offer):
+        id = memory_id if byte_range[0] == 7 else 12345
+        page = b"\x00\x00\x00\x00\x01\x00\x00\x00" + b"".join(n.to_bytes(8, "little") for n in (id, *byte_range[1:]))
+        send(channel, "parcels", True, page)
+        message = recv(channel)
+        assert message[0] == "failed"
+        assert "outside" in message[1]
         wait_until(lambda: bool(ended))
     assert into.wrong() is None
 
 
-def test_a_bucket_holds_no_more_than_the_seed_said() -> None:
+def test_a_fork_that_asks_for_more_than_a_bucket_holds_is_refused() -> None:
     memory, into = Memory("cpu", [5000], 1), Memory("cpu", [5000], 2)
     made = export(memory, bucket=1000, small=1000)
-    with served(made) as (speaker, _), opened(memory, into, speaker, made.offer):
+    with served(made) as (channel, _), opened(memory, into, channel, made.offer):
         id = memory.regions[0].id
-        say(
-            speaker,
+        send(
+            channel,
             "parcels",
             True,
             b"\x00\x00\x01\x00\x01\x00\x00\x00" + b"".join(n.to_bytes(8, "little") for n in (id, 0, 1001)),
         )
-        words = hear(speaker)
-        assert words[0] == "failed"
-        assert "bucket" in words[1]
+        message = recv(channel)
+        assert message[0] == "failed"
+        assert "bucket" in message[1]
 
 
 def test_a_pull_that_is_cancelled_when_its_last_copy_is_done_has_failed() -> None:
     memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
     made, cancel = export(memory), threading.Event()
-    with served(made) as (speaker, _), opened(memory, into, speaker, made.offer) as session:
+    with served(made) as (channel, _), opened(memory, into, channel, made.offer) as session:
         copy = Copy(0, memory.regions[0].id, 0, into.regions[0].id, 0, 1000)
         with pytest.raises(TransferFailed, match="cancelled"):
             session.pull([copy], time.monotonic() + SECONDS, lambda _: cancel.set(), cancel)
@@ -148,12 +150,12 @@ def test_a_pull_that_is_cancelled_when_its_last_copy_is_done_has_failed() -> Non
 def test_a_connection_that_breaks_amid_a_message_is_noticed_at_once() -> None:
     nbytes = 64 << 20
     theirs, ours = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
-    with pair_of_lanes(theirs, ours) as (seed, fork):
-        until = time.monotonic() + SECONDS
-        sending = seed.begin([(0, 0, nbytes)], False, until)
-        fork.begin([(0, 0, nbytes)], False, until)
+    with connected_groups(theirs, ours) as (seed, fork):
+        deadline = time.monotonic() + SECONDS
+        sending = seed.start([(0, 0, nbytes)], False, deadline)
+        fork.start([(0, 0, nbytes)], False, deadline)
         while not ours[0]:
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
         fork.abort()
         started = time.monotonic()
         with pytest.raises((RuntimeError, TransferFailed)):
@@ -161,48 +163,48 @@ def test_a_connection_that_breaks_amid_a_message_is_noticed_at_once() -> None:
         assert time.monotonic() - started < SECONDS / 2
         arrived = ours.clone()
         with pytest.raises((RuntimeError, TransferFailed)):
-            seed.finish(seed.begin([(0, 0, 1)], False, until), lambda: None)
+            seed.finish(seed.start([(0, 0, 1)], False, deadline), lambda: None)
         assert torch.equal(arrived, ours), "bytes came after an abort"
 
 
 @contextmanager
-def pair_of_lanes(theirs: torch.Tensor, ours: torch.Tensor) -> Iterator[tuple[GlooGroup, GlooGroup]]:
-    """Two lanes over gloo that are connected, each with a region 0."""
+def connected_groups(theirs: torch.Tensor, ours: torch.Tensor) -> Iterator[tuple[GlooGroup, GlooGroup]]:
+    """The two sides of a group over gloo, each with a region 0."""
     from torch.distributed import PrefixStore
 
-    until = time.monotonic() + SECONDS
-    _, host, port = serve_store("127.0.0.1", None, until)
-    stores = [PrefixStore("x", reach_store(host, port, until)) for _ in range(2)]
+    deadline = time.monotonic() + SECONDS
+    _, host, port = serve_store("127.0.0.1", None, deadline)
+    stores = [PrefixStore("x", connect_store(host, port, deadline)) for _ in range(2)]
 
-    def lane(rank: int, tensor: torch.Tensor) -> Callable[[], GlooGroup]:
-        memory = RegionsOfOneSide([tensorfork.Region(0, tensor.data_ptr(), tensor.nbytes, "cpu")])
+    def creation(rank: int, tensor: torch.Tensor) -> Callable[[], GlooGroup]:
+        memory = RegionTensors([tensorfork.Region(0, tensor.data_ptr(), tensor.nbytes, "cpu")])
 
-        def make() -> GlooGroup:
-            made = GlooGroup(stores[rank], rank, memory, "cpu", 1 << 20, "127.0.0.1", until)
-            made.greet(until)
-            return made
+        def create() -> GlooGroup:
+            group = GlooGroup(stores[rank], rank, memory, "cpu", 1 << 20, "127.0.0.1", deadline)
+            group.handshake(deadline)
+            return group
 
-        return make
+        return create
 
-    lanes = run_together([lane(0, theirs), lane(1, ours)], GlooGroup.close, "test-lane", lambda: None)
+    groups = run_together([creation(0, theirs), creation(1, ours)], GlooGroup.close, "test-group", lambda: None)
     try:
-        yield lanes[0], lanes[1]
+        yield groups[0], groups[1]
     finally:
-        for one in lanes:
-            one.close()
+        for group in groups:
+            group.close()
 
 
-def test_a_transfer_that_was_aborted_and_returns_is_no_success() -> None:
+def test_an_operation_that_was_aborted_and_returns_has_failed() -> None:
     class Work:
         def wait(self, timeout: Any) -> bool:
-            lane.aborted = True
+            group.aborted = True
             return True
 
     work = Work()
-    lane = object.__new__(GlooGroup)
-    lane.rank, lane.aborted, lane._stream, lane._under_way = FORK, False, None, [work]
+    group = object.__new__(GlooGroup)
+    group.rank, group.aborted, group._stream, group._in_flight = FORK, False, None, [work]
     with pytest.raises(TransferFailed):
-        lane.finish(([work], (), None), lambda: None)
+        group.finish(([work], (), None), lambda: None)
 
 
 # Ports.
@@ -220,7 +222,7 @@ def test_stores_listen_within_the_range_and_ports_are_free_again_afterwards() ->
         assert second.close(time.monotonic() + SECONDS)
 
 
-def test_a_seed_listens_where_it_was_told_to_and_nowhere_else() -> None:
+def test_a_store_listens_at_the_seeds_address_and_nowhere_else() -> None:
     made = export(Memory("cpu", [1000], 1))
     port = msgpack.unpackb(made.offer)[1]
     with socket.create_connection(("127.0.0.1", port), SECONDS):
@@ -231,19 +233,19 @@ def test_a_seed_listens_where_it_was_told_to_and_nowhere_else() -> None:
 
 
 def free_range(length: int) -> range:
-    """Ports that were free a moment ago."""
+    """Ports that were free just now."""
     for start in range(23_000, 60_000, 97):
-        with ExitStack() as held:
+        with ExitStack() as sockets:
             try:
                 for port in range(start, start + length):
-                    held.enter_context(socket.create_server(("127.0.0.1", port)))
+                    sockets.enter_context(socket.create_server(("127.0.0.1", port)))
             except OSError:
                 continue
         return range(start, start + length)
     raise AssertionError("there is no free range of ports")
 
 
-ENDS = """
+SCRIPT = """
 import torch
 import tensorfork
 from tensorfork.transports.process_group import Gloo
@@ -256,6 +258,6 @@ print("forked")
 
 
 def test_a_process_that_ends_without_closing_its_seed_ends_well() -> None:
-    """A thread of the seed's that comes back from torch when Python has ended would abort it."""
-    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=2 * SECONDS)
+    """A thread of the seed's that returned from torch after Python has ended would abort the process."""
+    ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=2 * SECONDS)
     assert (ended.returncode, ended.stdout) == (0, "forked\n"), ended.stderr

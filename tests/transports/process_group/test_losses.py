@@ -1,6 +1,6 @@
-"""Forks over process groups, gloo and nccl, in which a side dies or stops in mid-transfer.
+"""Forks over process groups, gloo and nccl, in which one side dies or stops during the transfer.
 
-What must be under way then is held up by the seed's rate limit, never by sleeping.
+The seed's rate limit keeps the transfer going meanwhile; nothing sleeps for that.
 """
 
 import time
@@ -16,61 +16,63 @@ from processes import Child
 import tensorfork
 from tensorfork import TransferFailed
 
-MANY = 4 << 20
-"""Bytes of such a transfer."""
-LONG = {"gloo": 4.0, "nccl": 12.0}
-"""Seconds for a fork with such a transfer; to make a communicator of NCCL's takes some."""
+NBYTES = 4 << 20
+"""Bytes of the model, which take a second."""
+TIMEOUTS = {"gloo": 4.0, "nccl": 12.0}
+"""Seconds for a fork with such a transfer; creating a communicator of NCCL's takes some of them."""
 
 
 def slow_seed(pipe: Any, name: str, device: str) -> None:
-    """Publishes, slowly; says how many leases it has when asked."""
-    with tensorfork.publish(model(device, [MANY], 13), transports=[transport(name, rate_limit=SLOW)]) as seed:
+    """Publish with a low rate limit; on request, send how many leases run and have expired."""
+    with tensorfork.publish(model(device, [NBYTES], 13), transports=[transport(name, rate_limit=SLOW)]) as seed:
         pipe.send(seed.address)
         while True:
             try:
                 pipe.recv()
             except EOFError:
                 return
-            computed = int((torch.ones(8, device=device) * 2).sum())  # the engine works on
+            computed = int((torch.ones(8, device=device) * 2).sum())  # the engine goes on computing
             pipe.send((seed.stats().running, seed.stats().expired, computed))
 
 
 def slow_fork(pipe: Any, name: str, device: str, address: str, seconds: float) -> None:
-    """Forks, and says when bytes have arrived."""
-    said: list[int] = []
+    """Fork, and tell the parent when the first bytes have arrived, and how it failed."""
+    reported: list[int] = []
 
     def progress(moved: int, total: int) -> None:
-        if moved and not said:
-            said.append(moved)
+        if moved and not reported:
+            reported.append(moved)
             pipe.send("under way")
 
     started = time.monotonic()
     try:
-        tensorfork.fork_into(model(device, [MANY]), address, transport=fine(name), timeout=seconds, progress=progress)
+        tensorfork.fork_into(
+            model(device, [NBYTES]), address, transport=fine_grained(name), timeout=seconds, progress=progress
+        )
     except tensorfork.TensorForkError as error:
         pipe.send((type(error).__name__, time.monotonic() - started))
     pipe.recv()
 
 
-def fine(name: str) -> tensorfork.Transport:
-    """One that reports progress often."""
-    return transport(name, parcel=MANY // 16, bucket=MANY // 16, small=1000)
+def fine_grained(name: str) -> tensorfork.Transport:
+    """A transport with small batches, so that progress is reported often."""
+    return transport(name, parcel=NBYTES // 16, bucket=NBYTES // 16, small=1000)
 
 
 def whole_fork(name: str, device: str, address: str) -> None:
-    ours = model(device, [MANY])
+    ours = model(device, [NBYTES])
     tensorfork.fork_into(ours, address, transport=name, timeout=SECONDS)
-    assert equal(ours, model("cpu", [MANY], 13))
+    assert equal(ours, model("cpu", [NBYTES], 13))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_seed_outlives_forks_that_are_stopped_and_killed_in_mid_transfer(backend: Backend) -> None:
+def test_a_seed_outlives_forks_that_are_stopped_and_killed_during_the_transfer(backend: Backend) -> None:
     name, there, here = backend
     with Child(slow_seed, name, there) as seed:
         address = seed.recv()
         with (
-            Child(slow_fork, name, here, address, LONG[name]) as stopped,
-            Child(slow_fork, name, here, address, LONG[name]) as killed,
+            Child(slow_fork, name, here, address, TIMEOUTS[name]) as stopped,
+            Child(slow_fork, name, here, address, TIMEOUTS[name]) as killed,
         ):
             assert stopped.recv() == "under way"
             stopped.stop()
@@ -83,32 +85,34 @@ def test_a_seed_outlives_forks_that_are_stopped_and_killed_in_mid_transfer(backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_fork_outlives_a_seed_that_is_stopped_and_one_that_is_killed_in_mid_transfer(backend: Backend) -> None:
+def test_a_fork_outlives_a_seed_that_is_stopped_and_one_that_is_killed_during_the_transfer(backend: Backend) -> None:
     name, there, here = backend
     with Child(slow_seed, name, there) as seed:
         address = seed.recv()
 
-        def fail(happen: Callable[[], None]) -> dict[str, torch.Tensor]:
+        def fork_fails_when(event: Callable[[], None]) -> dict[str, torch.Tensor]:
             happened: list[int] = []
 
             def progress(moved: int, total: int) -> None:
                 if moved and not happened:
                     happened.append(moved)
-                    happen()
+                    event()
 
-            ours = model(here, [MANY])
+            ours = model(here, [NBYTES])
             started = time.monotonic()
             with pytest.raises(TransferFailed):
-                tensorfork.fork_into(ours, address, transport=fine(name), timeout=LONG[name], progress=progress)
-            assert time.monotonic() - started < LONG[name] + 6.0
+                tensorfork.fork_into(
+                    ours, address, transport=fine_grained(name), timeout=TIMEOUTS[name], progress=progress
+                )
+            assert time.monotonic() - started < TIMEOUTS[name] + 6.0
             assert happened
             return ours
 
-        ours = fail(seed.stop)
-        kept = {k: v.clone() for k, v in ours.items()}
+        ours = fork_fails_when(seed.stop)
+        before = {k: v.clone() for k, v in ours.items()}
         seed.resume()
         whole_fork(name, here, address)
-        assert equal(ours, kept), "something was written after the failure"
-        fail(seed.kill)
+        assert equal(ours, before), "something was written after the failure"
+        fork_fails_when(seed.kill)
     with published(("", there, [1000], 14)) as other:
         tensorfork.fork_into(model(here, [1000]), other, transport=name, timeout=SECONDS)

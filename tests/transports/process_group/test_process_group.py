@@ -1,4 +1,4 @@
-"""Process groups of two: gloo here, nccl where there are two GPUs (`-m gpu`); the same tests for both if possible."""
+"""Process groups of two: gloo, and nccl where there are two GPUs (`-m gpu`); the same tests where possible."""
 
 import gc
 import os
@@ -48,7 +48,9 @@ class TestNCCL(TransportSuite):
     seconds = SECONDS
 
     def make(self) -> tensorfork.Transport:
-        return NCCL(parcel=512 << 10, bucket=512 << 10, small=64 << 10)  # a hundred for `big`, which take a while
+        return NCCL(
+            parcel=512 << 10, bucket=512 << 10, small=64 << 10
+        )  # `big` is a hundred batches, which take a while
 
 
 # Whole forks.
@@ -91,7 +93,7 @@ def test_a_model_partly_on_the_cpu_is_forked_whole(device: str) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_a_model_leaves_the_gpu_and_comes_back_on_it() -> None:
+def test_a_model_on_a_gpu_is_forked_to_another_gpu_and_the_cpu() -> None:
     sizes = [3 << 20, 70_000, 12, 9 << 20]
     ours = model("cuda:1", sizes[:2]) | dict(list(model("cpu", sizes).items())[2:])
     with published(("", "cuda:0", sizes, 5)) as address:
@@ -119,7 +121,7 @@ def test_nccl_within_one_process_is_refused_before_anything_starts() -> None:
 
 
 @pytest.mark.gpu(2)
-def test_a_fork_does_not_wait_for_its_group_to_be_taken_down_and_the_next_one_does() -> None:
+def test_a_fork_does_not_wait_until_its_group_is_destroyed_and_the_next_one_does() -> None:
     sizes = [30 << 20, 70_000]
     with published(("", "cuda:0", sizes, 18)) as address:
         for _ in range(4):
@@ -130,7 +132,7 @@ def test_a_fork_does_not_wait_for_its_group_to_be_taken_down_and_the_next_one_do
 
 
 @pytest.mark.gpu(2)
-def test_a_process_that_ends_behind_its_fork_ends_well() -> None:
+def test_a_process_that_ends_right_after_its_fork_ends_well() -> None:
     script = "import sys, tensorfork\ntensorfork.fork(sys.argv[1], device='cuda:1', transport='nccl', timeout=60.0)\n"
     with published(("", "cuda:0", [30 << 20, 70_000], 19)) as address:
         ended = subprocess.run([sys.executable, "-c", script, address], capture_output=True, timeout=SECONDS, text=True)
@@ -138,7 +140,7 @@ def test_a_process_that_ends_behind_its_fork_ends_well() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_forks_at_once_do_not_meet(backend: Backend) -> None:
+def test_two_forks_at_once_do_not_mix_their_groups(backend: Backend) -> None:
     name, there, here = backend
     sizes = [2 << 20, 5000, 1 << 20]
     forks = [model(here, sizes) for _ in range(2)]
@@ -160,7 +162,7 @@ def test_two_forks_at_once_do_not_meet(backend: Backend) -> None:
     assert all(equal(into, model("cpu", sizes, 7)) for into in forks)
 
 
-def test_a_seed_and_a_fork_meet_over_ipv6() -> None:
+def test_a_fork_over_ipv6_succeeds() -> None:
     ours, theirs = model("cpu", [100_000]), model("cpu", [100_000], 8)
     try:
         seed = tensorfork.publish(theirs, bind="tcp://[::1]:*")
@@ -180,7 +182,7 @@ def test_a_seed_is_found_by_each_of_its_hosts_names(bind: str) -> None:
     assert equal(ours, theirs)
 
 
-def test_auto_says_why_it_passed_nccl_over() -> None:
+def test_auto_says_why_it_passed_over_nccl() -> None:
     ours, theirs = model("cpu", [1000]), model("cpu", [1000], 10)
     with tensorfork.publish(theirs) as seed:
         report = tensorfork.fork_into(ours, seed.address, timeout=SECONDS)
@@ -206,55 +208,55 @@ def test_a_seed_sends_no_faster_than_its_rate_limit() -> None:
 
 
 def in_the_default_group(pipe: Any, rank: int, store: str, name: str, device: str, address: str | None) -> None:
-    """A process of an engine: reduces in its default group without pause, while it publishes or forks."""
+    """A process of an engine, which reduces in its default group without pause while it publishes or forks."""
     import torch.distributed as dist
 
     if device != "cpu":
         torch.cuda.set_device(device)
     dist.init_process_group(name, store=dist.FileStore(store, 2), rank=rank, world_size=2)
     before = dict(os.environ), list(dist.distributed_c10d._world.pg_names.values())
-    enough, rounds = threading.Event(), 0
+    stop, rounds = threading.Event(), 0
 
     def reduce() -> None:
         nonlocal rounds
         while True:
-            sums = torch.tensor([rank + 1, int(enough.is_set())], device=device)
+            sums = torch.tensor([rank + 1, int(stop.is_set())], device=device)
             dist.all_reduce(sums)
             assert int(sums[0]) == 3
             rounds += 1
             if int(sums[1]) == 2:
                 return
 
-    def goes_on() -> None:
-        reached = rounds
-        wait_until(lambda: rounds > reached)
+    def wait_for_another_round() -> None:
+        before = rounds
+        wait_until(lambda: rounds > before)
 
     reducing = threading.Thread(target=reduce)
     reducing.start()
-    goes_on()
+    wait_for_another_round()
     sizes = [4 << 20, 1000, 200_000]
     if rank == 0:
         with tensorfork.publish(model(device, sizes, 11), transports=[transport(name)]) as seed:
             pipe.send(seed.address)
             pipe.recv()
-            goes_on()
-        fine = True
+            wait_for_another_round()
+        equals_seed = True
     else:
         (address,) = pipe.recv()
         ours = model(device, sizes)
         tensorfork.fork_into(ours, address, transport=transport(name), timeout=SECONDS)
-        fine = equal(ours, model("cpu", sizes, 11))
-        goes_on()
+        equals_seed = equal(ours, model("cpu", sizes, 11))
+        wait_for_another_round()
         pipe.send("forked")
-    enough.set()
+    stop.set()
     reducing.join(SECONDS)
     after = dict(os.environ), list(dist.distributed_c10d._world.pg_names.values())
     dist.destroy_process_group()
-    pipe.send((fine, not reducing.is_alive(), before == after))
+    pipe.send((equals_seed, not reducing.is_alive(), before == after))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_engines_default_group_works_on_meanwhile_and_is_not_touched(backend: Backend, tmp_path: Path) -> None:
+def test_the_engines_default_group_keeps_working_and_is_not_touched(backend: Backend, tmp_path: Path) -> None:
     name, there, here = backend
     store = str(tmp_path / "store")
     with (
@@ -263,7 +265,7 @@ def test_the_engines_default_group_works_on_meanwhile_and_is_not_touched(backend
     ):
         fork.send(seed.recv())
         assert fork.recv() == "forked"
-        seed.send("enough")
+        seed.send("stop")
         assert seed.recv() == (True, True, True)
         assert fork.recv() == (True, True, True)
 
