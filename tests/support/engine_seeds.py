@@ -1,4 +1,4 @@
-"""Seeds over TransferEngine's TCP in a process of their own, and what tests do with them."""
+"""Seeds over TransferEngine's TCP in a process of their own, and helpers of the tests that use them."""
 
 import ctypes
 import mmap
@@ -23,7 +23,7 @@ SOON = 60.0
 
 def _why_no_mooncake() -> str | None:
     try:
-        library.wheel()
+        library.installed_wheel()
         library.load()
     except TransportUnavailable as error:
         return str(error)
@@ -35,7 +35,7 @@ needs_mooncake = pytest.mark.skipif(_without is not None, reason=f"needs Mooncak
 
 OFFERED = ["transfer_engine:tcp"]
 BIG = 80 << 20
-"""More reads of 1 MiB than two windows have room for: when the first has arrived, some are still to be begun."""
+"""More reads of 1 MiB than two windows take: when the first has arrived, some have not started."""
 
 
 def tensors(count: int, nbytes: int, value: int | None = None) -> dict[str, torch.Tensor]:
@@ -54,10 +54,10 @@ def small_pieces() -> TransferEngine:
 
 
 def seeds(pipe: Connection) -> None:
-    """Do what is asked, and answer, until told to end.
+    """The process: executes commands from the pipe, and answers each, until the pipe is closed.
 
-    ("publish", count, nbytes) -> the address of a seed; ("map", nbytes) -> the address of one whose memory ("free",
-    close_first) takes away; ("registered",) -> how many registrations there are.
+    ("publish", count, nbytes) -> the address of a seed; ("map", nbytes) -> the address of a seed whose memory
+    ("free", close_first) unmaps; ("registered",) -> the number of registrations.
     """
     kept: list[Any] = []
     mapped: list[tuple[tensorfork.Seed, int, int]] = []
@@ -84,11 +84,11 @@ def seeds(pipe: Connection) -> None:
             assert _libc().munmap(start, nbytes) == 0
             pipe.send("freed")
         elif what == "registered":
-            pipe.send(len(engine.engine("tcp", "127.0.0.1").spans))
+            pipe.send(len(engine.get_engine("tcp", "127.0.0.1").registrations))
     for one in kept:
         if isinstance(one, tensorfork.Seed):
             one.close()
-    os._exit(0)  # what was unmapped must not be unmapped again by those who made it
+    os._exit(0)  # without destructors, which would unmap the memory a second time
 
 
 def _libc() -> ctypes.CDLL:
@@ -97,7 +97,7 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-class When:
+class OnFirstBytes:
     """A progress callback that does something when the first bytes have arrived."""
 
     def __init__(self, do: Callable[[], Any]) -> None:
@@ -109,19 +109,19 @@ class When:
             do()
 
 
-def until(true: Callable[[], bool]) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     end = time.monotonic() + SOON
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
-def right(model: dict[str, torch.Tensor]) -> bool:
+def has_expected_values(model: dict[str, torch.Tensor]) -> bool:
     return all(bool((tensor == i % 251).all()) for i, tensor in enumerate(model.values()))
 
 
 @contextmanager
-def silent() -> Iterator[bytes]:
+def silent_engine() -> Iterator[bytes]:
     """The offer of a seed that takes connections and never answers, as one that is stopped does."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -1,7 +1,7 @@
 """One-sided reads by Mooncake's TransferEngine: over RDMA, over NVLink within a host, or over TCP.
 
-The seed registers its memory with an engine and takes no further part; the fork's engine reads. docs/transfer_engine.md
-says what that needs, and what it opens to whom.
+The seed registers its memory with an engine and takes no further part; the fork's engine reads. An engine listens on
+all interfaces, without authentication. docs/transfer_engine.md says what it needs, and who can reach what through it.
 """
 
 import time
@@ -18,29 +18,30 @@ from tensorfork.transports.rate_limit import RateLimiter, check_rate
 from tensorfork.transports.transfer_engine import engine, fabrics, library
 from tensorfork.transports.transfer_engine.enclosing import enclosing_regions
 from tensorfork.transports.transfer_engine.engine import FABRICS, RemoteEngine
-from tensorfork.transports.transfer_engine.export import EngineExport, Offer, offer
+from tensorfork.transports.transfer_engine.export import EngineExport, Offer, pack_offer
 from tensorfork.transports.transfer_engine.registration_cache import RegistrationCache
 from tensorfork.transports.transfer_engine.session import EngineSession
 from tensorfork.transports.transfer_engine.undrained import undrained_reads
 
 __all__ = ["TransferEngine"]
 
-BY_DEFAULT = ("nvlink", "rdma")
+DEFAULT_FABRICS = ("nvlink", "rdma")
 
 
 class TransferEngine(Transport):
     """Mooncake's TransferEngine.
 
     Args:
-        fabric: "rdma", "nvlink" or "tcp", or several in order of preference. By default rdma and nvlink, whichever the
-            two sides can use. tcp has to be named on both: nothing protects its ports.
+        fabric: "rdma", "nvlink" or "tcp", or several in order of preference. By default nvlink or rdma, whichever the
+            two sides can use. tcp must be named on both sides, because nothing protects its ports.
         rate_limit: bytes a second that a fork asks for at most, on average; no limit by default.
-        keep_registered: whether a seed's memory stays registered from its first lease until it is closed, so that later
-            leases begin at once, or only while a lease needs it. By default it stays for rdma, where registering takes
-            seconds, and for nvlink, where it takes milliseconds that the seed's own steps wait for, while taking it
-            back would revoke nothing; over tcp, where it would be open to whoever reaches the port, it does not.
+        keep_registered: whether a seed's memory stays registered from its first lease until the seed is closed, so that
+            later leases begin at once, or only during a lease. By default it stays registered for rdma, where
+            registering takes seconds, and for nvlink, where a step of the seed waits milliseconds for it and
+            unregistering would revoke nothing. For tcp it does not, because everybody who reaches the port can access
+            it.
         nics: names of the RDMA NICs to use, such as "mlx5_0"; all by default.
-        piece: bytes of a read at most, 1 MiB or more.
+        piece: bytes of one read at most, 1 MiB or more.
     """
 
     name: ClassVar[str] = "transfer_engine"
@@ -54,8 +55,8 @@ class TransferEngine(Transport):
         nics: Sequence[str] = (),
         piece: int | None = None,
     ) -> None:
-        fabrics = BY_DEFAULT if fabric is None else (fabric,) if isinstance(fabric, str) else tuple(fabric)
-        for one in fabrics:
+        names = DEFAULT_FABRICS if fabric is None else (fabric,) if isinstance(fabric, str) else tuple(fabric)
+        for one in names:
             if one not in FABRICS:
                 raise ValueError(f"{one!r} is not a fabric of transfer_engine; those are {', '.join(FABRICS)}")
         check_rate(rate_limit)
@@ -63,16 +64,16 @@ class TransferEngine(Transport):
             raise ValueError(f"piece must be 1 MiB or more, not {piece} bytes")
         if isinstance(nics, str):
             raise TypeError(f"nics must be a sequence of names; write [{nics!r}]")
-        self._fabrics, self._nics = fabrics, tuple(nics)
-        self._rate, self._keep = rate_limit, keep_registered
-        self.piece = RateLimiter(rate_limit).piece(piece or ((32 << 20) if fabrics == ("tcp",) else (256 << 20)))
+        self._fabrics, self._nics = names, tuple(nics)
+        self._rate, self._keep_registered = rate_limit, keep_registered
+        self.piece = RateLimiter(rate_limit).piece(piece or ((32 << 20) if names == ("tcp",) else (256 << 20)))
         self._published = PublishedAllocations()
-        self._kept = RegistrationCache()
-        weakref.finalize(self, self._kept.forget).atexit = False
+        self._cache = RegistrationCache()
+        weakref.finalize(self, self._cache.forget).atexit = False
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`."""
-        library.wheel()  # before anything is asked of the driver
+        library.installed_wheel()  # raises before the CUDA driver is asked for anything
         return fabrics.facts(regions, self._published.add(regions), self._fabrics, self._nics)
 
     def why_not(self, fork: Facts, seed: Facts) -> str | None:
@@ -84,26 +85,27 @@ class TransferEngine(Transport):
         return None
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
-        """See `Transport.cover`: allocator blocks on GPUs; on CPUs, what overlaps, and close neighbours of many."""
+        """See `Transport.cover`: whole allocations on GPUs; on CPUs, what overlaps and, of many regions, neighbours."""
         return enclosing_regions(regions)
 
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> EngineExport:
         """See `Transport.export`."""
-        found = self._published.check(regions)
-        fabric = fabrics.choose(fork, fabrics.facts(regions, found, self._fabrics, self._nics))
+        allocations = self._published.check(regions)
+        fabric = fabrics.choose(fork, fabrics.facts(regions, allocations, self._fabrics, self._nics))
         try:
             undrained_reads.wait([(one.address, one.nbytes) for one in regions], time.monotonic(), lambda: False)
         except TransferFailed as error:
             raise TransportUnavailable(str(error)) from error
-        made = engine.engine(fabric, site.host, self._nics)
-        if fabric != "tcp" if self._keep is None else self._keep:
-            return EngineExport(made, *self._kept.hold(made, regions, found, deadline), kept=True)
-        holding = made.spans.hold(regions, deadline)
-        return EngineExport(made, holding, offer(made, holding, regions), kept=False)
+        local = engine.get_engine(fabric, site.host, self._nics)
+        if fabric != "tcp" if self._keep_registered is None else self._keep_registered:
+            registration, offer = self._cache.acquire(local, regions, allocations, deadline)
+            return EngineExport(local, registration, offer, stays_registered=True)
+        registration = local.registrations.acquire(regions, deadline)
+        return EngineExport(local, registration, pack_offer(local, registration, regions), stays_registered=False)
 
     def forget(self, regions: Sequence[Region]) -> None:
         """See `Transport.forget`: nothing stays registered for a seed that is closed."""
-        self._kept.forget(regions)
+        self._cache.forget(regions)
 
     def open(
         self,
@@ -123,13 +125,15 @@ class TransferEngine(Transport):
         if missing := {region.id for region in remote} - offered.regions.keys():
             raise TransportUnavailable(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
         try:
-            found = resolve(Address(host, offered.port), deadline)
+            address = resolve(Address(host, offered.port), deadline)
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
-        mine = engine.own(offered.nonce) or engine.engine(offered.fabric, local_address(found.host), self._nics)
-        address = mine.address(RemoteEngine(found.host, offered.port, offered.nonce, offered.serial))
-        made = EngineSession(
-            mine, address, offered.regions, remote, regions, channel, piece=self.piece, rate=self._rate
+        local = engine.local_engine(offered.nonce)
+        if local is None:
+            local = engine.get_engine(offered.fabric, local_address(address.host), self._nics)
+        peer = local.address_of(RemoteEngine(address.host, offered.port, offered.nonce, offered.fingerprint))
+        session = EngineSession(
+            local, peer, offered.regions, remote, regions, channel, piece=self.piece, rate=self._rate
         )
-        made.start(deadline)
-        return made
+        session.start(deadline)
+        return session

@@ -1,7 +1,7 @@
-"""The regions that are registered for given ones: allocator blocks for GPUs, and few enough of them on CPUs.
+"""The regions that are registered in place of given ones: whole allocations on GPUs, and on CPUs not too many.
 
-Registering costs O(n²) in Mooncake, and above some 16,000 registrations every read fails, so tensors are not registered
-one by one.
+Registering n regions costs O(n²) in Mooncake, and above some 16,000 registrations every read fails. So tensors are not
+registered one by one.
 """
 
 from bisect import bisect_right
@@ -14,72 +14,77 @@ from attrs import evolve
 from tensorfork.memory import allocations
 from tensorfork.regions import Place, Region
 
-FEW = 1024
-"""Regions on CPUs from which on neighbours are covered together."""
-GAP = 64 << 10
-"""Bytes between two neighbours, at most, that are covered with them."""
+MAX_SEPARATE = 1024
+"""Up to this many regions on CPUs are registered separately. Above it, close neighbours are joined."""
+MAX_GAP = 64 << 10
+"""Bytes between two neighbours, at most, for them to be joined."""
+
+_Group = tuple[list[Region], int]
+"""Regions that are enclosed together, in order of address, and the address behind their last byte."""
 
 
 def enclosing_regions(regions: Sequence[Region]) -> tuple[list[Region], list[Place]]:
-    """Regions that contain the given ones, and where in them each begins; no two of them overlap. Ids are new ones."""
+    """Regions that contain the given ones, and where in them each given one begins.
+
+    The enclosing regions do not overlap. They have new ids, which count from 0, and the owners of what they contain.
+    """
     gpus = [region for region in regions if region.device != "cpu"]
-    whole, in_blocks = allocations.enclosing_allocations(gpus)
+    whole, gpu_places = allocations.enclosing_allocations(gpus)
     owners: dict[int, dict[int, object]] = defaultdict(dict)
-    for region, place in zip(gpus, in_blocks, strict=True):
+    for region, place in zip(gpus, gpu_places, strict=True):
         owners[place.region][id(region.owner)] = region.owner
-    covering = [evolve(block, owner=tuple(owners[block.id].values())) for block in whole]
-    places = {region.id: place for region, place in zip(gpus, in_blocks, strict=True)}
+    enclosing = [evolve(one, owner=tuple(owners[one.id].values())) for one in whole]
+    places = {region.id: place for region, place in zip(gpus, gpu_places, strict=True)}
     for group, end in _grouped([region for region in regions if region.device == "cpu"]):
-        start, number = group[0].address, len(covering)
+        start, number = group[0].address, len(enclosing)
         owner = group[0].owner if len(group) == 1 else tuple(region.owner for region in group)
-        covering.append(Region(number, start, end - start, "cpu", owner))
+        enclosing.append(Region(number, start, end - start, "cpu", owner))
         for region in group:
             places[region.id] = Place(number, region.address - start)
-    return covering, [places[region.id] for region in regions]
+    return enclosing, [places[region.id] for region in regions]
 
 
-def _grouped(regions: Sequence[Region]) -> list[tuple[list[Region], int]]:
-    """Regions of the host's memory that are to be covered together, each time with the address behind the last byte:
-    those that overlap; and, where there are many, close neighbours.
-    """
-    groups: list[tuple[list[Region], int]] = []
+def _grouped(regions: Sequence[Region]) -> list[_Group]:
+    """Group CPU regions that overlap; and, where there are many, close neighbours too."""
+    groups: list[_Group] = []
     for region in sorted(regions, key=lambda one: one.address):
         end = region.address + region.nbytes
         if groups and region.address < groups[-1][1]:
             groups[-1] = ([*groups[-1][0], region], max(groups[-1][1], end))
         else:
             groups.append(([region], end))
-    return groups if len(groups) <= FEW else _joined(groups, _readable())
+    return groups if len(groups) <= MAX_SEPARATE else _joined(groups, _readable())
 
 
-def _joined(
-    groups: Sequence[tuple[list[Region], int]], readable: Sequence[tuple[int, int]]
-) -> list[tuple[list[Region], int]]:
-    """Join the closest neighbours until there are few. What lies between them must be memory of this process too."""
+def _joined(groups: Sequence[_Group], readable: Sequence[tuple[int, int]]) -> list[_Group]:
+    """Join the closest neighbours until `MAX_SEPARATE` groups are left, or no gap is small enough.
+
+    Two groups are joined only if the memory between them is readable.
+    """
     gaps = []
     for i in range(1, len(groups)):
         end = groups[i - 1][1]
         gap = groups[i][0][0].address - end
         at = bisect_right(readable, (end, 0)) - 1
-        if gap <= GAP and at >= 0 and groups[i][1] <= readable[at][1]:
+        if gap <= MAX_GAP and at >= 0 and groups[i][1] <= readable[at][1]:
             gaps.append((gap, i))
-    to_join = {i for _, i in sorted(gaps)[: len(groups) - FEW]}
-    fewer: list[tuple[list[Region], int]] = []
+    to_join = {i for _, i in sorted(gaps)[: len(groups) - MAX_SEPARATE]}
+    joined: list[_Group] = []
     for i, (group, end) in enumerate(groups):
         if i in to_join:
-            fewer[-1][0].extend(group)
-            fewer[-1] = fewer[-1][0], end
+            joined[-1][0].extend(group)
+            joined[-1] = joined[-1][0], end
         else:
-            fewer.append((list(group), end))
-    return fewer
+            joined.append((list(group), end))
+    return joined
 
 
 def _readable() -> list[tuple[int, int]]:
-    """The stretches of address space that this process can read, in order."""
-    found: list[tuple[int, int]] = []
+    """The ranges (start, end) of address space that this process can read, in order."""
+    ranges: list[tuple[int, int]] = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, access = line.split(None, 2)[:2]
         start, end = (int(text, 16) for text in addresses.split("-"))
         if access.startswith("r"):
-            found.append((start, end))
-    return found
+            ranges.append((start, end))
+    return ranges

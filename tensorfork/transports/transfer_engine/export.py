@@ -1,4 +1,4 @@
-"""The seed's side of a lease: memory registered for one fork, and what the fork is told of it."""
+"""The seed's side of a lease: memory registered for one fork, and the offer that the fork is sent."""
 
 import struct
 import threading
@@ -13,108 +13,121 @@ from tensorfork.transports.base import Channel, Export
 from tensorfork.transports.transfer_engine.engine import FABRICS, Engine
 from tensorfork.transports.transfer_engine.registrations import Registration
 
-QUIET = b"quiet"
-"""What a fork says when nothing of it reads from the seed any more."""
-LISTEN = 0.25
-"""Seconds between two looks whether the lease has ended without a word."""
+READS_DONE = b"quiet"
+"""The message of a fork that will not read from the seed any more, and has no read in flight."""
+RECV_TIMEOUT = 0.25
+"""Seconds that `serve` waits for a message before it checks whether the lease has ended."""
 _MAGIC = b"tfTE1"
-_HEAD = struct.Struct("<5sB8s8sHI")
+_HEADER = struct.Struct("<5sB8s8sHI")
 _REGION = struct.Struct("<QQI")
-_CUT = struct.Struct("<Q")
+_BOUNDARY = struct.Struct("<Q")
 
 
 @frozen
 class OfferedRegion:
-    """Where a region is in the seed's process, and at which offsets no read may cross."""
+    """The address of a region in the seed's process, and the offsets in it that no read may cross."""
 
     address: int
-    cuts: tuple[int, ...]
+    boundaries: tuple[int, ...]
 
 
 @frozen
 class Offer:
-    """What a fork needs: the seed's engine, and its regions by id."""
+    """What a fork needs to read: the seed's engine, and the leased regions by id.
+
+    `nonce` and `fingerprint` are those of `RemoteEngine`.
+    """
 
     fabric: str
     nonce: bytes
-    serial: bytes
+    fingerprint: bytes
     port: int
     regions: dict[int, OfferedRegion]
 
     def pack(self) -> bytes:
         """As bytes."""
-        parts = [_HEAD.pack(_MAGIC, FABRICS.index(self.fabric), self.nonce, self.serial, self.port, len(self.regions))]
+        parts = [
+            _HEADER.pack(_MAGIC, FABRICS.index(self.fabric), self.nonce, self.fingerprint, self.port, len(self.regions))
+        ]
         for id, region in self.regions.items():
-            parts.append(_REGION.pack(id, region.address, len(region.cuts)))
-            parts += map(_CUT.pack, region.cuts)
+            parts.append(_REGION.pack(id, region.address, len(region.boundaries)))
+            parts += map(_BOUNDARY.pack, region.boundaries)
         return b"".join(parts)
 
     @classmethod
     def unpack(cls, packed: bytes) -> "Offer":
-        """From bytes. Raises `TransportUnavailable` for what `pack` does not make."""
+        """From bytes. Raises `TransportUnavailable` for anything that `pack` does not produce."""
         try:
-            magic, fabric, nonce, serial, port, count = _HEAD.unpack_from(packed)
+            magic, fabric, nonce, fingerprint, port, count = _HEADER.unpack_from(packed)
             if magic != _MAGIC:
                 raise TransportUnavailable("the seed's offer for transfer_engine is something else")
-            at, regions = _HEAD.size, {}
+            at, regions = _HEADER.size, {}
             for _ in range(count):
-                id, address, cuts = _REGION.unpack_from(packed, at)
+                id, address, boundaries = _REGION.unpack_from(packed, at)
                 at += _REGION.size
-                end = at + cuts * _CUT.size
-                regions[id] = OfferedRegion(address, tuple(cut for (cut,) in _CUT.iter_unpack(packed[at:end])))
+                end = at + boundaries * _BOUNDARY.size
+                offsets = tuple(offset for (offset,) in _BOUNDARY.iter_unpack(packed[at:end]))
+                regions[id] = OfferedRegion(address, offsets)
                 if end > len(packed):
                     raise TransportUnavailable("the seed's offer for transfer_engine ends in the middle")
                 at = end
-            return cls(FABRICS[fabric], nonce, serial, port, regions)
+            return cls(FABRICS[fabric], nonce, fingerprint, port, regions)
         except (struct.error, IndexError) as error:
             raise TransportUnavailable(
                 f"the seed's offer for transfer_engine cannot be read ({error}); use the same version of tensorfork"
             ) from error
 
 
-def offer(engine: Engine, holding: Registration, regions: Sequence[Region]) -> bytes:
-    """What forks are told of regions that are held."""
-    serial = b"" if engine.fabric == "tcp" else holding.serial(by_mapping=engine.fabric == "nvlink")
-    offered = {region.id: OfferedRegion(region.address, tuple(holding.cuts(region))) for region in regions}
-    return Offer(engine.fabric, engine.nonce, serial.ljust(8, b"\0"), engine.port, offered).pack()
+def pack_offer(engine: Engine, registration: Registration, regions: Sequence[Region]) -> bytes:
+    """The offer, packed, of regions that are registered with an engine."""
+    fingerprint = b"" if engine.fabric == "tcp" else registration.fingerprint(by_mapping=engine.fabric == "nvlink")
+    offered = {region.id: OfferedRegion(region.address, tuple(registration.boundaries(region))) for region in regions}
+    return Offer(engine.fabric, engine.nonce, fingerprint.ljust(8, b"\0"), engine.port, offered).pack()
 
 
 class EngineExport(Export):
-    """One lease, which releases `holding`. `kept` says that the registration outlives it."""
+    """One lease.
 
-    def __init__(self, engine: Engine, holding: Registration, offer: bytes, *, kept: bool) -> None:
+    Args:
+        engine: what the memory is registered with.
+        registration: released when the lease ends.
+        offer: what the fork is sent, packed.
+        stays_registered: whether the memory stays registered after the release.
+    """
+
+    def __init__(self, engine: Engine, registration: Registration, offer: bytes, *, stays_registered: bool) -> None:
         self.offer = offer
-        self._engine, self._holding, self._kept = engine, holding, kept
-        self._ended, self._serving = threading.Event(), threading.Event()
-        self._served = threading.Event()
-        self._quiet = False
+        self._engine, self._registration, self._stays_registered = engine, registration, stays_registered
+        self._closed, self._serve_started = threading.Event(), threading.Event()
+        self._serve_ended = threading.Event()
+        self._reads_done = False
 
     def serve(self, channel: Channel) -> None:
-        """See `Export.serve`: the engine serves; this waits for the fork to say that it has read enough."""
-        self._serving.set()
+        """See `Export.serve`. The engine serves the reads; this only waits for the fork's `READS_DONE`."""
+        self._serve_started.set()
         try:
-            while not self._ended.is_set():
-                until = time.monotonic() + LISTEN
+            while not self._closed.is_set():
+                until = time.monotonic() + RECV_TIMEOUT
                 try:
-                    self._quiet = channel.recv(until) == QUIET
+                    self._reads_done = channel.recv(until) == READS_DONE
                     return
                 except PeerUnreachable:
                     if time.monotonic() < until:
-                        return  # the lease has ended without a word
+                        return  # the lease has ended without a message
         finally:
-            self._served.set()
+            self._serve_ended.set()
 
     def close(self, deadline: float) -> bool:
         """See `Export.close`.
 
-        Over tcp, what is not registered is not served, but a request under way is served to its end: True where the
-        fork has said that it has none. Over rdma the NIC refuses from now on, unless the registration is kept. Over
-        nvlink the fork's engine keeps the memory mapped for the life of its process, and nothing can revoke that.
+        Over tcp, memory that is not registered cannot be read, but a read in flight is served to its end: True if the
+        fork has sent `READS_DONE`. Over rdma, the NIC refuses reads from now on, unless the memory stays registered.
+        Over nvlink, the fork's engine keeps the memory mapped until its process ends, and nothing can revoke that.
         """
-        if self._serving.is_set():  # what the fork said last may still be on its way to `serve`
-            self._served.wait(max(0.0, min(deadline - time.monotonic(), 4 * LISTEN)))
-        self._ended.set()
-        self._holding.release()
-        if self._kept or self._engine.fabric == "nvlink":
+        if self._serve_started.is_set():  # the fork's last message may not have reached `serve` yet
+            self._serve_ended.wait(max(0.0, min(deadline - time.monotonic(), 4 * RECV_TIMEOUT)))
+        self._closed.set()
+        self._registration.release()
+        if self._stays_registered or self._engine.fabric == "nvlink":
             return False
-        return self._engine.fabric == "rdma" or self._quiet
+        return self._engine.fabric == "rdma" or self._reads_done

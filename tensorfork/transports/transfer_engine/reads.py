@@ -1,4 +1,4 @@
-"""Copies into reads: how long each is, how many are under way at once, and how fast they follow one another."""
+"""Turns copies into reads: how long each read is, how they are batched, and when a copy is complete."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,22 +8,19 @@ from attrs import define, frozen
 from tensorfork.regions import Copy, Region
 from tensorfork.transports.transfer_engine.export import OfferedRegion
 
-BATCHES = 4
-"""About so many are made for each thread of what is read in batches, if there are so many reads: so that there is
-progress."""
-
 
 @frozen
 class Window:
-    """How much is under way at once, and how long to wait before looking again.
+    """How many reads, and how many bytes, are in flight at once; and the seconds between two polls of them.
 
-    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink it is
-    what one batch has: a read there is over when all of its thread's are, so they are begun and waited for together.
+    Far below Mooncake's limits (1,024 requests to a peer; up to 2,048 wait for a second, then fail). Over nvlink these
+    are the limits of one batch: a read there completes only when all reads of its thread have, so a batch is started
+    and waited for as a whole.
     """
 
     count: int
     nbytes: int
-    pause: float
+    poll_interval: float
 
 
 WINDOWS = {
@@ -35,7 +32,7 @@ WINDOWS = {
 
 @define
 class Read:
-    """A read that is still to be begun, of the copy of that number."""
+    """A read to be started. `copy` is the index of the copy that it belongs to; `into` and `source` are addresses."""
 
     copy: int
     into: int
@@ -50,55 +47,60 @@ def reads_of(
     offered: Mapping[int, OfferedRegion],
     piece: int,
 ) -> list[Read]:
-    """The copies in pieces that cross no registration."""
-    jobs = []
+    """Split copies into reads of at most `piece` bytes, none of which crosses a boundary between registrations."""
+    reads = []
     for i, copy in enumerate(copies):
         ours, theirs = regions[copy.into], offered[copy.region]
         at, end = copy.offset, copy.offset + copy.nbytes
-        for cut in [*(cut for cut in theirs.cuts if at < cut < end), end]:
-            while at < cut:
-                nbytes = min(piece, cut - at)
-                jobs.append(
+        for boundary in [*(one for one in theirs.boundaries if at < one < end), end]:
+            while at < boundary:
+                nbytes = min(piece, boundary - at)
+                reads.append(
                     Read(i, ours.address + copy.at + at - copy.offset, theirs.address + at, nbytes, ours.device)
                 )
                 at += nbytes
-    return jobs
+    return reads
 
 
-class Arrivals:
-    """Counts what has arrived of copies, and says `done` for each when it is whole: those of no bytes at once."""
+class PendingCopies:
+    """Counts the reads that each copy still lacks, and calls `done` with a copy's index when it is complete.
 
-    def __init__(self, copies: int, jobs: Sequence[Read], done: Callable[[int], object]) -> None:
-        self._left, self._done = Counter(job.copy for job in jobs), done
-        for i in range(copies):
-            if not self._left[i]:
+    Copies of no bytes are complete at once, in the constructor.
+    """
+
+    def __init__(self, count: int, reads: Sequence[Read], done: Callable[[int], object]) -> None:
+        self._missing, self._done = Counter(read.copy for read in reads), done
+        for i in range(count):
+            if not self._missing[i]:
                 done(i)
 
-    def count(self, copy: int) -> None:
-        """One read of this copy has arrived."""
-        self._left[copy] -= 1
-        if not self._left[copy]:
+    def read_arrived(self, copy: int) -> None:
+        """Record that one read of this copy has arrived."""
+        self._missing[copy] -= 1
+        if not self._missing[copy]:
             self._done(copy)
 
 
-def in_batches(jobs: Sequence[Read], window: Window, rate: float | None, count: int) -> Iterator[list[Read]]:
-    """About so many batches, each of jobs of one device; with a rate, one at a time."""
+def in_batches(reads: Sequence[Read], window: Window, rate: float | None, count: int) -> Iterator[list[Read]]:
+    """About `count` batches, each of reads into one device. With a rate limit, each batch is a single read."""
     batch: list[Read] = []
-    room, most = 0, min(window.nbytes, _share(jobs, count))
-    for job in jobs:
-        full = len(batch) == window.count or job.nbytes > room or rate is not None
-        if batch and (full or job.device != batch[0].device):
+    bytes_left, most = 0, min(window.nbytes, _batch_bytes(reads, count))
+    for read in reads:
+        full = len(batch) == window.count or read.nbytes > bytes_left or rate is not None
+        if batch and (full or read.device != batch[0].device):
             yield batch
             batch = []
         if not batch:
-            room = most
-        batch.append(job)
-        room -= job.nbytes
+            bytes_left = most
+        batch.append(read)
+        bytes_left -= read.nbytes
     if batch:
         yield batch
 
 
-def _share(jobs: Sequence[Read], count: int) -> int:
-    """Bytes of one of so many batches, with which what does not fit to the byte makes no further one."""
-    sizes = [job.nbytes for job in jobs]
+def _batch_bytes(reads: Sequence[Read], count: int) -> int:
+    """The batch size that gives about `count` batches. One read's length is added, so that reads which do not fill a
+    batch exactly do not lead to another batch.
+    """
+    sizes = [read.nbytes for read in reads]
     return sum(sizes) // count + max(sizes, default=0)

@@ -1,8 +1,8 @@
-"""What is registered with one engine: stretches of memory with a count of their users.
+"""What is registered with one engine: spans of memory, each with a count of its users.
 
-Mooncake refuses what overlaps, and forgets an address for everybody at once. So a region that overlaps with what is
-registered already shares that, and only what is missing is registered: several spans then make up a region, and a read
-must not cross from one into the next.
+Mooncake refuses to register memory that overlaps with registered memory, and unregisters an address for all users at
+once. So a region that overlaps with registered spans shares them, and only the rest of it is registered. Such a region
+consists of several spans, and a read must not cross from one into the next.
 """
 
 import os
@@ -20,18 +20,26 @@ from attrs import define, field
 from tensorfork.errors import TransportUnavailable
 from tensorfork.regions import Region
 
-AT_ONCE = 256
-"""Spans registered by one call; the deadline is looked at between two."""
-MOST = 12_000
+SPANS_PER_CALL = 256
+"""Spans registered by one call of Mooncake. The deadline is checked between two calls."""
+MAX_SPANS = 12_000
 """Spans of one engine. Mooncake's own limit is a little above 16,000, where every read begins to fail."""
 
 
 @define(eq=False)
 class _RegisteredSpan:
-    """A registered stretch. `owners` keep it alive for as long as it is registered."""
+    """A registered stretch of memory.
+
+    Attributes:
+        region: its address, length and device.
+        mapping_id: of the memory when it was registered; another one now means that it was mapped anew.
+        number: no two registrations of an engine have the same.
+        users: how many `Registration`s include it.
+        owners: keep the memory alive for as long as it is registered.
+    """
 
     region: Region
-    mapping: int
+    mapping_id: int
     number: int
     users: int = 0
     owners: list[Any] = field(factory=list)
@@ -46,55 +54,58 @@ class _RegisteredSpan:
 
 
 class Registration:
-    """Regions that are registered for one user, until `release`; `used`, which is for `Registrations`, is None after that."""
+    """Regions that are registered for one user, until `release`.
 
-    def __init__(self, spans: "Registrations", used: Sequence[_RegisteredSpan]) -> None:
-        self._spans = spans
-        self.used: Sequence[_RegisteredSpan] | None = sorted(used, key=lambda span: span.start)
-        self._starts = [span.start for span in self.used]
+    `spans` is for `Registrations`; it is None after the release.
+    """
 
-    def cuts(self, region: Region) -> list[int]:
-        """Offsets in a region at which one registration ends and the next begins."""
+    def __init__(self, registrations: "Registrations", spans: Sequence[_RegisteredSpan]) -> None:
+        self._registrations = registrations
+        self.spans: Sequence[_RegisteredSpan] | None = sorted(spans, key=lambda span: span.start)
+        self._starts = [span.start for span in self.spans]
+
+    def boundaries(self, region: Region) -> list[int]:
+        """Offsets in a region at which one registered span ends and the next begins."""
         first = bisect_right(self._starts, region.address)
         last = bisect_left(self._starts, region.address + region.nbytes)
         return [start - region.address for start in self._starts[first:last]]
 
-    def shared(self, deadline: float) -> "Registration":
-        """The same regions, held for one more user. Raises `TransportUnavailable` if this has been released."""
-        return self._spans.share(self, deadline)
+    def share(self, deadline: float) -> "Registration":
+        """The same regions for one more user. Raises `TransportUnavailable` if this has been released."""
+        return self._registrations.share(self, deadline)
 
-    def serial(self, *, by_mapping: bool) -> bytes:
-        """Equal for two holdings of the same registrations; or, `by_mapping`, of the same memory."""
+    def fingerprint(self, *, by_mapping: bool) -> bytes:
+        """8 bytes that are equal for the same registered spans; or, `by_mapping`, for spans of the same memory."""
         digest = blake2b(digest_size=8)
-        for span in self.used or ():
-            digest.update(f"{span.start} {span.end} {span.mapping if by_mapping else span.number};".encode())
+        for span in self.spans or ():
+            digest.update(f"{span.start} {span.end} {span.mapping_id if by_mapping else span.number};".encode())
         return digest.digest()
 
     def is_stale(self) -> bool:
         """Whether some of its memory has been mapped anew since it was registered."""
-        return self._spans.any_stale(self.used or ())
+        return self._registrations.any_stale(self.spans or ())
 
     def release(self) -> None:
-        """Nothing of this is used any more; what nobody else uses is unregistered. A second time does nothing."""
-        self._spans.release(self)
+        """End this use. Spans without another user are unregistered. A second call does nothing."""
+        self._registrations.release(self)
 
 
 class Registrations:
-    """The registrations of one engine.
+    """The registrations of one engine. For any thread.
 
     Args:
         register: registers regions of one device, all or none, or raises.
-        unregister: the contrary.
-        identify: a number that changes when a region's memory is mapped anew.
+        unregister: unregisters regions of one device.
+        mapping_id: a number that changes when a region's memory is mapped anew.
     """
 
     def __init__(
         self,
         register: Callable[[Sequence[Region]], None],
         unregister: Callable[[Sequence[Region]], None],
-        identify: Callable[[Region], int],
+        mapping_id: Callable[[Region], int],
     ) -> None:
-        self._register, self._unregister, self._identify = register, unregister, identify
+        self._register, self._unregister, self._mapping_id = register, unregister, mapping_id
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._starts: list[int] = []
         self._spans: list[_RegisteredSpan] = []
@@ -103,8 +114,8 @@ class Registrations:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def hold(self, regions: Sequence[Region], deadline: float) -> Registration:
-        """Have regions registered, each wholly, sharing what is.
+    def acquire(self, regions: Sequence[Region], deadline: float) -> Registration:
+        """Register the regions, sharing what of them is registered already.
 
         Raises `TransportUnavailable`, and registers nothing, where that cannot be done, or not by the deadline.
         """
@@ -113,85 +124,85 @@ class Registrations:
             fresh: list[_RegisteredSpan] = []
             try:
                 for region in wanted:
-                    fresh += self._fill(region)
-                if len(self._spans) > MOST:
+                    fresh += self._insert_missing(region)
+                if len(self._spans) > MAX_SPANS:
                     raise TransportUnavailable(
-                        f"Mooncake serves at most {MOST:,} registrations, and this would be {len(self._spans):,}; "
+                        f"Mooncake serves at most {MAX_SPANS:,} registrations, and this would be {len(self._spans):,}; "
                         "use zeromq, or put the model's tensors into fewer storages"
                     )
                 self._register_all(fresh, deadline)
             except BaseException:
-                self._drop(fresh)
+                self._remove(fresh)
                 raise
             used: dict[int, _RegisteredSpan] = {}
             for region in wanted:
-                for span in self._within(region):
+                for span in self._overlapping(region):
                     used[id(span)] = span
                     span.owners.append(region.owner)
             for span in used.values():
                 span.users += 1
             return Registration(self, list(used.values()))
 
-    def share(self, holding: Registration, deadline: float) -> Registration:
-        """See `Registration.shared`."""
+    def share(self, registration: Registration, deadline: float) -> Registration:
+        """See `Registration.share`."""
         with self._locked(deadline):
-            if holding.used is None:
+            if registration.spans is None:
                 raise TransportUnavailable("the memory is not registered any more")
-            for span in holding.used:
+            for span in registration.spans:
                 span.users += 1
-            return Registration(self, holding.used)
+            return Registration(self, registration.spans)
 
-    def release(self, holding: Registration) -> None:
+    def release(self, registration: Registration) -> None:
         """See `Registration.release`."""
         if self._pid != os.getpid():
-            return  # after os.fork() it is the parent's, and the lock may be held by a thread that is not here
+            return  # after os.fork() the registration is the parent's; a thread that is not here may hold the lock
         with self._lock:
-            used, holding.used = holding.used or [], None
-            idle = []
-            for span in used:
+            spans, registration.spans = registration.spans or [], None
+            unused = []
+            for span in spans:
                 span.users -= 1
                 if not span.users:
-                    idle.append(span)
-            for _, spans in groupby(idle, key=lambda span: span.region.device):
-                self._unregister([span.region for span in spans])
-            self._drop(idle)
+                    unused.append(span)
+            for _, group in groupby(unused, key=lambda span: span.region.device):
+                self._unregister([span.region for span in group])
+            self._remove(unused)
 
-    def any_stale(self, used: Sequence[_RegisteredSpan]) -> bool:
+    def any_stale(self, spans: Sequence[_RegisteredSpan]) -> bool:
         """See `Registration.is_stale`."""
-        return any(self._is_stale(span) for span in used)
+        return any(self._is_stale(span) for span in spans)
 
-    def _fill(self, region: Region) -> list[_RegisteredSpan]:
-        """New spans for what of a region is not registered, put in their places."""
-        made = []
+    def _insert_missing(self, region: Region) -> list[_RegisteredSpan]:
+        """Insert spans for the parts of a region that are not registered, and return them."""
+        inserted = []
         at, end = region.address, region.address + region.nbytes
-        mapping = self._identify(region)
-        for span in self._within(region):
-            if span.mapping != mapping:
+        mapping_id = self._mapping_id(region)
+        for span in self._overlapping(region):
+            if span.mapping_id != mapping_id:
                 raise TransportUnavailable(
                     f"memory at {region.address:#x} was freed and mapped anew while it was registered for another "
                     "fork; wait for that to end, and publish again"
                 )
             if at < span.start:
-                made.append(self._put(region, at, span.start, mapping))
+                inserted.append(self._insert(region, at, span.start, mapping_id))
             at = span.end
         if at < end:
-            made.append(self._put(region, at, end, mapping))
-        return made
+            inserted.append(self._insert(region, at, end, mapping_id))
+        return inserted
 
-    def _put(self, region: Region, start: int, end: int, mapping: int) -> _RegisteredSpan:
-        span = _RegisteredSpan(Region(region.id, start, end - start, region.device), mapping, next(self._numbers))
+    def _insert(self, region: Region, start: int, end: int, mapping_id: int) -> _RegisteredSpan:
+        span = _RegisteredSpan(Region(region.id, start, end - start, region.device), mapping_id, next(self._numbers))
         at = bisect_right(self._starts, start)
         self._starts.insert(at, start)
         self._spans.insert(at, span)
         return span
 
-    def _drop(self, spans: Sequence[_RegisteredSpan]) -> None:
-        gone = set(map(id, spans))
-        if gone:
-            self._spans = [span for span in self._spans if id(span) not in gone]
+    def _remove(self, spans: Sequence[_RegisteredSpan]) -> None:
+        removed = set(map(id, spans))
+        if removed:
+            self._spans = [span for span in self._spans if id(span) not in removed]
             self._starts = [span.start for span in self._spans]
 
-    def _within(self, region: Region) -> list[_RegisteredSpan]:
+    def _overlapping(self, region: Region) -> list[_RegisteredSpan]:
         """The spans that overlap with a region, in order."""
         first = max(0, bisect_right(self._starts, region.address) - 1)
         last = bisect_right(self._starts, region.address + region.nbytes - 1)
@@ -200,21 +211,21 @@ class Registrations:
     def _register_all(self, spans: Sequence[_RegisteredSpan], deadline: float) -> None:
         done: list[Region] = []
         try:
-            for device, same in groupby(spans, key=lambda span: span.region.device):
-                regions = [span.region for span in same]
-                for i in range(0, len(regions), AT_ONCE):
+            for device, group in groupby(spans, key=lambda span: span.region.device):
+                regions = [span.region for span in group]
+                for i in range(0, len(regions), SPANS_PER_CALL):
                     if time.monotonic() >= deadline:
                         raise TransportUnavailable(f"the memory on {device} was not registered by the deadline")
-                    self._register(regions[i : i + AT_ONCE])
-                    done += regions[i : i + AT_ONCE]
+                    self._register(regions[i : i + SPANS_PER_CALL])
+                    done += regions[i : i + SPANS_PER_CALL]
         except BaseException:
-            for _, some in groupby(done, key=lambda region: region.device):
-                self._unregister(list(some))
+            for _, registered in groupby(done, key=lambda region: region.device):
+                self._unregister(list(registered))
             raise
 
     def _is_stale(self, span: _RegisteredSpan) -> bool:
         try:
-            return self._identify(span.region) != span.mapping
+            return self._mapping_id(span.region) != span.mapping_id
         except TransportUnavailable:
             return True  # it is not mapped at all
 

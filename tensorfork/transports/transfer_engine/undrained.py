@@ -1,8 +1,9 @@
-"""Memory that Mooncake may still be writing after a pull has failed. It has no cancel.
+"""Memory that Mooncake may still be writing to after a pull has failed. Mooncake cannot cancel a read.
 
-What a failed pull leaves under way is handed over to a thread here, which asks until each read is over. Until then the
-memory is kept alive (by its regions' owners) and registered, and no transfer of this transport begins that would write
-to it. Over TCP, Mooncake gives a silent peer up after 30 s by default, once for each round of what it had queued.
+A failed pull hands its unfinished reads to `undrained_reads`, whose thread polls each until it is over. Until then the
+memory is kept alive (through its regions' owners) and registered, and no transfer of this transport that would write
+to it begins. Over TCP, Mooncake gives up on a silent peer after 30 s by default, once for each round of reads it had
+queued.
 """
 
 import logging
@@ -15,76 +16,91 @@ from typing import Any
 from attrs import define
 
 from tensorfork.errors import TransferFailed
-from tensorfork.transports.transfer_engine.engine import Outcome
+from tensorfork.transports.transfer_engine.engine import ReadStatus
 
 log = logging.getLogger("tensorfork")
 
-POLL = 0.05
+POLL_INTERVAL = 0.05
+"""Seconds between two polls of unfinished reads."""
 
-Stretch = tuple[int, int]
-"""An address, and bytes from there."""
+MemoryRange = tuple[int, int]
+"""An address, and the number of bytes from there."""
 
 
 @define(eq=False)
 class InFlightRead:
-    """A read that is under way into a stretch of our memory. `number` is the engine's, None while nobody may ask."""
+    """A read into our memory that has been started.
+
+    `transfer_id` is the engine's number for it: None before there is one, during a poll, and once the read is over.
+    """
 
     copy: int
     address: int
     nbytes: int
-    number: int | None = None
+    transfer_id: int | None = None
 
-    def ask(self, outcome: Callable[[int], Outcome]) -> Outcome:
-        """What became of it. An engine must not be asked again about what is over; so, should this be interrupted, the
-        read counts as under way for ever.
+    def poll(self, status: Callable[[int], ReadStatus]) -> ReadStatus:
+        """The status of the read. Not to be called again once it is over.
+
+        Asking an engine again about a read that is over crashes the process. So a poll that was interrupted is not
+        repeated, and that read counts as running for ever.
         """
-        number, self.number = self.number, None
-        if number is None:
-            return Outcome.RUNNING
-        found = outcome(number)
-        if found is Outcome.RUNNING:
-            self.number = number
+        transfer_id, self.transfer_id = self.transfer_id, None
+        if transfer_id is None:
+            return ReadStatus.RUNNING
+        found = status(transfer_id)
+        if found is ReadStatus.RUNNING:
+            self.transfer_id = transfer_id
         return found
 
 
 @define(eq=False)
 class _PendingReads:
-    flights: list[InFlightRead]
-    outcome: Callable[[int], Outcome]
-    over: Callable[[], None]
-    keep: Any
+    """What one failed pull left behind."""
+
+    reads: list[InFlightRead]
+    status: Callable[[int], ReadStatus]
+    on_drained: Callable[[], None] | None
+    keep_alive: Any
 
 
 class UndrainedReads:
-    """What may still be written, and the thread that waits for it. One for the process: `undrained_reads`."""
+    """Reads that may still write, and the thread that polls them. One for the process: `undrained_reads`."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Know of nothing: in a child of `os.fork()`, nothing is under way."""
-        self._wards: list[_PendingReads] = []
+        """Forget everything. For the child of `os.fork()`, in which no read is in flight."""
+        self._pending: list[_PendingReads] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def take(
-        self, flights: Sequence[InFlightRead], outcome: Callable[[int], Outcome], over: Callable[[], None], keep: Any
+    def add(
+        self,
+        reads: Sequence[InFlightRead],
+        status: Callable[[int], ReadStatus],
+        on_drained: Callable[[], None] | None,
+        keep_alive: Any,
     ) -> None:
-        """Watch over reads until all are over; then call `over`, and let go of `keep`."""
+        """Poll these reads until all are over; then call `on_drained`, if given, and drop `keep_alive`."""
         with self._changed:
-            self._wards.append(_PendingReads(list(flights), outcome, over, keep))
+            self._pending.append(_PendingReads(list(reads), status, on_drained, keep_alive))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="tensorfork-drain", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="tensorfork-drain", daemon=True)
                 self._thread.start()
 
-    def stretches(self) -> list[Stretch]:
-        """What may still be written."""
+    def ranges(self) -> list[MemoryRange]:
+        """The memory that may still be written."""
         with self._changed:
-            return [(flight.address, flight.nbytes) for ward in self._wards for flight in ward.flights]
+            return [(read.address, read.nbytes) for pending in self._pending for read in pending.reads]
 
-    def wait(self, stretches: Sequence[Stretch], deadline: float, cancelled: Callable[[], bool]) -> None:
-        """Wait until nothing may be written to these any more; raises `TransferFailed` at the deadline."""
-        while self._overlaps(stretches):
+    def wait(self, ranges: Sequence[MemoryRange], deadline: float, cancelled: Callable[[], bool]) -> None:
+        """Wait until nothing can be written to this memory any more.
+
+        Raises `TransferFailed` at the deadline, or when `cancelled` returns true.
+        """
+        while self._overlaps(ranges):
             if cancelled():
                 raise TransferFailed("the transfer was cancelled")
             if time.monotonic() >= deadline:
@@ -92,36 +108,40 @@ class UndrainedReads:
             with self._changed:
                 self._changed.wait(min(0.2, max(0.0, deadline - time.monotonic())))
 
-    def _overlaps(self, stretches: Sequence[Stretch]) -> bool:
-        held = self.stretches()
-        return bool(held) and any(
-            address < start + size and start < address + nbytes for address, nbytes in stretches for start, size in held
+    def _overlaps(self, ranges: Sequence[MemoryRange]) -> bool:
+        undrained = self.ranges()
+        return bool(undrained) and any(
+            address < start + size and start < address + nbytes
+            for address, nbytes in ranges
+            for start, size in undrained
         )
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
+        """The thread: ends when no read is left."""
         while True:
             with self._changed:
-                wards = list(self._wards)
-            for ward in wards:
-                self._look(ward)
+                all_pending = list(self._pending)
+            for pending in all_pending:
+                self._poll(pending)
             with self._changed:
-                self._wards = [ward for ward in self._wards if ward.flights]
+                self._pending = [pending for pending in self._pending if pending.reads]
                 self._changed.notify_all()
-                if not self._wards:
+                if not self._pending:
                     self._thread = None
                     return
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL)
 
-    def _look(self, ward: _PendingReads) -> None:
+    def _poll(self, pending: _PendingReads) -> None:
         try:
-            left = [flight for flight in ward.flights if flight.ask(ward.outcome) is Outcome.RUNNING]
+            running = [read for read in pending.reads if read.poll(pending.status) is ReadStatus.RUNNING]
         except TransferFailed:
             return  # the process is ending
-        if not left:
-            ward.over()
+        if not running:
+            if pending.on_drained is not None:
+                pending.on_drained()
             log.info("a transfer that failed has stopped writing")
         with self._changed:
-            ward.flights = left
+            pending.reads = running
 
 
 undrained_reads = UndrainedReads()

@@ -1,9 +1,8 @@
-"""How a session reads over NVLink: in batches on a thread, its handles opened meanwhile; the engine is a fake."""
+"""How a session reads over NVLink: in batches, on threads, with handles opened beforehand. The engine is a fake."""
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from attrs import define, field
 
 from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnavailable
-from tensorfork.transports.transfer_engine import engine, session
-from tensorfork.transports.transfer_engine.export import QUIET, OfferedRegion
+from tensorfork.transports.transfer_engine import nvlink
+from tensorfork.transports.transfer_engine.export import READS_DONE, OfferedRegion
 from tensorfork.transports.transfer_engine.peer_lock import PeerLock
 from tensorfork.transports.transfer_engine.session import EngineSession
 
@@ -23,52 +22,49 @@ COUNT = 12
 
 @define
 class Engine:
-    """Says what it was asked to read. `before` is called before each batch, with its number."""
+    """Records the batches that it is asked to read. `before` is called before each, with its number."""
 
     before: Callable[[int], object] = lambda number: None
     batches: list[list[tuple[int, int, int]]] = field(factory=list)
     lock: threading.Lock = field(factory=threading.Lock)
     begun: int = 0
-    known: bool = True
+    contacted: bool = True
     pulling: bool = False
     fabric: str = "nvlink"
     broken: bool = False
 
-    def meet(self, work: Callable[[Callable[[], None]], Any]) -> engine.Handshake:
-        return engine.Handshake(self, work)  # type: ignore[arg-type]
+    def has_contacted(self, address: str) -> bool:
+        return self.contacted
 
-    def knows(self, address: str) -> bool:
-        return self.known
-
-    def settle(self, devices: Sequence[str]) -> None:
+    def synchronize(self, devices: Sequence[str]) -> None:
         pass
 
-    def read_all(
+    def read_batch(
         self,
         address: str,
-        stretches: Sequence[tuple[int, int, int]],
+        batch: Sequence[tuple[int, int, int]],
         device: str,
         deadline: float,
-        enough: threading.Event | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         with self.lock:
             number, self.begun = self.begun, self.begun + 1
         self.before(number)
         with self.lock:
-            self.batches.append(list(stretches))
+            self.batches.append(list(batch))
 
     @property
     def reads(self) -> list[tuple[int, int, int]]:
-        """Those of more than a byte."""
+        """The reads of more than a byte: those of pulls."""
         return [one for batch in self.batches for one in batch if one[2] > 1]
 
 
 @define
 class Channel:
-    said: list[bytes] = field(factory=list)
+    sent: list[bytes] = field(factory=list)
 
     def send(self, message: bytes, deadline: float) -> None:
-        self.said.append(message)
+        self.sent.append(message)
 
     def recv(self, deadline: float) -> bytes:
         raise AssertionError
@@ -77,7 +73,7 @@ class Channel:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr(session, "_on_our_device", lambda device: None)
+    monkeypatch.setattr(nvlink, "set_thread_device", lambda device: None)
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **(options | {"device": "cpu"})))
 
 
@@ -109,9 +105,9 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "tensorfork-read"]
 
 
-@pytest.mark.parametrize(("known", "batches"), [(True, 4), (False, 6)])
-def test_everything_is_read_once_in_a_few_batches(known: bool, batches: int) -> None:
-    fake, done = Engine(known=known), list[int]()
+@pytest.mark.parametrize(("contacted", "batches"), [(True, 4), (False, 6)])
+def test_everything_is_read_once_in_a_few_batches(contacted: bool, batches: int) -> None:
+    fake, done = Engine(contacted=contacted), list[int]()
     made = opened(fake, piece=MIB // 2)
     made.ready(time.monotonic() + SOON)
     pull(made, done.append)
@@ -123,8 +119,8 @@ def test_everything_is_read_once_in_a_few_batches(known: bool, batches: int) -> 
     assert not readers()
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_one_batch_is_read_while_another_is_where_handles_are_to_be_opened(known: bool) -> None:
+@pytest.mark.parametrize("contacted", [True, False])
+def test_two_batches_are_read_at_once_only_where_handles_are_to_be_opened(contacted: bool) -> None:
     under_way, most, both = list[int](), list[int](), threading.Barrier(2)
 
     def before(number: int) -> None:
@@ -132,36 +128,36 @@ def test_one_batch_is_read_while_another_is_where_handles_are_to_be_opened(known
             return
         under_way.append(number)
         most.append(len(under_way))
-        if not known and len(most) <= 2:
+        if not contacted and len(most) <= 2:
             both.wait(SOON)
         under_way.remove(number)
 
-    fake, done = Engine(before, known=known), list[int]()
+    fake, done = Engine(before, contacted=contacted), list[int]()
     made = opened(fake)
-    made._meeting.end(time.monotonic() + SOON)  # type: ignore[union-attr]
+    made._handshake.wait_finished(time.monotonic() + SOON)  # type: ignore[union-attr]
     fake.pulling = True
     pull(made, done.append)
     assert sorted(done) == list(range(COUNT))
-    assert max(most) == (1 if known else 2)
+    assert max(most) == (1 if contacted else 2)
 
 
-def test_handles_are_opened_while_plans_are_drawn_up_and_are_there_at_the_next_lease() -> None:
-    fake = Engine(known=False)
+def test_handles_are_opened_before_the_pull_and_stay_open_for_the_next_lease() -> None:
+    fake = Engine(contacted=False)
     made = opened(fake)
     made.ready(time.monotonic() + SOON)
-    made._meeting.end(time.monotonic() + SOON)  # type: ignore[union-attr]
+    made._handshake.wait_finished(time.monotonic() + SOON)  # type: ignore[union-attr]
     assert [[source // MIB for _, source, _ in batch] for batch in fake.batches] == [[100], list(range(101, 112))]
     again = Engine()
     opened(again).ready(time.monotonic() + SOON)
     assert [len(batch) for batch in again.batches] == [1]
 
 
-def test_a_pull_waits_for_the_first_handle_alone_and_stops_whoever_opens_the_rest(
+def test_a_pull_waits_for_the_first_handle_alone_and_stops_the_opening_of_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "HANDLES", 2)
+    monkeypatch.setattr(nvlink, "HANDLES_PER_BATCH", 2)
     gate = threading.Event()
-    fake, done = Engine(lambda number: number != 1 or gate.wait(SOON), known=False), list[int]()
+    fake, done = Engine(lambda number: number != 1 or gate.wait(SOON), contacted=False), list[int]()
     made = opened(fake)
     while fake.begun < 2:
         time.sleep(0.001)
@@ -169,7 +165,9 @@ def test_a_pull_waits_for_the_first_handle_alone_and_stops_whoever_opens_the_res
     assert sorted(done) == list(range(COUNT))
     gate.set()
     made.close(time.monotonic() + SOON)
-    assert sum(len(batch) for batch in fake.batches) == len(fake.reads) + 3  # bytes of the first, and of two more
+    assert (
+        sum(len(batch) for batch in fake.batches) == len(fake.reads) + 3
+    )  # a byte of the first region, and of two more
 
 
 @pytest.mark.parametrize("when", ["before it is ready", "afterwards"])
@@ -181,24 +179,24 @@ def test_a_handle_that_cannot_be_opened_is_found_before_the_pull_or_by_it(when: 
             assert gate.wait(SOON)
             raise TransferFailed("a handle that is none")
 
-    fake, channel, done = Engine(second_fails, known=False), Channel(), list[int]()
+    fake, channel, done = Engine(second_fails, contacted=False), Channel(), list[int]()
     made = opened(fake, channel)
     if when == "afterwards":
         made.ready(time.monotonic() + SOON)
     gate.set()
     with pytest.raises(TransferFailed, match="a handle that is none"):
-        made._meeting.end(time.monotonic() + SOON)  # type: ignore[union-attr]
+        made._handshake.wait_finished(time.monotonic() + SOON)  # type: ignore[union-attr]
     if when == "afterwards":
-        pull(made, done.append)  # the fake has it by then
+        pull(made, done.append)  # the fake does not fail again
         assert sorted(done) == list(range(COUNT))
     else:
         with pytest.raises(TransportUnavailable, match="a handle that is none"):
             made.ready(time.monotonic() + SOON)
     made.close(time.monotonic() + SOON)
-    assert channel.said == [QUIET]
+    assert channel.sent == [READS_DONE]
 
 
-def test_what_opening_fails_with_is_why_this_transport_does_not_work_here() -> None:
+def test_an_error_in_opening_is_the_reason_why_the_transport_is_unavailable() -> None:
     def fail(number: int) -> None:
         raise TransferFailed("nobody there")
 
@@ -206,7 +204,7 @@ def test_what_opening_fails_with_is_why_this_transport_does_not_work_here() -> N
     made = opened(Engine(fail), channel)
     with pytest.raises(TransportUnavailable, match="nobody there"):
         made.ready(time.monotonic() + SOON)
-    assert channel.said == [QUIET]
+    assert channel.sent == [READS_DONE]
 
 
 def test_an_engine_that_hangs_while_it_opens_is_not_used_again() -> None:
@@ -216,15 +214,15 @@ def test_an_engine_that_hangs_while_it_opens_is_not_used_again() -> None:
     with pytest.raises(TransportUnavailable, match="did not answer"):
         made.ready(time.monotonic() + 0.05)
     assert fake.broken
-    assert channel.said == []  # it may read yet
+    assert channel.sent == []  # it may still read
     gate.set()
 
 
-def test_nothing_is_begun_behind_a_batch_that_failed() -> None:
+def test_no_batch_begins_after_one_has_failed() -> None:
     failed = threading.Event()
 
     def third_fails(number: int) -> None:
-        if number == 3:  # the first opens a handle
+        if number == 3:  # number 0 opens a handle
             failed.set()
             raise TransferFailed("the process died")
         if number > 3:
@@ -234,12 +232,12 @@ def test_nothing_is_begun_behind_a_batch_that_failed() -> None:
     made = opened(fake)
     with pytest.raises(TransferFailed, match="the process died"):
         pull(made, done.append)
-    assert fake.begun <= 5  # beside the one that failed, another was under way, or about to begin
+    assert fake.begun <= 5  # the other thread was reading a batch, or about to
     assert {(1000 + i) * MIB for i in done} <= {into for into, _, _ in fake.reads}
     assert not readers()
 
 
-def test_a_pull_that_is_cancelled_from_done_begins_nothing_more() -> None:
+def test_a_pull_that_is_cancelled_from_done_begins_no_further_batch() -> None:
     cancel, held = threading.Event(), threading.Event()
     fake = Engine(lambda number: number < 3 or held.wait(SOON))
     made = opened(fake)
@@ -250,7 +248,7 @@ def test_a_pull_that_is_cancelled_from_done_begins_nothing_more() -> None:
 
     with pytest.raises(TransferFailed, match="cancelled"):
         pull(made, done, cancel)
-    assert len(fake.batches) == fake.begun <= 5  # what was under way has ended
+    assert len(fake.batches) == fake.begun <= 5  # what had begun has ended
     assert not readers()
 
 
@@ -270,7 +268,7 @@ def test_a_batch_that_outlasts_the_deadline_is_waited_for() -> None:
     assert not readers()
 
 
-def test_what_done_raises_ends_the_pull_and_the_thread() -> None:
+def test_an_error_raised_by_done_ends_the_pull_and_its_threads() -> None:
     def done(i: int) -> None:
         raise KeyboardInterrupt
 
@@ -280,7 +278,7 @@ def test_what_done_raises_ends_the_pull_and_the_thread() -> None:
     assert not readers()
 
 
-def test_with_a_rate_reads_go_one_at_a_time_and_a_cancel_does_not_wait_for_the_next() -> None:
+def test_with_a_rate_reads_are_made_one_at_a_time_and_a_cancel_does_not_wait_for_the_next() -> None:
     fake, cancel = Engine(), threading.Event()
     made = opened(fake, rate=MIB / 1000)  # the second would be due in a quarter of an hour
     started = time.monotonic()
@@ -291,7 +289,7 @@ def test_with_a_rate_reads_go_one_at_a_time_and_a_cancel_does_not_wait_for_the_n
     assert not readers()
 
 
-def test_an_interrupt_while_the_thread_starts_leaves_nobody_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_a_thread_starts_leaves_no_thread_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, start = Engine(), threading.Thread.start
     made = opened(fake)
     made.ready(time.monotonic() + SOON)
@@ -308,11 +306,11 @@ def test_an_interrupt_while_the_thread_starts_leaves_nobody_who_reads(monkeypatc
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pull(made)
-    assert before <= len(fake.batches) == fake.begun <= before + 1  # the one that had begun has ended
+    assert before <= len(fake.batches) == fake.begun <= before + 1  # the batch that had begun has ended
     assert not readers()
 
 
-def test_a_second_interrupt_waits_for_what_is_under_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_second_interrupt_the_threads_are_still_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     released, join, interrupts = threading.Event(), threading.Thread.join, list[int]()
     fake = Engine(lambda number: number < 2 or released.wait(SOON))
     made = opened(fake)
@@ -335,7 +333,7 @@ def test_a_second_interrupt_waits_for_what_is_under_way_too(monkeypatch: pytest.
     assert not readers()
 
 
-def test_whatever_opening_fails_with_a_session_closes_and_says_so() -> None:
+def test_after_any_error_in_opening_the_session_closes_and_sends_reads_done() -> None:
     def out_of_memory(number: int) -> None:
         raise RuntimeError("CUDA out of memory")
 
@@ -343,10 +341,10 @@ def test_whatever_opening_fails_with_a_session_closes_and_says_so() -> None:
     made = opened(Engine(out_of_memory), channel)
     made.close(time.monotonic() + SOON)
     made.close(time.monotonic() + SOON)
-    assert channel.said == [QUIET]
+    assert channel.sent == [READS_DONE]
 
 
-def test_closing_waits_for_an_engine_that_hangs_for_a_moment_only() -> None:
+def test_closing_does_not_wait_long_for_an_engine_that_hangs() -> None:
     gate = threading.Event()
     fake, channel = Engine(lambda number: gate.wait(4 * SOON)), Channel()
     made = opened(fake, channel)
@@ -355,97 +353,26 @@ def test_closing_waits_for_an_engine_that_hangs_for_a_moment_only() -> None:
     gate.set()
     assert time.monotonic() - began < SOON
     assert fake.broken
-    assert channel.said == []
-
-
-@pytest.mark.parametrize("when", ["while it waits", "before it begins"])
-def test_a_read_that_waits_for_its_turn_is_given_up_when_there_is_enough(when: str) -> None:
-    waiting = engine.Engine.__new__(engine.Engine)
-    waiting._forks, waiting._turn, waiting._known = engine._forks, PeerLock(), set()
-    enough = threading.Event()
-    enough.set()
-    other = waiting._turn.take(time.monotonic() + SOON, alone=True) if when == "while it waits" else nullcontext()
-    with other, pytest.raises(TransferFailed):
-        waiting.read_all("peer", [(0, 0, 1)], "cpu", time.monotonic() + 4 * SOON, enough)
-    with waiting._turn.take(time.monotonic() + SOON, alone=True):
-        pass  # nobody is left inside
-
-
-def test_who_knows_the_peer_reads_beside_others_and_who_does_not_is_alone() -> None:
-    turn = PeerLock()
-
-    def refused(*, alone: bool) -> None:
-        with pytest.raises(TransferFailed, match="another peer"), turn.take(time.monotonic() + 0.05, alone=alone):
-            pass
-
-    with turn.take(time.monotonic() + SOON, alone=False), turn.take(time.monotonic() + SOON, alone=False):
-        refused(alone=True)
-    with turn.take(time.monotonic() + SOON, alone=True):
-        refused(alone=False)
-        refused(alone=True)
-    with turn.take(time.monotonic() + SOON, alone=False):
-        pass
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_an_interrupt_while_one_waits_for_a_turn_leaves_the_turn_free(
-    alone: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    turn = PeerLock()
-
-    def interrupted(seconds: float) -> bool:
-        raise KeyboardInterrupt
-
-    with turn.take(time.monotonic() + SOON, alone=True), monkeypatch.context() as patch:
-        patch.setattr(turn._changed, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt), turn.take(time.monotonic() + SOON, alone=alone):
-            pass
-    for again in (True, False):
-        with turn.take(time.monotonic() + SOON, alone=again):
-            pass
+    assert channel.sent == []
 
 
 def test_a_session_closes_at_once_while_another_peer_keeps_the_engine_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it had begun only waits for its turn, and the engine is as sound as before."""
-    turn, waiting = PeerLock(), threading.Event()
-    fake, channel = Engine(known=False), Channel()
+    """Its thread only waits for the lock, so the engine is not broken."""
+    lock, waiting = PeerLock(), threading.Event()
+    fake, channel = Engine(contacted=False), Channel()
 
-    def read_all(*args: Any) -> None:
+    def read_batch(*args: Any) -> None:
         fake.begun += 1
         if fake.begun == 2:
             waiting.set()
-            with turn.take(time.monotonic() + 4 * SOON, alone=False, enough=args[-1]):
+            with lock.acquire(time.monotonic() + 4 * SOON, exclusive=False, stop=args[-1]):
                 raise AssertionError
 
-    monkeypatch.setattr(Engine, "read_all", lambda self, *args: read_all(*args))
-    with turn.take(time.monotonic() + SOON, alone=True):
+    monkeypatch.setattr(Engine, "read_batch", lambda self, *args: read_batch(*args))
+    with lock.acquire(time.monotonic() + SOON, exclusive=True):
         made = opened(fake, channel)
         made.ready(time.monotonic() + SOON)
         assert waiting.wait(SOON)
         made.close(time.monotonic() + SOON)
     assert not fake.broken
-    assert channel.said == [QUIET]
-
-
-def test_who_wants_to_be_alone_is_not_kept_out_by_those_who_come_later() -> None:
-    turn, order = PeerLock(), list[str]()
-
-    def alone() -> None:
-        with turn.take(time.monotonic() + SOON, alone=True):
-            order.append("alone")
-
-    def beside() -> None:
-        with turn.take(time.monotonic() + SOON, alone=False):
-            order.append("beside")
-
-    first, second = threading.Thread(target=alone), threading.Thread(target=beside)
-    with turn.take(time.monotonic() + SOON, alone=False):
-        first.start()
-        while not turn._queue:
-            time.sleep(0.001)
-        second.start()
-        second.join(0.1)
-        assert not order
-    first.join(SOON)
-    second.join(SOON)
-    assert order == ["alone", "beside"]
+    assert channel.sent == [READS_DONE]

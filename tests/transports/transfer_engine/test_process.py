@@ -1,4 +1,4 @@
-"""What an engine does to its process: at its end, after `os.fork()`, and on its terminal."""
+"""The effects of an engine on its process: when it ends, after `os.fork()`, and on its terminal."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from engine_seeds import SOON, needs_mooncake, silent
+from engine_seeds import SOON, needs_mooncake, silent_engine
 
 from tensorfork.transports.transfer_engine.export import Offer
 
@@ -23,6 +23,7 @@ def run(program: str, *args: str) -> subprocess.CompletedProcess[str]:
         import test_tcp as over_tcp
         from engine_seeds import *
         from tensorfork.transports.transfer_engine import engine
+        from tensorfork.transports.transfer_engine.handshake import Handshake
     """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(program), *args],
@@ -38,34 +39,36 @@ def test_nothing_reaches_the_terminal_even_when_a_read_is_refused() -> None:
         """
         with tensorfork.publish(tensors(2, 1000), transports=OFFERED) as seed:
             tensorfork.fork_into(empty(2, 1000), seed.address, transport="transfer_engine:tcp")
-        over_tcp.test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_reads_on()
+        over_tcp.test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_is_used_again()
         print("fine")
         """
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "fine\n", "")
 
 
-def test_python_ends_while_one_thread_reads_and_another_meets_a_silent_seed() -> None:
-    with silent() as offer:
+def test_python_ends_while_one_thread_reads_and_another_waits_for_a_silent_seed() -> None:
+    with silent_engine() as offer:
         ended = run(
             """
             memory, reading = torch.zeros(2, dtype=torch.uint8), threading.Event()
             region = tensorfork.Region(0, memory.data_ptr(), 1, "cpu", memory)
-            used = engine.engine("tcp", "127.0.0.1")
-            held = used.spans.hold([region], time.monotonic() + SOON)
+            used = engine.get_engine("tcp", "127.0.0.1")
+            itself = f"127.0.0.1:{used.port}"
+            registered = used.registrations.acquire([region], time.monotonic() + SOON)
 
             def read():
                 while True:
-                    number = used.read(f"127.0.0.1:{used.port}", region.address + 1, region.address, 1, "cpu", 1e9)
-                    while used.outcome(number) is engine.Outcome.RUNNING:
+                    transfer_id = used.start_read(itself, region.address + 1, region.address, 1, "cpu", 1e9)
+                    while used.status(transfer_id) is engine.ReadStatus.RUNNING:
                         reading.set()
 
-            threading.excepthook = lambda args: None  # it is told that the process is ending
+            threading.excepthook = lambda args: None  # the thread gets an error when the process ends
             threading.Thread(target=read, daemon=True).start()
             assert reading.wait(60)
             other = engine.Engine("tcp", "127.0.0.1", ())
             try:
-                other.meet(lambda met: other.read(f"127.0.0.1:{sys.argv[1]}", 0, 0, 1, "cpu", 1e9)).wait(0)
+                first_read = lambda connected: other.start_read(f"127.0.0.1:{sys.argv[1]}", 0, 0, 1, "cpu", 1e9)
+                Handshake(other, first_read).wait_connected(0)
             except tensorfork.TransferFailed:
                 os.write(1, b"ending")
             """,
@@ -79,12 +82,12 @@ def test_an_engine_is_not_used_in_a_forked_process() -> None:
         """
         seed = tensorfork.publish(tensors(1, 1000), transports=OFFERED)
         tensorfork.fork_into(empty(1, 1000), seed.address, transport="transfer_engine:tcp")
-        before = engine.engine("tcp", "127.0.0.1")
+        before = engine.get_engine("tcp", "127.0.0.1")
         child = os.fork()
         if not child:
-            fresh = engine.engine("tcp", "127.0.0.1")
+            fresh = engine.get_engine("tcp", "127.0.0.1")
             try:
-                before.read("127.0.0.1:1", 0, 0, 1, "cpu", time.monotonic() + 1)
+                before.start_read("127.0.0.1:1", 0, 0, 1, "cpu", time.monotonic() + 1)
             except tensorfork.TransferFailed as error:
                 print(fresh is not before, "os.fork" in str(error), flush=True)
             os._exit(0)

@@ -1,6 +1,6 @@
 """The rdma fabric, against a fake of `mooncake.engine` that records every call and refuses what the real one refuses.
 
-No RDMA NIC was at hand when this was written: what is tested is what Mooncake is asked to do.
+No RDMA NIC was at hand when this was written, so these tests check the calls to Mooncake.
 """
 
 import ctypes
@@ -20,19 +20,21 @@ import torch
 import tensorfork
 from tensorfork import Copy, Region, RemoteRegion, Site, TransferFailed, TransportUnavailable
 from tensorfork.testing import TransportSuite
-from tensorfork.testing.ends import Memory, Speaker
+from tensorfork.testing.channel import QueueChannel
+from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.transfer_engine import TransferEngine, engine, fabrics, library
 
 SOON = 30.0
 
 
 class FakeMooncake:
-    """`mooncake.engine.TransferEngine`, within one process: reads are copies, made when their outcome is asked for."""
+    """`mooncake.engine.TransferEngine`, within one process: a read copies its bytes when its status is asked for."""
 
     made: ClassVar[dict[int, "FakeMooncake"]] = {}
     environments: ClassVar[list[dict[str, str]]] = []
     fails: ClassVar[bool] = False
-    meeting: ClassVar[Event | None] = None
+    answers: ClassVar[Event | None] = None
+    """Reads wait for this before they begin."""
 
     def __init__(self) -> None:
         self.port = 20_000 + len(self.made)
@@ -69,8 +71,8 @@ class FakeMooncake:
 
     def batch_transfer_async_read(self, name: str, into: list[int], source: list[int], nbytes: list[int]) -> int:
         assert len(into) == len(source) == len(nbytes) == 1
-        if self.meeting is not None:
-            self.meeting.wait(SOON)
+        if self.answers is not None:
+            self.answers.wait(SOON)
         port = int(name.rpartition(":")[2])
         if port not in self.made:
             return 0
@@ -92,21 +94,21 @@ class FakeMooncake:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeMooncake]]:
-    """Two RDMA NICs, a wheel, and the fake in it; none of which outlives the test."""
+    """Two RDMA NICs, and a wheel that contains the fake, for one test."""
     for nic in ("mlx5_0", "mlx5_1"):
         (tmp_path / nic).mkdir()
     module = ModuleType("mooncake.engine")
     module.TransferEngine = FakeMooncake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mooncake.engine", module)
-    monkeypatch.setattr(library, "wheel", lambda: library.Wheel("mooncake-transfer-engine", "0"))
+    monkeypatch.setattr(library, "installed_wheel", lambda: library.Wheel("mooncake-transfer-engine", "0"))
     monkeypatch.setattr(fabrics, "INFINIBAND", tmp_path)
     monkeypatch.setattr(engine, "_engines", {})
-    for name, value in (("made", {}), ("environments", []), ("fails", False), ("meeting", None)):
+    for name, value in (("made", {}), ("environments", []), ("fails", False), ("answers", None)):
         monkeypatch.setattr(FakeMooncake, name, value)
     yield FakeMooncake
     for one in FakeMooncake.made.values():
         assert one.registered == {}, "something stayed registered"
-        assert one.running == {}, "nobody asked what became of a read"
+        assert one.running == {}, "the status of a read was not asked for"
 
 
 class TestRdmaOnAFake(TransportSuite):
@@ -123,12 +125,12 @@ class TestRdmaOnAFake(TransportSuite):
 class Lease:
     """A lease between two transports of this process, without a model."""
 
-    def __init__(self, seed: TransferEngine, fork: TransferEngine, memory: Memory, into: Memory) -> None:
+    def __init__(self, seed: TransferEngine, fork: TransferEngine, memory: GuardedMemory, into: GuardedMemory) -> None:
         facts = fork.facts(into.regions)
         theirs, sources = seed.cover(memory.regions)
         self.export = seed.export(theirs, Site("127.0.0.1", "127.0.0.1"), facts, time.monotonic() + SOON)
         self.remote = [RemoteRegion(one.id, one.nbytes, one.device) for one in theirs]
-        self.channel = Speaker(lambda _: None)
+        self.channel = QueueChannel(lambda _: None)
         self._fork = fork
         self._regions, places = fork.cover(into.regions)
         self.copies = [
@@ -155,11 +157,11 @@ def rdma(**settings: Any) -> TransferEngine:
     return TransferEngine(fabric="rdma", **settings)
 
 
-def memory(number: int) -> Memory:
-    return Memory("cpu", [5000, 70_000, 1], number)
+def memory(number: int) -> GuardedMemory:
+    return GuardedMemory("cpu", [5000, 70_000, 1], number)
 
 
-def test_an_engine_is_told_which_nics_to_use_and_never_falls_back_to_tcp(
+def test_an_engine_gets_the_nics_to_use_and_never_falls_back_to_tcp(
     fake: type[FakeMooncake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MC_FORCE_TCP", "1")
@@ -179,7 +181,7 @@ def test_facts_list_the_nics_that_may_be_used() -> None:
     assert rdma(nics=["mlx5_1", "mlx5_7"]).facts([])["nics"] == ["mlx5_1"]
 
 
-def test_both_sides_register_and_a_region_takes_one_registration(fake: type[FakeMooncake]) -> None:
+def test_both_sides_register_each_region_once(fake: type[FakeMooncake]) -> None:
     seed, into = memory(1), memory(2)
     lease = Lease(rdma(keep_registered=False), rdma(), seed, into)
     [one] = fake.made.values()
@@ -195,7 +197,7 @@ def test_a_seeds_memory_stays_registered_until_the_seed_is_closed(fake: type[Fak
     seed, offered = memory(1), rdma()
     first = Lease(offered, rdma(), seed, memory(2))
     first.pull()
-    assert first.close() is False, "whoever has the keys can still read it"
+    assert first.close() is False, "a fork that has the keys can still read it"
     [one] = fake.made.values()
     registered = one.calls.count(("register", 3))
     second = Lease(offered, rdma(), seed, memory(3))
@@ -207,14 +209,14 @@ def test_a_seeds_memory_stays_registered_until_the_seed_is_closed(fake: type[Fak
     assert one.registered == {}
 
 
-def test_a_transport_that_nobody_holds_any_more_keeps_nothing_registered(fake: type[FakeMooncake]) -> None:
+def test_a_transport_without_references_keeps_nothing_registered(fake: type[FakeMooncake]) -> None:
     lease = Lease(rdma(), rdma(), memory(1), memory(2))
     lease.close()
     del lease
     assert next(iter(fake.made.values())).registered == {}
 
 
-def test_two_seeds_that_share_memory_do_not_drop_it_for_each_other(fake: type[FakeMooncake]) -> None:
+def test_a_seed_does_not_unregister_memory_that_another_seed_shares(fake: type[FakeMooncake]) -> None:
     shared = memory(1)
     one, other = Lease(rdma(), rdma(), shared, memory(2)), Lease(rdma(), rdma(), shared, memory(3))
     one._fork.forget(shared.regions)
@@ -223,7 +225,7 @@ def test_two_seeds_that_share_memory_do_not_drop_it_for_each_other(fake: type[Fa
     other.close()
 
 
-def test_a_region_in_several_registrations_is_read_in_parts_that_cross_none(fake: type[FakeMooncake]) -> None:
+def test_a_region_in_several_registrations_is_read_in_parts_that_cross_no_boundary(fake: type[FakeMooncake]) -> None:
     theirs, ours = torch.arange(10_000, dtype=torch.int64).to(torch.uint8), torch.zeros(10_000, dtype=torch.uint8)
     seed, until = rdma(keep_registered=False), time.monotonic() + SOON
     middle = Region(0, theirs.data_ptr() + 2000, 2000, "cpu")
@@ -232,7 +234,7 @@ def test_a_region_in_several_registrations_is_read_in_parts_that_cross_none(fake
     [one] = fake.made.values()
     assert len(one.registered) == 3
     session = rdma().open(
-        exports[1].offer, "127.0.0.1", [RemoteRegion(0, 10_000, "cpu")], [into], Speaker(lambda _: None), until
+        exports[1].offer, "127.0.0.1", [RemoteRegion(0, 10_000, "cpu")], [into], QueueChannel(lambda _: None), until
     )
     done: list[int] = []
     session.pull([Copy(0, 0, 1, 0, 1, 9998)], until, done.append, Event())
@@ -243,10 +245,10 @@ def test_a_region_in_several_registrations_is_read_in_parts_that_cross_none(fake
         export.close(until)
 
 
-def test_memory_registered_anew_is_read_under_another_name(
+def test_memory_that_was_registered_again_is_read_by_another_address(
     fake: type[FakeMooncake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "own", lambda nonce: None)  # as if the fork were another process
+    monkeypatch.setattr(engine, "local_engine", lambda nonce: None)  # as if the fork were another process
     seed, offered = memory(1), rdma(keep_registered=False, nics=["mlx5_1"])
     for number in range(2, 5):
         into = memory(number)
@@ -254,15 +256,15 @@ def test_memory_registered_anew_is_read_under_another_name(
         lease.pull()
         lease.close()
         for i, nbytes in enumerate(seed.sizes):
-            assert torch.equal(into.read(i, 0, nbytes), seed.read(i, 0, nbytes))
+            assert torch.equal(into.view(i, 0, nbytes), seed.view(i, 0, nbytes))
     theirs, ours = fake.made.values()
     assert list(ours.descriptions) == [f"127.0.0.1:{zeros}{theirs.port}" for zeros in ("", "0", "00")]
 
 
-def test_memory_that_stays_registered_is_read_under_the_same_name(
+def test_memory_that_stays_registered_is_read_by_the_same_address(
     fake: type[FakeMooncake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "own", lambda nonce: None)
+    monkeypatch.setattr(engine, "local_engine", lambda nonce: None)
     seed, offered = memory(1), rdma(nics=["mlx5_1"])
     for number in range(2, 5):
         lease = Lease(offered, rdma(), seed, memory(number))
@@ -272,7 +274,7 @@ def test_memory_that_stays_registered_is_read_under_the_same_name(
     assert list(ours.descriptions) == [f"127.0.0.1:{theirs.port}"]
 
 
-def test_an_engine_that_does_not_start_is_a_reason_and_the_next_attempt_starts_afresh(fake: type[FakeMooncake]) -> None:
+def test_an_engine_that_does_not_start_is_reported_and_the_next_attempt_makes_another(fake: type[FakeMooncake]) -> None:
     fake.fails = True
     with pytest.raises(TransportUnavailable, match="cannot start on rdma"):
         Lease(rdma(), rdma(), memory(1), memory(2))
@@ -282,19 +284,19 @@ def test_an_engine_that_does_not_start_is_a_reason_and_the_next_attempt_starts_a
 
 def test_a_peer_that_does_not_answer_costs_the_deadline_and_the_engine_is_replaced(fake: type[FakeMooncake]) -> None:
     lease = Lease(rdma(keep_registered=False), rdma(), memory(1), memory(2))
-    fake.meeting = Event()
+    fake.answers = Event()
     with pytest.raises(TransportUnavailable, match="did not answer by the deadline"):
         lease.open(seconds=0.2)
-    fake.meeting.set()
+    fake.answers.set()
     lease.close()
-    fake.meeting = None
+    fake.answers = None
     again = Lease(rdma(keep_registered=False), rdma(), memory(3), memory(4))
     again.pull()
     again.close()
     assert len(fake.made) == 2
     first = fake.made[20_000]
     until = time.monotonic() + SOON
-    while first.registered or first.running:  # the thread that hung is about to ask what became of its read
+    while first.registered or first.running:  # the thread that hung is about to poll its read
         assert time.monotonic() < until
         time.sleep(0.01)
 
@@ -315,7 +317,7 @@ def test_auto_takes_rdma_before_zeromq() -> None:
     assert (report.transport, report.fabric) == ("transfer_engine", "rdma")
 
 
-def test_a_metadata_lookup_is_all_that_facts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_do_not_import_mooncake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "mooncake.engine")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
     rdma().facts(memory(1).regions)

@@ -1,4 +1,4 @@
-"""Real forks over Mooncake's TCP, most of which something happens to."""
+"""Real forks over Mooncake's TCP, most of them with a failure under way."""
 
 import os
 import signal
@@ -12,21 +12,21 @@ from engine_seeds import (
     BIG,
     OFFERED,
     SOON,
-    When,
+    OnFirstBytes,
     empty,
+    has_expected_values,
     needs_mooncake,
-    right,
     seeds,
-    silent,
+    silent_engine,
     small_pieces,
     tensors,
-    until,
+    wait_until,
 )
 from processes import Child
 
 import tensorfork
 from tensorfork import Copy, PeerUnreachable, Region, RemoteRegion, Site, TransferFailed, TransportUnavailable
-from tensorfork.testing.ends import Speaker
+from tensorfork.testing.channel import QueueChannel
 from tensorfork.transports.transfer_engine import TransferEngine, engine, library
 from tensorfork.transports.transfer_engine.undrained import undrained_reads
 
@@ -45,8 +45,8 @@ def shared() -> Iterator[Child]:
 def seed(shared: Child) -> Iterator[Child]:
     """That process, which may be stopped."""
     yield shared
-    shared.go_on()
-    until(lambda: not undrained_reads.stretches())
+    shared.resume()
+    wait_until(lambda: not undrained_reads.ranges())
 
 
 # Sizes and numbers.
@@ -55,22 +55,22 @@ def seed(shared: Child) -> Iterator[Child]:
 @pytest.mark.parametrize(("count", "nbytes"), [(1, 1), (3000, 4000), (17_000, 300)])
 def test_any_number_of_tensors_arrives_and_nothing_stays_registered(seed: Child, count: int, nbytes: int) -> None:
     model = empty(count, nbytes)
-    address = seed.ask("publish", count, nbytes)
+    address = seed.request("publish", count, nbytes)
     report = tensorfork.fork_into(model, address, transport="transfer_engine:tcp", timeout=SOON)
     assert (report.transport, report.fabric, report.verified) == ("transfer_engine", "tcp", True)
-    assert right(model)
-    until(lambda: seed.ask("registered") == 0)
+    assert has_expected_values(model)
+    wait_until(lambda: seed.request("registered") == 0)
 
 
 def test_two_forks_read_at_once_while_the_seed_publishes_a_second_model(seed: Child) -> None:
-    address = seed.ask("publish", 8, 1 << 20)
+    address = seed.request("publish", 8, 1 << 20)
     models = [empty(8, 1 << 20) for _ in range(2)]
     both = threading.Barrier(2)
     published: list[str] = []
 
     def progress(moved: int, total: int) -> None:
         if not moved and both.wait(SOON) == 0:
-            published.append(seed.ask("publish", 4, 5000))
+            published.append(seed.request("publish", 4, 5000))
 
     def read(model: dict[str, torch.Tensor]) -> None:
         tensorfork.fork_into(model, address, transport=small_pieces(), timeout=SOON, progress=progress)
@@ -80,15 +80,15 @@ def test_two_forks_read_at_once_while_the_seed_publishes_a_second_model(seed: Ch
         thread.start()
     for thread in threads:
         thread.join(SOON)
-    assert all(map(right, models))
+    assert all(map(has_expected_values, models))
     second = empty(4, 5000)
     tensorfork.fork_into(second, published[0], transport="transfer_engine:tcp", timeout=SOON)
-    assert right(second)
+    assert has_expected_values(second)
 
 
 def test_a_fork_publishes_again_and_a_draft_that_shares_a_tensor_outlives_its_target(seed: Child) -> None:
     target = empty(3, 100_000)
-    tensorfork.fork_into(target, seed.ask("publish", 3, 100_000), transport="transfer_engine:tcp", timeout=SOON)
+    tensorfork.fork_into(target, seed.request("publish", 3, 100_000), transport="transfer_engine:tcp", timeout=SOON)
     draft = {"t0": target["t0"]}
     one = tensorfork.publish(target, transports=OFFERED)
     other = tensorfork.publish(draft, transports=[TransferEngine(fabric="tcp", keep_registered=True)])
@@ -97,15 +97,15 @@ def test_a_fork_publishes_again_and_a_draft_that_shares_a_tensor_outlives_its_ta
     tensorfork.fork_into(copies[1], other.address, transport="transfer_engine:tcp", timeout=SOON)
     one.close()
     tensorfork.fork_into(copies[2], other.address, transport="transfer_engine:tcp", timeout=SOON)
-    assert all(map(right, copies))
-    spans = engine.engine("tcp", "127.0.0.1").spans
-    until(lambda: len(spans) == 1)
+    assert all(map(has_expected_values, copies))
+    registrations = engine.get_engine("tcp", "127.0.0.1").registrations
+    wait_until(lambda: len(registrations) == 1)
     other.close()
-    assert len(spans) == 0
+    assert len(registrations) == 0
 
 
 def test_a_rate_limit_bounds_what_is_asked_for(seed: Child) -> None:
-    address, rate, seen = seed.ask("publish", 1, BIG), 4e6, list[int]()
+    address, rate, seen = seed.request("publish", 1, BIG), 4e6, list[int]()
     limited = TransferEngine(fabric="tcp", rate_limit=rate)
     started = time.monotonic()
     with pytest.raises(TransferFailed, match="deadline"):
@@ -115,7 +115,7 @@ def test_a_rate_limit_bounds_what_is_asked_for(seed: Child) -> None:
     assert 0 < max(seen) <= rate * (time.monotonic() - started + 0.1)
 
 
-# Who may.
+# Which ports are opened.
 
 
 def test_a_seed_that_does_not_name_tcp_does_not_open_its_ports() -> None:
@@ -132,7 +132,7 @@ def test_rdma_without_a_nic_does_not_become_tcp() -> None:
 
 
 def test_nvlink_without_a_wheel_for_gpus_does_not_become_tcp() -> None:
-    if library.wheel().cuda:
+    if library.installed_wheel().cuda:
         pytest.skip("this wheel is for GPUs")
     with pytest.raises(TransportUnavailable, match="without NVLink"):
         engine.Engine("nvlink", "127.0.0.1", ())
@@ -141,40 +141,42 @@ def test_nvlink_without_a_wheel_for_gpus_does_not_become_tcp() -> None:
 # The seed dies, stops, or takes its memory away.
 
 
-def test_a_seed_killed_under_way_fails_the_fork_and_the_next_seed_is_read_with_the_same_engine(seed: Child) -> None:
+def test_a_seed_killed_under_way_fails_the_fork_and_the_engine_is_used_for_the_next_seed(seed: Child) -> None:
     model = empty(1, BIG)
     with Child(seeds) as other:
-        address = other.ask("publish", 1, BIG)
+        address = other.request("publish", 1, BIG)
         with pytest.raises((TransferFailed, PeerUnreachable)):
-            tensorfork.fork_into(model, address, transport=small_pieces(), timeout=LATE, progress=When(other.kill))
-    used = engine.engine("tcp", "127.0.0.1")
-    until(lambda: not undrained_reads.stretches())
-    tensorfork.fork_into(model, seed.ask("publish", 1, BIG), transport=small_pieces(), timeout=SOON)
-    assert right(model)
-    assert engine.engine("tcp", "127.0.0.1") is used
+            tensorfork.fork_into(
+                model, address, transport=small_pieces(), timeout=LATE, progress=OnFirstBytes(other.kill)
+            )
+    used = engine.get_engine("tcp", "127.0.0.1")
+    wait_until(lambda: not undrained_reads.ranges())
+    tensorfork.fork_into(model, seed.request("publish", 1, BIG), transport=small_pieces(), timeout=SOON)
+    assert has_expected_values(model)
+    assert engine.get_engine("tcp", "127.0.0.1") is used
 
 
-def test_what_a_stopped_seed_may_still_write_is_kept_alive_until_that_is_over(seed: Child) -> None:
-    address, model = seed.ask("publish", 1, BIG), empty(1, BIG)
+def test_memory_that_reads_from_a_stopped_seed_may_still_write_is_kept_alive_until_they_are_over(seed: Child) -> None:
+    address, model = seed.request("publish", 1, BIG), empty(1, BIG)
     start, storage = model["t0"].data_ptr(), model["t0"].untyped_storage()
     with pytest.raises(TransferFailed, match="deadline") as caught:
-        tensorfork.fork_into(model, address, transport=small_pieces(), timeout=3.0, progress=When(seed.stop))
+        tensorfork.fork_into(model, address, transport=small_pieces(), timeout=3.0, progress=OnFirstBytes(seed.stop))
     undrained = set(caught.value.undrained)
     assert undrained
     assert all(start <= address and address + nbytes <= start + BIG for address, nbytes in undrained)
-    assert set(undrained_reads.stretches()) <= undrained
-    kept = [memory for ward in undrained_reads._wards for owner in ward.keep for memory in owner.keep]
+    assert set(undrained_reads.ranges()) <= undrained
+    kept = [memory for ward in undrained_reads._wards for owner in ward.keep for memory in owner.storages]
     assert [one.data_ptr() for one in kept] == [storage.data_ptr()]
-    seed.go_on()
-    until(lambda: not undrained_reads.stretches())
+    seed.resume()
+    wait_until(lambda: not undrained_reads.ranges())
     tensorfork.fork_into(model, address, transport=small_pieces(), timeout=SOON)
-    assert right(model)
+    assert has_expected_values(model)
 
 
-def test_a_fork_into_memory_that_may_still_be_written_waits_for_that(seed: Child) -> None:
-    address, model = seed.ask("publish", 1, BIG), empty(1, BIG)
+def test_a_fork_into_memory_that_may_still_be_written_waits_until_it_is_not(seed: Child) -> None:
+    address, model = seed.request("publish", 1, BIG), empty(1, BIG)
     with pytest.raises(TransferFailed):
-        tensorfork.fork_into(model, address, transport=small_pieces(), timeout=3.0, progress=When(seed.stop))
+        tensorfork.fork_into(model, address, transport=small_pieces(), timeout=3.0, progress=OnFirstBytes(seed.stop))
     good = tensorfork.publish(tensors(1, BIG), transports=OFFERED)
     bad = tensorfork.publish(model, transports=OFFERED)
     with good, bad:
@@ -182,44 +184,44 @@ def test_a_fork_into_memory_that_may_still_be_written_waits_for_that(seed: Child
             tensorfork.fork_into(model, good.address, transport=small_pieces(), timeout=1.0)
         with pytest.raises(TransportUnavailable, match="may still be writing"):
             tensorfork.fork_into(empty(1, BIG), bad.address, transport=small_pieces(), timeout=SOON)
-        seed.go_on()
+        seed.resume()
         tensorfork.fork_into(model, good.address, transport=small_pieces(), timeout=SOON)
-    assert right(model)
+    assert has_expected_values(model)
 
 
 @pytest.mark.parametrize("close_first", [True, False], ids=["after closing", "without a word"])
 def test_memory_freed_under_way_fails_the_fork_and_the_seeds_process_lives(seed: Child, close_first: bool) -> None:
-    address, free = seed.ask("map", BIG), When(lambda: seed.ask("free", close_first))
+    address, free = seed.request("map", BIG), OnFirstBytes(lambda: seed.request("free", close_first))
     with pytest.raises(tensorfork.TensorForkError):
         tensorfork.fork_into(
             empty(1, BIG), address, transport=small_pieces(), timeout=LATE, verify=False, progress=free
         )
     model = empty(1, 1000)
-    tensorfork.fork_into(model, seed.ask("publish", 1, 1000), transport="transfer_engine:tcp", timeout=SOON)
-    assert right(model)
+    tensorfork.fork_into(model, seed.request("publish", 1, 1000), transport="transfer_engine:tcp", timeout=SOON)
+    assert has_expected_values(model)
 
 
-def test_a_seed_that_is_silent_when_it_is_met_costs_the_deadline_and_the_engine_is_replaced() -> None:
-    used = engine.engine("tcp", "127.0.0.1")
-    with silent() as offer, pytest.raises(TransportUnavailable, match="did not answer by the deadline"):
+def test_a_seed_that_does_not_answer_costs_the_deadline_and_the_engine_is_replaced() -> None:
+    used = engine.get_engine("tcp", "127.0.0.1")
+    with silent_engine() as offer, pytest.raises(TransportUnavailable, match="did not answer by the deadline"):
         open_offer(offer, seconds=0.5)
     assert used.broken
-    assert engine.engine("tcp", "127.0.0.1") is not used
+    assert engine.get_engine("tcp", "127.0.0.1") is not used
     with tensorfork.publish(tensors(1, 1000), transports=OFFERED) as other:
         model = empty(1, 1000)
         tensorfork.fork_into(model, other.address, transport="transfer_engine:tcp", timeout=SOON)
-        assert right(model)
+        assert has_expected_values(model)
 
 
 def open_offer(offer: bytes, seconds: float = SOON) -> tuple[tensorfork.Session, torch.Tensor]:
     into = torch.zeros(1000, dtype=torch.uint8)
     ours = Region(0, into.data_ptr(), 1000, "cpu", into)
-    remote, channel = [RemoteRegion(0, 1000, "cpu")], Speaker(lambda _: None)
+    remote, channel = [RemoteRegion(0, 1000, "cpu")], QueueChannel(lambda _: None)
     fork = TransferEngine(fabric="tcp")
     return fork.open(offer, "127.0.0.1", remote, [ours], channel, time.monotonic() + seconds), into
 
 
-def test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_reads_on() -> None:
+def test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_is_used_again() -> None:
     memory = torch.full((1000,), 7, dtype=torch.uint8)
     region = Region(0, memory.data_ptr(), 1000, "cpu", memory)
     transport = TransferEngine(fabric="tcp")
@@ -242,7 +244,7 @@ def test_memory_that_is_not_registered_any_more_is_refused_and_the_engine_reads_
     again.close(time.monotonic() + SOON)
 
 
-def test_closing_a_lease_says_whether_its_reader_has_said_that_it_is_done() -> None:
+def test_closing_a_lease_tells_whether_its_fork_has_said_that_it_is_done() -> None:
     memory = torch.zeros(1000, dtype=torch.uint8)
     region = Region(0, memory.data_ptr(), 1000, "cpu", memory)
     transport = TransferEngine(fabric="tcp")
@@ -250,7 +252,7 @@ def test_closing_a_lease_says_whether_its_reader_has_said_that_it_is_done() -> N
         export = transport.export(
             [region], Site("127.0.0.1", "127.0.0.1"), transport.facts([region]), time.monotonic() + SOON
         )
-        at_seed = Speaker(lambda _: None)
+        at_seed = QueueChannel(lambda _: None)
         serving = threading.Thread(target=export.serve, args=(at_seed,))
         serving.start()
         session = transport.open(
@@ -258,7 +260,7 @@ def test_closing_a_lease_says_whether_its_reader_has_said_that_it_is_done() -> N
             "127.0.0.1",
             [RemoteRegion(0, 1000, "cpu")],
             [],
-            Speaker(at_seed.hear if speaks else lambda _: None),
+            QueueChannel(at_seed.deliver if speaks else lambda _: None),
             time.monotonic() + SOON,
         )
         session.close(time.monotonic() + SOON)
@@ -269,10 +271,10 @@ def test_closing_a_lease_says_whether_its_reader_has_said_that_it_is_done() -> N
 
 
 def test_control_c_ends_a_fork_and_leaves_nothing_under_way(seed: Child) -> None:
-    model, address = empty(1, BIG), seed.ask("publish", 1, BIG)
-    interrupt = When(lambda: os.kill(os.getpid(), signal.SIGINT))
+    model, address = empty(1, BIG), seed.request("publish", 1, BIG)
+    interrupt = OnFirstBytes(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         tensorfork.fork_into(model, address, transport=small_pieces(), timeout=SOON, progress=interrupt)
-    until(lambda: not undrained_reads.stretches())
+    wait_until(lambda: not undrained_reads.ranges())
     tensorfork.fork_into(model, address, transport=small_pieces(), timeout=SOON)
-    assert right(model)
+    assert has_expected_values(model)

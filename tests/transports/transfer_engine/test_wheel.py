@@ -1,4 +1,4 @@
-"""What is said of a wheel that is missing, doubled, or cannot be imported; and the environment round it."""
+"""The errors for a wheel that is missing, doubled, or cannot be imported; and the environment afterwards."""
 
 import importlib.metadata
 import importlib.util
@@ -23,7 +23,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             except KeyError:
                 raise importlib.metadata.PackageNotFoundError(name) from None
 
-        monkeypatch.setattr(library, "_wheel_of", {})
+        monkeypatch.setattr(library, "_imported_wheel", {})
         monkeypatch.setattr(importlib.metadata, "version", version)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
@@ -42,18 +42,18 @@ def test_a_missing_wheel_is_named_by_the_extra_that_fits_torch(
         TransferEngine().facts([])
 
 
-def test_two_wheels_at_once_are_refused_with_the_command_that_mends_it(installed: Callable[..., None]) -> None:
+def test_two_wheels_at_once_are_refused_with_the_command_that_removes_one(installed: Callable[..., None]) -> None:
     installed(mooncake_transfer_engine="0.3.13", mooncake_transfer_engine_non_cuda="0.3.13")
     both = "pip uninstall -y mooncake-transfer-engine mooncake-transfer-engine-non-cuda && pip install "
     with pytest.raises(TransportUnavailable, match=both):
         TransferEngine().facts([])
 
 
-def test_a_wheel_says_whether_it_can_touch_gpus(installed: Callable[..., None]) -> None:
+def test_the_wheel_s_name_tells_whether_it_was_built_with_cuda(installed: Callable[..., None]) -> None:
     installed(mooncake_transfer_engine_cuda13="0.3.14")
-    assert library.wheel().cuda
+    assert library.installed_wheel().cuda
     installed(mooncake_transfer_engine_non_cuda="0.3.13")
-    assert not library.wheel().cuda
+    assert not library.installed_wheel().cuda
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_wheel_says_whether_it_can_touch_gpus(installed: Callable[..., None]) 
         ("libother.so.1", "pip install --force-reinstall"),
     ],
 )
-def test_a_missing_library_is_named_with_the_command_that_brings_it(
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, missing: str, command: str
 ) -> None:
     def fail(name: str) -> None:
@@ -96,6 +96,6 @@ def test_the_environment_is_as_it_was_afterwards(monkeypatch: pytest.MonkeyPatch
     assert "MC_FORCE_HCA" not in os.environ
 
 
-def test_every_return_code_has_words() -> None:
+def test_return_codes_are_explained_in_words() -> None:
     assert "registered already" in explain(-7)
     assert "code -12345" in explain(-12345)

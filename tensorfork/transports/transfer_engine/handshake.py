@@ -1,0 +1,61 @@
+"""The first contact of an engine with a peer, on a thread of its own."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from tensorfork.errors import TransferFailed
+
+
+class _CanBreak(Protocol):
+    broken: bool
+
+
+class Handshake:
+    """Runs `work`, which reads from a peer for the first time, on another thread.
+
+    Mooncake fetches the peer's description inside that first read, and waits 60 s for a peer that is stopped. Whoever
+    makes a `Handshake` must wait for it with `wait_finished`, or with `wait_connected` if `work` does no more than
+    connect.
+
+    Args:
+        engine: its `broken` is set when a wait ends before the handshake does.
+        work: is given a function to call once the peer has answered, if it goes on to do more.
+    """
+
+    def __init__(self, engine: _CanBreak, work: Callable[[Callable[[], None]], Any]) -> None:
+        self._engine, self._work = engine, work
+        self._error: Exception | None = None
+        self._connected, self._finished = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name="tensorfork-handshake", daemon=True).start()
+
+    def wait_connected(self, deadline: float) -> None:
+        """Wait until the peer has answered. Raises what `work` raised.
+
+        If that has not happened by the deadline, raises `TransferFailed`, and the engine counts as broken.
+        """
+        self._wait(self._connected, deadline)
+
+    def wait_finished(self, deadline: float) -> None:
+        """The same, until `work` has ended."""
+        self._wait(self._finished, deadline)
+
+    def _wait(self, event: threading.Event, deadline: float) -> None:
+        try:
+            if not event.wait(max(0.0, deadline - time.monotonic())):
+                raise TransferFailed("the seed's engine did not answer by the deadline: it is stopped, or unreachable")
+        finally:
+            if not event.is_set():
+                self._engine.broken = True
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._work(self._connected.set)
+        except Exception as error:
+            self._error = error
+        finally:
+            self._connected.set()
+            self._finished.set()
