@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, Tied, fingerprints, memory_of, scramble, strided, tensors_of, tied_many_runs, unused_bytes
+from models import GENERATED, Tied, fingerprints, memory_of, scramble, strided, tensors_of, tied_many_runs, unused_bytes
 from processes import Child
 from torch import nn
 
@@ -28,9 +28,9 @@ SECONDS = 60.0
 
 
 def publish_all(pipe: Connection) -> None:
-    """Publish the zoo; say the addresses and the fingerprints; stay until told to go."""
+    """Publish the generated models; send their addresses and fingerprints; serve until told to end."""
     with contextlib.ExitStack() as stack:
-        models = {name: make() for name, make in MODELS.items()}
+        models = {name: make() for name, make in GENERATED.items()}
         addresses = {name: stack.enter_context(tensorfork.publish(model)).address for name, model in models.items()}
         pipe.send((addresses, {name: fingerprints(model) for name, model in models.items()}))
         with contextlib.suppress(EOFError):
@@ -39,7 +39,7 @@ def publish_all(pipe: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[tuple[dict[str, str], dict[str, dict[str, str]]]]:
-    """The zoo in another process: the address of each model, and what it holds."""
+    """The generated models in another process: the address and the fingerprints of each."""
     with Child(publish_all) as child:
         yield child.recv()
 
@@ -62,10 +62,10 @@ def identities(model: Any) -> dict[str, Any]:
 # Every kind of tensor.
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_model_from_another_process_is_filled_in_place_bit_for_bit(elsewhere: Any, name: str) -> None:
     addresses, wanted = elsewhere
-    model = MODELS[name]()
+    model = GENERATED[name]()
     scramble(model)
     before, around = identities(model), unused_bytes(model)
     report = tensorfork.fork_into(model, addresses[name], timeout=SECONDS)
@@ -76,9 +76,9 @@ def test_a_model_from_another_process_is_filled_in_place_bit_for_bit(elsewhere: 
     assert report.tensors == len(wanted[name])
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "many"])
+@pytest.mark.parametrize("name", [name for name in GENERATED if name != "many"])
 def test_a_model_is_filled_in_place_bit_for_bit_within_a_process(seed_of: Any, name: str) -> None:
-    source, model = MODELS[name](), MODELS[name]()
+    source, model = GENERATED[name](), GENERATED[name]()
     scramble(model)
     before, around = identities(model), unused_bytes(model)
     tensorfork.fork_into(model, seed_of(source).address, timeout=SECONDS)
@@ -87,20 +87,20 @@ def test_a_model_is_filled_in_place_bit_for_bit_within_a_process(seed_of: Any, n
     assert unused_bytes(model) == around
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_fork_without_a_model_has_the_tensors_the_seed_has(elsewhere: Any, name: str) -> None:
     addresses, wanted = elsewhere
     tensors = tensorfork.fork(addresses[name], timeout=SECONDS)
     assert fingerprints(tensors) == wanted[name]
-    for mine, theirs in zip(tensors.values(), tensors_of(MODELS[name]()).values(), strict=True):
+    for mine, theirs in zip(tensors.values(), tensors_of(GENERATED[name]()).values(), strict=True):
         assert (mine.dtype, mine.shape, mine.is_meta) == (theirs.dtype, theirs.shape, False)
         assert mine.stride() == theirs.stride() or 1 in mine.shape or not mine.numel()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_model_on_the_meta_device_becomes_the_seed_s_in_one_allocation(elsewhere: Any, name: str) -> None:
     addresses, wanted = elsewhere
-    model = to_meta(MODELS[name]())
+    model = to_meta(GENERATED[name]())
     objects = {key: id(tensor) for key, tensor in tensors_of(model).items()}
     tensorfork.fork_into(model, addresses[name], timeout=SECONDS)
     assert fingerprints(model) == wanted[name]
@@ -544,7 +544,7 @@ def test_a_transformer_built_on_the_meta_device_computes_what_the_seed_s_does(se
 
 
 def test_twenty_thousand_tensors_are_published_and_described_in_time() -> None:
-    model = MODELS["many"]()
+    model = GENERATED["many"]()
     start = time.perf_counter()
     seed = tensorfork.publish(model)
     published = time.perf_counter() - start
@@ -638,8 +638,8 @@ def test_nobody_who_switched_collections_off_finds_them_on_after_a_fork() -> Non
 def test_what_turns_out_not_to_work_when_it_is_to_be_ready_is_no_transport(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the plans have been drawn up by then: that is what a transport's preparations may overlap with."""
     steps: list[str] = []
-    made = transfer.plan
-    monkeypatch.setattr(transfer, "plan", lambda *args: (steps.append("plan"), made(*args))[1])
+    make_plan = transfer.make_plan
+    monkeypatch.setattr(transfer, "make_plan", lambda *args: (steps.append("plan"), make_plan(*args))[1])
 
     class Late(ZeroMQ):
         def open(self, *args: Any) -> Session:
@@ -757,25 +757,25 @@ def test_whoever_is_not_refused_fills_the_model(
     assert "filled" in ended
     assert fingerprints(model) == fingerprints(layers())
     gc.collect()
-    assert not exclusive._filled
+    assert not exclusive._in_progress
 
 
 def test_a_fork_that_ends_while_another_is_looked_at_disturbs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
     surveys = [describe(layers()) for _ in range(4)]
-    meet, looks = exclusive._meet, list[bool]()
+    overlap, looks = exclusive._overlap, list[bool]()
     with contextlib.ExitStack() as others:
         for ours in surveys[1:]:
             others.enter_context(exclusive.exclusive_fill(ours))
 
         def ending(one: Any, other: Any) -> bool:
             others.close()
-            looks.append(meet(one, other))
+            looks.append(overlap(one, other))
             return looks[-1]
 
-        monkeypatch.setattr(exclusive, "_meet", ending)
+        monkeypatch.setattr(exclusive, "_overlap", ending)
         with exclusive.exclusive_fill(surveys[0]):
             assert looks == [False] * 3
-    assert not exclusive._filled
+    assert not exclusive._in_progress
 
 
 def test_models_with_tied_tensors_are_filled_at_once(seed_of: Callable[[Any], tensorfork.Seed]) -> None:

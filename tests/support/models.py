@@ -183,7 +183,7 @@ def many() -> Model:
     return {f"layers.{i}.weight": memory[i * 48 : i * 48 + 40].clone().view(torch.float16) for i in range(20_000)}
 
 
-MODELS: Mapping[str, Callable[[], Model]] = {
+GENERATED: Mapping[str, Callable[[], Model]] = {
     make.__name__.lower(): make
     for make in (
         plain, Tied, Views, strided, Buffers, small, nothing, dtypes, packed, many_runs, tied_many_runs, overlapping,
