@@ -1,25 +1,27 @@
-"""For whoever writes a transport, or code that must survive a bad one.
+"""For authors of a transport, and of code that must survive a faulty one.
 
-`TransportSuite` is what every transport must pass. Inherit it in a test module of yours, and say how yours is made:
+`TransportSuite` is the suite that every transport must pass. Inherit it in a test module, and define `make`:
 
     class TestPigeon(TransportSuite):
         def make(self) -> tensorfork.Transport:
             return Pigeon()
 
-`FaultyTransport` wraps another transport and spoils what it brings, in one of the ways that `faults` has:
+`FaultyTransport` wraps another transport and corrupts what it transfers, by one of the `faults`:
 
     with pytest.raises(tensorfork.VerificationFailed):
         tensorfork.fork_into(model, seed.address, transport=FaultyTransport(Pigeon(), faults.Flip()))
 
-Needs pytest, and `tensorfork` itself; nothing else of this package is imported from outside of it.
+It needs pytest. Of `tensorfork` it uses the public names alone.
 """
 
 import pytest
 
-pytest.register_assert_rewrite("tensorfork.testing.lab", "tensorfork.testing.suite")
+pytest.register_assert_rewrite(
+    "tensorfork.testing.harness", "tensorfork.testing.lease_under_test", "tensorfork.testing.suite"
+)
 
-from tensorfork.testing import faults
-from tensorfork.testing.faults import Fault, FaultyTransport
-from tensorfork.testing.suite import TransportSuite
+from tensorfork.testing import faults  # noqa: E402
+from tensorfork.testing.faults import Fault, FaultyTransport  # noqa: E402
+from tensorfork.testing.suite import TransportSuite  # noqa: E402
 
 __all__ = ["Fault", "FaultyTransport", "TransportSuite", "faults"]

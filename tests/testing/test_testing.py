@@ -14,15 +14,15 @@ import tensorfork
 from tensorfork import Copy, Export, Region, RemoteRegion, Session, TransferFailed
 from tensorfork.testing import Fault, FaultyTransport, TransportSuite, faults
 from tensorfork.testing.faults import Job
-from tensorfork.testing.lab import HERE, Lab, Setup
-from tensorfork.testing.memory import Memory
+from tensorfork.testing.guarded_memory import GuardedMemory
+from tensorfork.testing.harness import SAME_PROCESS, Harness, Setup
 from tensorfork.transports.zeromq import ZeroMQ
 
 
 class TestWithoutAnyFault(TransportSuite):
     """A wrapper that changes nothing keeps the contract."""
 
-    ways = (HERE,)
+    ways = (SAME_PROCESS,)
     big = 24 << 20
 
     def make(self) -> tensorfork.Transport:
@@ -32,7 +32,7 @@ class TestWithoutAnyFault(TransportSuite):
 class Broken(TransportSuite):
     """Not collected: its name is not a test's."""
 
-    ways = (HERE,)
+    ways = (SAME_PROCESS,)
     big = 24 << 20
     seconds = 20.0
     short = 0.3
@@ -44,20 +44,19 @@ class Broken(TransportSuite):
 
 
 @contextmanager
-def lab_of(make: Callable[[], tensorfork.Transport], **settings: Any) -> Iterator[tuple[Broken, Lab]]:
+def harness_for(make: Callable[[], tensorfork.Transport], **settings: Any) -> Iterator[tuple[Broken, Harness]]:
     kind = type("BrokenOne", (Broken,), {"transport": staticmethod(make), **settings})
     suite = kind()
-    with Lab(suite, Setup(HERE, "cpu", "cpu"), None) as lab:
-        yield suite, lab
+    yield suite, Harness(suite, Setup(SAME_PROCESS, "cpu", "cpu"), None)
 
 
 def finds(make: Callable[[], tensorfork.Transport], test: Callable[..., None], words: str | None, *args: Any) -> None:
     """This test of the suite fails for this transport, with these words."""
     with (
-        lab_of(make) as (suite, lab),
+        harness_for(make) as (suite, harness),
         pytest.raises((AssertionError, pytest.fail.Exception, ExceptionGroup), match=words),
     ):
-        test(suite, lab, *args)
+        test(suite, harness, *args)
 
 
 def with_fault(fault: Callable[[], Fault]) -> Callable[[], tensorfork.Transport]:
@@ -136,8 +135,8 @@ def test_a_write_into_the_seed_fails_the_suite() -> None:
             ctypes.memset(regions[0].address, 0, regions[0].nbytes)
             return super().export(regions, *rest)
 
-    with pytest.raises(AssertionError), lab_of(Scribbler) as (suite, lab):
-        suite.test_a_region_arrives(lab)
+    with pytest.raises(AssertionError), harness_for(Scribbler) as (suite, harness):
+        suite.test_a_region_arrives(harness)
 
 
 # Done.
@@ -252,8 +251,8 @@ def test_bytes_written_after_a_failure_fail_the_suite() -> None:
             late[-1].start()
             raise
 
-    def wait_and_end(suite: Broken, lab: Lab) -> None:
-        with lab.lease([1000], [1000]) as lease:
+    def wait_and_end(suite: Broken, harness: Harness) -> None:
+        with harness.lease([1000], [1000]) as lease:
             lease.fail([lease.stripes(1)[0]], seconds=-1.0)
             late[-1].join()
 
@@ -298,10 +297,10 @@ def test_a_serve_that_does_not_end_fails_the_suite() -> None:
             super().serve(channel)
             over.wait()
 
-    with lab_of(exporting(Lasts), seconds=0.5) as (suite, lab):
+    with harness_for(exporting(Lasts), seconds=0.5) as (suite, harness):
         try:
             with pytest.raises(AssertionError, match="serve did not return"):
-                suite.test_a_region_arrives(lab)
+                suite.test_a_region_arrives(harness)
         finally:
             over.set()
 
@@ -340,7 +339,7 @@ def test_a_transport_that_reads_beyond_regions_fails_the_suite() -> None:
             whole = Copy(0, copy.region, offset, copy.into, copy.at, min(copy.nbytes, 1000))
             job.inner.pull([whole], job.deadline, lambda _, i=i: job.done(i), job.cancel)  # type: ignore[misc]
 
-    finds(custom(pull), Broken.test_what_lies_beyond_a_seeds_region_is_refused, "was reported as done", -1, 2)
+    finds(custom(pull), Broken.test_a_copy_beyond_a_seeds_region_is_refused, "was reported as done", -1, 2)
 
 
 def test_a_transport_that_takes_any_region_fails_the_suite() -> None:
@@ -371,8 +370,8 @@ def test_facts_that_do_not_travel_fail_the_suite() -> None:
         def facts(self, regions: Any) -> Any:
             return {"regions": {1, 2}}
 
-    with lab_of(Talks) as (suite, lab), pytest.raises(TypeError, match="serialize"):
-        suite.test_facts_travel_and_say_that_the_two_sides_fit(lab)
+    with harness_for(Talks) as (suite, harness), pytest.raises(TypeError, match="serialize"):
+        suite.test_facts_travel_and_say_that_the_two_sides_fit(harness)
 
 
 def test_facts_that_change_fail_the_suite() -> None:
@@ -389,7 +388,7 @@ def test_a_cover_beside_its_regions_fails_the_suite() -> None:
             _, places = super().cover(regions)
             return [Region(r.id, r.address + 1, r.nbytes, r.device) for r in regions], places
 
-    finds(Shifted, Broken.test_each_region_lies_within_what_covers_it, None)
+    finds(Shifted, Broken.test_each_region_lies_within_the_one_that_covers_it, None)
 
 
 # Faults.
@@ -407,16 +406,16 @@ def test_a_faulty_transport_goes_by_the_name_of_the_one_it_wraps() -> None:
 
 
 def test_faults_find_their_copy_in_whichever_pull_it_comes() -> None:
-    with lab_of(with_fault(lambda: faults.Flip(copy=2))) as (_, lab), lab.lease([30], [30]) as lease:
+    with harness_for(with_fault(lambda: faults.Flip(copy=2))) as (_, harness), harness.lease([30], [30]) as lease:
         first, second, third, fourth = lease.stripes(4)
         lease.pull([first, second])
         with pytest.raises(AssertionError, match="before it is there"):
-            lease.attempt([third, fourth])
+            lease.try_pull([third, fourth])
 
 
 def test_a_stop_ends_when_it_is_cancelled() -> None:
     cancel = threading.Event()
-    with lab_of(with_fault(lambda: faults.StopAfter(10))) as (_, lab), lab.lease([30], [30]) as lease:
+    with harness_for(with_fault(lambda: faults.StopAfter(10))) as (_, harness), harness.lease([30], [30]) as lease:
         started = time.monotonic()
         error = lease.fail(lease.stripes(3), cancel=cancel, then=lambda _: cancel.set())
         assert "cancelled" in str(error)
@@ -424,15 +423,15 @@ def test_a_stop_ends_when_it_is_cancelled() -> None:
 
 
 def test_memory_tells_which_byte_is_wrong() -> None:
-    memory = Memory("cpu", [100, 50], 1)
-    assert memory.wrong() is None
+    memory = GuardedMemory("cpu", [100, 50], 1)
+    assert memory.first_difference() is None
     region = memory.regions[1]
-    memory.read(1, 49, 1).bitwise_not_()
-    assert "byte 49 of region 1" in str(memory.wrong())
-    assert memory.wrong(but=[(region.address + 49, 1)]) is None
-    assert memory.wrong(but=[(region.address + 48, 1)]) is not None
+    memory.view(1, 49, 1).bitwise_not_()
+    assert "byte 49 of region 1" in str(memory.first_difference())
+    assert memory.first_difference(ignore=[(region.address + 49, 1)]) is None
+    assert memory.first_difference(ignore=[(region.address + 48, 1)]) is not None
     memory.poison()
-    assert memory.wrong() is None
+    assert memory.first_difference() is None
 
 
 def test_remote_regions_say_nothing_of_addresses() -> None:

@@ -19,9 +19,9 @@ import tensorfork
 from tensorfork import Copy, RemoteRegion, Site, TransferFailed, TransportUnavailable
 from tensorfork.sockets import zero_copy
 from tensorfork.testing import TransportSuite
-from tensorfork.testing.ends import Speaker
-from tensorfork.testing.lab import HERE
-from tensorfork.testing.memory import Memory, contents
+from tensorfork.testing.channel import QueueChannel
+from tensorfork.testing.guarded_memory import GuardedMemory, contents
+from tensorfork.testing.harness import SAME_PROCESS
 from tensorfork.transports.zeromq import FRAME, ZeroMQ
 
 SECONDS = 20.0
@@ -35,7 +35,7 @@ class TestZeroMQ(TransportSuite):
 
 
 class TestOverOneConnection(TransportSuite):
-    ways = (HERE,)
+    ways = (SAME_PROCESS,)
     big = 24 << 20
 
     def make(self) -> tensorfork.Transport:
@@ -46,8 +46,8 @@ def soon() -> float:
     return time.monotonic() + SECONDS
 
 
-def nobody() -> Speaker:
-    return Speaker(lambda _: None)
+def nobody() -> QueueChannel:
+    return QueueChannel(lambda _: None)
 
 
 class Served:
@@ -55,7 +55,7 @@ class Served:
 
     def __init__(self, transport: ZeroMQ, nbytes: int = 100_000) -> None:
         self.transport, self.nbytes = transport, nbytes
-        self.memory = Memory("cpu", [nbytes], 3)
+        self.memory = GuardedMemory("cpu", [nbytes], 3)
         self.export = transport.export(self.memory.regions, SITE, {}, soon())
         self.token, self.port = OFFER.unpack(self.export.offer)
         self.region = self.memory.regions[0].id
@@ -71,7 +71,7 @@ class Served:
 
     def fork(self, offer: bytes | None = None, seconds: float = SECONDS) -> None:
         """Pull everything, and see that it is there."""
-        mine = Memory("cpu", [self.nbytes], 4)
+        mine = GuardedMemory("cpu", [self.nbytes], 4)
         remote = [RemoteRegion(self.region, self.nbytes, "cpu")]
         session = self.transport.open(offer or self.export.offer, SITE.host, remote, mine.regions, nobody(), soon())
         done: list[int] = []
@@ -80,8 +80,8 @@ class Served:
             session.pull([copy], time.monotonic() + seconds, done.append, threading.Event())
         finally:
             session.close(soon())
-        mine.want(0, 0, contents(3, [self.nbytes])[0])
-        assert mine.wrong() is None
+        mine.expect(0, 0, contents(3, [self.nbytes])[0])
+        assert mine.first_difference() is None
         assert done == [0]
 
     def __enter__(self) -> "Served":
@@ -161,7 +161,7 @@ def test_a_number_of_connections_out_of_bounds_is_a_value_error(connections: int
 
 def test_an_address_that_is_not_here_is_unavailable() -> None:
     with pytest.raises(TransportUnavailable, match=r"cannot listen at 203\.0\.113\.5"):
-        ZeroMQ().export(Memory("cpu", [10], 1).regions, Site("203.0.113.5", "203.0.113.5"), {}, soon())
+        ZeroMQ().export(GuardedMemory("cpu", [10], 1).regions, Site("203.0.113.5", "203.0.113.5"), {}, soon())
 
 
 def test_a_seed_with_a_range_of_ports_serves_forks_from_it() -> None:
@@ -273,7 +273,7 @@ def test_who_lends_to_nobody_is_told() -> None:
 
 
 def test_the_kernel_buffers_little_between_processes_of_one_host_and_what_it_likes_between_others() -> None:
-    transport, memory = ZeroMQ(), Memory("cpu", [10], 1)
+    transport, memory = ZeroMQ(), GuardedMemory("cpu", [10], 1)
     here = transport.facts(memory.regions)
     found = []
     for facts in (here, {"host": "another"}, {}):
@@ -285,7 +285,7 @@ def test_the_kernel_buffers_little_between_processes_of_one_host_and_what_it_lik
 
 def test_a_seed_that_sends_what_nobody_asked_for_does_not_fill_the_forks_memory() -> None:
     """It is the fork that stops reading; the seed's own queue, limited here to one message, is what fills."""
-    mine = Memory("cpu", [1000], 4)
+    mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.sndhwm, router.router_mandatory, router.linger = 1, True, 0
         offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"))
@@ -437,7 +437,7 @@ LIES: dict[str, Callable[[int], list[bytes] | None]] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_an_answer_that_is_none_fails_the_pull_and_touches_nothing_beside_its_place(lie: str) -> None:
-    mine = Memory("cpu", [1000], 4)
+    mine = GuardedMemory("cpu", [1000], 4)
     with liar(LIES[lie]) as offer:
         remote = [RemoteRegion(1, 1000, "cpu")]
         session = ZeroMQ(connections=1).open(offer, SITE.host, remote, mine.regions, nobody(), soon())
@@ -447,8 +447,8 @@ def test_an_answer_that_is_none_fails_the_pull_and_touches_nothing_beside_its_pl
             with pytest.raises(TransferFailed):
                 session.pull([copy], time.monotonic() + 0.5, done.append, threading.Event())
             assert done == ([0] if "frame too many" in lie or "many frames" in lie else [])  # its bytes had come
-            mine.want(0, 200, mine.read(0, 200, 100))  # what is inside of its place counts for nothing
-            assert mine.wrong() is None
+            mine.expect(0, 200, mine.view(0, 200, 100))  # what is inside of its place counts for nothing
+            assert mine.first_difference() is None
             with pytest.raises(TransferFailed, match="failed before"):
                 session.pull([copy], soon(), done.append, threading.Event())
         finally:
@@ -456,7 +456,7 @@ def test_an_answer_that_is_none_fails_the_pull_and_touches_nothing_beside_its_pl
 
 
 def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_once() -> None:
-    mine = Memory("cpu", [1000], 4)
+    mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"))
 
@@ -479,7 +479,7 @@ def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_onc
 
 def test_a_port_where_nobody_listens_fails_by_the_deadline() -> None:
     with free_ports(1) as ports:
-        mine = Memory("cpu", [1000], 4)
+        mine = GuardedMemory("cpu", [1000], 4)
         offer = OFFER.pack(bytes(16), ports[0])
         started = time.monotonic()
         session = ZeroMQ().open(offer, SITE.host, [RemoteRegion(1, 1000, "cpu")], mine.regions, nobody(), soon())
