@@ -1,4 +1,4 @@
-"""The public functions: publish a model in one process, fork it in another. `tensorfork.fork.steps` has a fork's steps."""
+"""The public functions: publish a model in one process, fork it in another. The steps of a fork are in `fork.steps`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
 
 TIMEOUT = 300.0
-"""Seconds that a fork may take, unless the caller says otherwise."""
+"""Seconds that a fork may take, by default."""
 GC_PAUSE = 2.0
-"""Seconds of a fork in which no garbage is collected, at most. Forks over NVLink have ended by then."""
+"""Seconds of a fork for which garbage collection is paused, at most. Forks over NVLink have ended by then."""
 
 
 def publish(
@@ -46,24 +46,24 @@ def publish(
     """Let other processes fork this model, from now until the seed is closed.
 
     Nothing is copied, and nothing waits for a fork: the tensors are described, the current stream of each of their GPUs
-    is synchronised once, and a thread begins to answer. Change the tensors in place only under `Seed.updating`. A seed
-    that nobody closes is closed when the process ends.
+    is synchronised once, and a thread starts to answer forks. Change the tensors in place only under `Seed.updating`. A
+    seed that was not closed is closed when the process exits.
 
     Args:
-        model: an `nn.Module`, of which every tensor is published (docs/reliability.md says where they are found); or a
-            mapping of names to tensors, of which just those are.
-        bind: the address to listen on. Whoever reaches it can read the model: it is loopback unless told otherwise.
-        advertise: the host, or host:port, by which forks reach it; needed with ``tcp://0.0.0.0:*``.
-        transports: names or instances to offer; all that work here, by default.
-        identity: which model this is; compared by forks that say theirs.
-        rank: which part of the model this process holds; compared by forks that say theirs.
-        include: names of tensors, or patterns with ``*`` and ``?``, each for what lies under it too; only these are
-            published.
-        exclude: the same for those that are not: caches, and integers that hold addresses or handles.
+        model: an `nn.Module`, all of whose tensors are published (docs/reliability.md says where they are found); or a
+            mapping of names to tensors, which are published as they are.
+        bind: the address to listen on, loopback by default. Whoever reaches it can read the model.
+        advertise: the host, or host:port, by which forks reach the seed; needed with ``tcp://0.0.0.0:*``.
+        transports: names or instances to offer; by default all that work in this process.
+        identity: which model this is; compared with the identity of each fork that gives one.
+        rank: which part of the model this process holds; compared with the rank of each fork that gives one.
+        include: the tensors to publish, by name or by pattern with ``*`` and ``?``; a name stands for all that lies
+            under it too. By default all are published.
+        exclude: the tensors to leave out, in the same form: caches, and integers that hold addresses or handles.
 
     Raises:
         TypeError: it is not a model.
-        ValueError: `include` names what the model does not have.
+        ValueError: `include` names a tensor that the model does not have, or an address cannot be used.
         UnsupportedTensor: one of its tensors cannot be forked; the message names it.
         TransportUnavailable: one of the transports named cannot work here.
         OSError: the address cannot be listened on.
@@ -98,32 +98,34 @@ def fork_into(
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
 
-    Tensors on the meta device get memory on `device`, in one allocation for each device and sharing storages as the
-    seed's do, once everything has been verified; until then, and after any failure, they stay meta. For the first two
-    seconds the process collects no garbage.
+    Tensors on the meta device get memory on `device`, in one allocation for each device, and share storages as the
+    seed's do. They get it once everything has been verified; until then, and after any failure, they stay meta.
 
-    A model that is published itself is to be filled under its seed's `Seed.updating`, as with all that changes it:
-    forks of it would see two moments otherwise.
+    If the model is itself published, fill it under its seed's `Seed.updating`, as any change of it: otherwise its forks
+    may take a mixture of old and new. Garbage collection is paused for the first two seconds, at most
+    (docs/process_settings.md). docs/errors.md says how a fork is cancelled.
 
     Args:
         model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and strides: built
-            by the same code, and at the same moment of its life as the seed's was when it was published.
-        peer: the seed's address, as `Seed.address` says it.
-        device: where meta tensors go; as in the seed, by default (one GPU: to the current one).
+            by the same code, and at the same stage of its life as the seed's was when it was published.
+        peer: the seed's address, as in `Seed.address`.
+        device: where meta tensors go; by default to the devices of the seed's, or to the current GPU if the seed's are
+            on a single one.
         transport: "auto", a name, or a `Transport`.
-        timeout: seconds for everything.
+        timeout: seconds for everything; a day at most.
         verify: compare the digest of every tensor with the seed's.
         restarts: how often to begin again when the seed's weights change under the fork.
-        progress: called with the bytes that have arrived, and the bytes there are.
-        identity: which model this is; the seed's must be equal, and is compared before anything else.
-        rank: which part of the model this process holds; the seed's must be equal but for data parallelism.
-        include: names of tensors, or patterns with ``*`` and ``?``, each for what lies under it too; only these are
-            filled, whatever else the seed has.
-        exclude: the same for those that are left as they are. What the seed excludes is to be excluded here too.
+        progress: called with the bytes that have arrived and the bytes in all, on this thread. An exception that it
+            raises ends the fork.
+        identity: which model this is. The seed's must be equal; it is compared before anything else.
+        rank: which part of the model this process holds. The seed's must be equal, except for data parallelism.
+        include: the tensors to fill, by name or by pattern with ``*`` and ``?``; a name stands for all that lies under
+            it too. By default all are filled.
+        exclude: the tensors to leave as they are, in the same form. What the seed excludes must be excluded here too.
 
     Raises:
-        TensorForkError: see docs/errors.md for each kind, and for the state it leaves the model in.
-        TypeError, ValueError: bad arguments, or another fork into the model is under way; nothing was touched.
+        TensorForkError: docs/errors.md lists each kind, and the state in which it leaves the model.
+        TypeError, ValueError: bad arguments, or another fork into the model is in progress; nothing was touched.
     """
     terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, Selection(include, exclude))
     with gc_paused(GC_PAUSE):
@@ -159,9 +161,10 @@ def fork(
     include: Patterns = None,
     exclude: Patterns = None,
 ) -> dict[str, torch.Tensor]:
-    """All tensors of the seed at `peer`, by name, in new memory on `device`; ties are one tensor under several names.
+    """Copy all tensors of the seed at `peer` into new memory on `device`, and return them by name.
 
-    The arguments and errors are those of `fork_into`. After a failure there is nothing.
+    Tied tensors are one tensor under several names. The arguments and errors are those of `fork_into`. After a failure
+    nothing is kept.
     """
     terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, Selection(include, exclude))
     if verify:

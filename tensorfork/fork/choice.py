@@ -1,4 +1,4 @@
-"""Which transport to use: what the caller asks for, and what stands against each."""
+"""Which transport to use: those that the caller asks for, and the reasons against each."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from tensorfork.transports.base import Transport
 
 
 def transports_to_try(wanted: str | Transport) -> list[Transport]:
-    """The transports to try, in order. Raises `TypeError`, or `TransportUnavailable` for a name that there is not."""
+    """The transports to try, in order. Raises `TypeError`, or `TransportUnavailable` for an unknown name."""
     if isinstance(wanted, Transport):
         return [wanted]
     if not isinstance(wanted, str):
@@ -19,7 +19,7 @@ def transports_to_try(wanted: str | Transport) -> list[Transport]:
 
 
 def reason_against(transport: Transport, seed: SeedConnection, regions: Sequence[Region]) -> str | None:
-    """Why a transport cannot be used between us and the seed; None if nothing stands against it."""
+    """Why a transport cannot be used between this process and the seed; None if it can be tried."""
     offered = seed.welcome.transports.get(transport.name)
     if offered is None:
         return f"the seed does not offer it; it offers: {', '.join(seed.welcome.transports) or 'nothing'}"
@@ -29,5 +29,10 @@ def reason_against(transport: Transport, seed: SeedConnection, regions: Sequence
         return transport.why_not(transport.facts(regions), offered.facts)
     except TransportUnavailable as error:
         return str(error)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # a seed that says something else
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # facts of another shape
         return f"what the seed says of it makes no sense: {error!r}"

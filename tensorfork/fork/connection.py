@@ -1,13 +1,10 @@
-"""A seed, as a fork sees it: the conversation with it, and what it said in its welcome."""
+"""The connection to a seed, and what the seed said of itself in its welcome."""
 
 import time
 from types import TracebackType
 from typing import Self
 
-from tensorfork.errors import (
-    IdentityMismatch,
-    ProtocolError,
-)
+from tensorfork.errors import IdentityMismatch, ProtocolError
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.version import __version__
@@ -15,11 +12,11 @@ from tensorfork.wire import messages, tables
 from tensorfork.wire.conversation import Conversation
 
 HELLO_TIMEOUT = 10.0
-"""Seconds for the first answer, where the timeout is longer: nobody waits minutes for a host that is not there."""
+"""Seconds for the first reply, even where the timeout is longer: nobody waits minutes for a host that is not there."""
 
 
 class SeedConnection:
-    """A seed, as a fork sees it: the conversation with it, and what it said at its welcome."""
+    """The connection to a seed. `welcome` is there after `greet`."""
 
     def __init__(self, address: str, deadline: float) -> None:
         self.address = address
@@ -27,25 +24,28 @@ class SeedConnection:
         self.welcome: messages.Welcome
 
     def greet(self, deadline: float) -> None:
-        """Say hello."""
+        """Say hello, and keep the seed's welcome. Raises `PeerUnreachable`, also after `HELLO_TIMEOUT` seconds."""
         hello = messages.Hello(__version__)
         soon = min(deadline, time.monotonic() + HELLO_TIMEOUT)
         self.welcome, _ = self.conversation.request(hello, messages.Welcome, soon, "hello")
 
     def compare(self, identity: Identity | None, rank: Rank | None) -> list[str]:
-        """Raise `IdentityMismatch` if it is not what we are; what was not compared, as it was not given."""
-        seed, its_rank = tables.unpack_identity(self.welcome)
-        differ: dict[str, tuple[object, object]] = {}
+        """Compare the seed's identity and rank with ours. One that is None is not compared; returns the names of those.
+
+        Raises `IdentityMismatch` with every field that differs.
+        """
+        seed_identity, seed_rank = tables.unpack_identity(self.welcome)
+        different: dict[str, tuple[object, object]] = {}
         if identity is not None:
-            differ |= (seed or Identity()).differences(identity)
+            different |= (seed_identity or Identity()).differences(identity)
         if rank is not None:
-            differ |= {"rank": (None, rank)} if its_rank is None else its_rank.differences(rank)
-        if differ:
-            raise IdentityMismatch(self.address, differ)
-        return [what for what, given in (("identity", identity), ("rank", rank)) if given is None]
+            different |= {"rank": (None, rank)} if seed_rank is None else seed_rank.differences(rank)
+        if different:
+            raise IdentityMismatch(self.address, different)
+        return [name for name, given in (("identity", identity), ("rank", rank)) if given is None]
 
     def layout(self, deadline: float) -> ModelLayout:
-        """Every tensor it has."""
+        """The seed's layout: every tensor that it has published."""
         pages, frames = self.conversation.request(messages.GetLayout(), messages.Pages, deadline, "layout")
         layout = tables.unpack_layout(pages, frames, self.welcome)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:

@@ -1,8 +1,7 @@
-"""From two layouts to copies. Pure: nothing here touches memory or a socket.
+"""From pairs of tensors to copies. Pure: no memory, no sockets.
 
-`match` pairs our tensors with the seed's, or says everything that differs. `cut` turns the pairs into copies, once both
-sides' regions are known: every destination byte exactly once, neighbours merged, nothing across a region's edge, and no
-piece longer than the transport likes.
+`cut` makes the copies once both sides' regions are known: every destination byte is written exactly once, neighbours
+are merged, no copy crosses the edge of a region, and none is longer than the transport wants.
 """
 
 import sys
@@ -19,8 +18,11 @@ from tensorfork.regions import Copy, Place
 
 @frozen
 class Plan:
-    """What to fetch: `copies`, straight into place, in the order of our memory; then `strided`, in too many stretches
-    for that.
+    """What to fetch.
+
+    Attributes:
+        copies: copies straight into place, in the order of our memory.
+        strided: tensors of too many runs for that; fetched after the copies, through scratch.
     """
 
     copies: tuple[Copy, ...]
@@ -28,41 +30,44 @@ class Plan:
 
 
 def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, Place], piece: int) -> Plan:
-    """The copies that fill all pairs. `theirs` and `ours` say where each storage lies in the transport's regions."""
+    """The plan that fills all pairs.
+
+    `theirs` and `ours` are the storages' places in the transport's regions; `piece` is the longest copy, in bytes.
+    """
     direct: list[Run] = []
     strided: list[Pair] = []
     for pair in pairs:
-        found = runs_of_pair(pair, MAX_RUNS)
-        if len(found) <= MAX_RUNS:
-            direct += found
+        pair_runs = runs_of_pair(pair, MAX_RUNS)
+        if len(pair_runs) <= MAX_RUNS:
+            direct += pair_runs
         else:
             strided.append(pair)
     runs = _merge(direct)
-    covered = _Cover(runs)
-    places = {
-        _place(pair): pair for pair in reversed(strided) if not covered.holds(extent_of_pair(pair))
-    }  # ties have one
-    left = tuple(reversed(places.values()))
+    covered = _CoveredRanges(runs)
+    uncovered = [pair for pair in strided if not covered.contain(extent_of_pair(pair))]
+    first_of_ties = {_tie_key(pair): pair for pair in reversed(uncovered)}
     copies = (_copy(run, theirs[run.source], ours[run.storage]) for run in runs)
-    return Plan(tuple(part for copy in _join(copies) for part in _pieces(copy, piece)), left)
+    pieces = tuple(part for copy in _join(copies) for part in _pieces(copy, piece))
+    return Plan(pieces, tuple(reversed(first_of_ties.values())))
 
 
 def complete(pairs: Sequence[Pair], ours: Mapping[int, Place], done: Sequence[Copy]) -> list[str]:
-    """The names of the tensors whose every byte the done copies brought."""
-    came: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    """The names of the tensors whose every byte was written by the copies that are done."""
+    written: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for copy in done:
-        came[copy.into].append((copy.at, copy.at + copy.nbytes))
-    arrived = {region: union(spans) for region, spans in came.items()}
-    return [pair.name for pair in pairs if _arrived(pair, ours, arrived)]
+        written[copy.into].append((copy.at, copy.at + copy.nbytes))
+    arrived = {region: union(spans) for region, spans in written.items()}
+    return [pair.name for pair in pairs if _has_arrived(pair, ours, arrived)]
 
 
-def _place(pair: Pair) -> tuple[object, ...]:
+def _tie_key(pair: Pair) -> tuple[object, ...]:
+    """Equal for tied tensors, which are filled once."""
     ours, theirs = pair.ours, pair.theirs
     return ours.storage, ours.offset, ours.dtype, ours.shape, ours.stride, theirs.storage, theirs.offset
 
 
 def _merge(runs: Sequence[Run]) -> list[Run]:
-    """The union of runs that do not conflict: sorted, and none overlapping another."""
+    """The union of runs, of which overlapping ones have the same source: sorted, and without overlaps."""
     merged: list[Run] = []
     for run in sorted(runs):
         last = merged[-1] if merged else None
@@ -74,15 +79,16 @@ def _merge(runs: Sequence[Run]) -> list[Run]:
     return merged
 
 
-class _Cover:
-    """Which stretches of our storages are fetched, and from where."""
+class _CoveredRanges:
+    """The ranges of our storages that are copied, and from where."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._by_storage: dict[int, list[Run]] = defaultdict(list)
         for run in runs:
             self._by_storage[run.storage].append(run)
 
-    def holds(self, run: Run) -> bool:
+    def contain(self, run: Run) -> bool:
+        """Whether every byte of the run is copied, from the run's own source."""
         at, runs = run.start, self._by_storage[run.storage]
         for i in range(max(0, bisect_right(runs, at, key=lambda one: one.start) - 1), len(runs)):
             one = runs[i]
@@ -106,7 +112,7 @@ def _copy(run: Run, theirs: Place, ours: Place) -> Copy:
 
 
 def _join(copies: Iterator[Copy]) -> Iterator[Copy]:
-    """Merge copies that are neighbours on both sides."""
+    """Sort copies by destination, and merge those that are neighbours on both sides."""
     last: Copy | None = None
     for copy in sorted(copies, key=lambda copy: (copy.into, copy.at)):
         if last and (last.into, last.region) == (copy.into, copy.region):
@@ -121,6 +127,7 @@ def _join(copies: Iterator[Copy]) -> Iterator[Copy]:
 
 
 def _pieces(copy: Copy, piece: int) -> Iterator[Copy]:
+    """Split a copy into pieces of at most `piece` bytes."""
     if copy.nbytes <= piece:
         yield copy
         return
@@ -129,7 +136,8 @@ def _pieces(copy: Copy, piece: int) -> Iterator[Copy]:
         yield Copy(0, copy.region, copy.offset + start, copy.into, copy.at + start, nbytes)
 
 
-def _arrived(pair: Pair, ours: Mapping[int, Place], arrived: Mapping[int, Sequence[tuple[int, int]]]) -> bool:
+def _has_arrived(pair: Pair, ours: Mapping[int, Place], arrived: Mapping[int, Sequence[tuple[int, int]]]) -> bool:
+    """Whether every byte of our tensor lies within what has arrived, given as merged (start, end) by region."""
     if not pair.ours.numel:
         return True
     place = ours[pair.ours.storage]
@@ -138,9 +146,10 @@ def _arrived(pair: Pair, ours: Mapping[int, Place], arrived: Mapping[int, Sequen
     runs = runs_of(pair.ours, MAX_RUNS)
     if len(runs) > MAX_RUNS:
         runs = [(0, pair.ours.extent)]
-    return all(_holds(spans, first + at, first + at + nbytes) for at, nbytes in runs)
+    return all(_contains(spans, first + at, first + at + nbytes) for at, nbytes in runs)
 
 
-def _holds(spans: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+def _contains(spans: Sequence[tuple[int, int]], start: int, end: int) -> bool:
+    """Whether one of the sorted spans contains [start, end)."""
     at = bisect_right(spans, (start, sys.maxsize)) - 1
     return at >= 0 and spans[at][0] <= start and end <= spans[at][1]

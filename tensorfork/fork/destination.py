@@ -1,7 +1,7 @@
 """What a fork fills: tensors that have memory already, and new ones for those that are still on the meta device.
 
-It is made in two steps. `DestinationMemory` is all that a transport needs to know, and is there in milliseconds.
-`Destination` is the tensors in it; there may be many, so they are made while the transport opens.
+It is made in two steps. `DestinationMemory` is what a transport needs, and takes milliseconds to make. `Destination`
+has the tensors in that memory; there may be many, so they are made while the transport opens.
 
 New tensors lie in one allocation for each device, sharing storages as the seed's do. A meta tensor takes its new
 memory only in `Destination.install`, the last step of a fork, and stays the same object.
@@ -27,28 +27,28 @@ class DestinationMemory:
 
     Attributes:
         pairs: our tensors, meta or not, with the seed's that fill them.
-        regions: all of the memory, one region a storage. New storages have the seed's numbers.
+        regions: all of the memory, one region for each storage. A new storage has the seed's number for it as its id.
         gapped: the tensors with gaps between their elements, each with its device.
         new: the new storages.
-        first_own: what is added to the number of a storage of ours, so that it comes after the new ones.
-        keep: what must stay alive while anything may write.
+        own_id_offset: added to the number of a storage that we had already, so that no new storage has the same id.
+        keep_alive: the owners of the memory.
     """
 
     pairs: Sequence[Pair]
     regions: Sequence[Region]
     gapped: Sequence[tuple[TensorLayout, torch.device]]
     new: NewStorages
-    first_own: int
-    keep: Sequence[Any]
+    own_id_offset: int
+    keep_alive: Sequence[Any]
 
     @property
     def devices(self) -> set[torch.device]:
-        """Where the memory is."""
+        """The devices that the memory is on."""
         return {torch.device(region.device) for region in self.regions}
 
 
 def memory_for(pairs: Sequence[Pair], theirs: ModelLayout, ours: LocalModel, device: Device) -> DestinationMemory:
-    """The memory of our tensors: new storages on `device` (see `device_chooser`) for the meta ones, our own for others.
+    """The memory of our tensors: new storages on `device` (see `device_chooser`) for meta ones, their own for others.
 
     Raises:
         ValueError: the device cannot be used.
@@ -58,20 +58,20 @@ def memory_for(pairs: Sequence[Pair], theirs: ModelLayout, ours: LocalModel, dev
     by_object = {id(ours.tensors[one.name]): (one.name, ours.tensors[one.name]) for one in reversed(meta)}
     check_installable(dict(by_object.values()))
     new = allocate(theirs, sorted({tensor.storage for tensor in meta}), device) if meta else NewStorages({}, {}, {})
-    first_own = len(theirs.storages) if meta else 0
+    own_id_offset = len(theirs.storages) if meta else 0
     regions = ours.memory.regions(ours.layout)
-    where = [(tensor, new.spots[tensor.storage][0]) for tensor in meta]
-    where += [(tensor, ours.tensors[tensor.name].device) for tensor in ours.layout.tensors]
-    gapped = [(tensor, device) for tensor, device in where if device.type != "meta" and not tensor.is_dense]
+    placed = [(tensor, new.slots[tensor.storage].device) for tensor in meta]
+    placed += [(tensor, ours.tensors[tensor.name].device) for tensor in ours.layout.tensors]
+    gapped = [(tensor, device) for tensor, device in placed if device.type != "meta" and not tensor.is_dense]
     if meta:
-        regions = [*new.regions, *(evolve(region, id=first_own + region.id) for region in regions)]
-    return DestinationMemory(pairs, regions, gapped, new, first_own, [ours.memory, new])
+        regions = [*new.regions, *(evolve(region, id=own_id_offset + region.id) for region in regions)]
+    return DestinationMemory(pairs, regions, gapped, new, own_id_offset, [ours.memory, new])
 
 
 def memory_for_all(theirs: ModelLayout, device: Device) -> DestinationMemory:
     """Memory for a whole copy of the seed's tensors. Raises as `memory_for` does."""
     new = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
-    gapped = [(tensor, new.spots[tensor.storage][0]) for tensor in theirs.tensors if not tensor.is_dense]
+    gapped = [(tensor, new.slots[tensor.storage].device) for tensor in theirs.tensors if not tensor.is_dense]
     return DestinationMemory([Pair(t, t) for t in theirs.tensors], new.regions, gapped, new, 0, [new])
 
 
@@ -81,9 +81,9 @@ class Destination:
 
     Attributes:
         pairs: which of the seed's tensors fills which of ours; for meta tensors, in the new storages.
-        tensors: the tensors by name, with memory; for meta ones, what they will become.
-        installation: how the meta tensors become these.
-        wrappers: the tensors of the model that are made of others.
+        tensors: the tensors to fill, by name. For a meta tensor it is a new one, which `install` turns it into.
+        installation: the pending change of the meta tensors.
+        wrappers: the model's tensors of subclasses that are made of other tensors.
     """
 
     pairs: Sequence[Pair]
@@ -93,15 +93,15 @@ class Destination:
 
     @property
     def layouts(self) -> list[TensorLayout]:
-        """Where each of our tensors lies."""
+        """The layouts of our tensors."""
         return [pair.ours for pair in self.pairs]
 
     def install(self) -> None:
-        """Give the meta tensors their memory: all of them, or none if one refuses. The objects stay the same."""
+        """Give the meta tensors their new memory: all of them, or none if one fails. They stay the same objects."""
         self.installation.run()
 
     def mark_changed(self) -> None:
-        """Tell autograd that the tensors filled in place have changed."""
+        """Increment the version counters of the tensors that are filled in place, for autograd."""
         replaced = {id(swap.new) for swap in self.installation.tensors}
         filled = [t for t in self.tensors.values() if id(t) not in replaced and not t.is_inference()]
         filled += [t for t in self.wrappers if not t.is_inference()]
@@ -110,9 +110,9 @@ class Destination:
 
 
 def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination:
-    """Our tensors; those that are still meta, in the new storages.
+    """Our tensors, with a new tensor in the new storages for each that is still meta.
 
-    Raises `UnsupportedTensor` for a tensor made of others that cannot be made anew.
+    Raises `UnsupportedTensor` for a wrapper that cannot be rebuilt around new inner tensors.
     """
     tensors, wrappers = ours.tensors, list({id(one): one for one in ours.wrappers.values()}.values())
     meta = [pair for pair in memory.pairs if tensors[pair.name].is_meta]
@@ -127,17 +127,17 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
                 made[id(old)] = pair.name, old, like_original(old, memory.new.tensor(pair.theirs, old.stride()))
             ready[pair.name] = made[id(old)][2]
         installation = Installation.prepare({name: (old, new) for name, old, new in made.values()}, ours.wrappers)
-    moved = [Pair(pair.theirs, pair.theirs) for pair in meta]
-    moved += [
-        Pair(pair.theirs, evolve(pair.ours, storage=memory.first_own + pair.ours.storage))
+    renumbered = [Pair(pair.theirs, pair.theirs) for pair in meta]
+    renumbered += [
+        Pair(pair.theirs, evolve(pair.ours, storage=memory.own_id_offset + pair.ours.storage))
         for pair in memory.pairs
         if not tensors[pair.name].is_meta
     ]
-    return Destination(moved, ready, installation, wrappers)
+    return Destination(renumbered, ready, installation, wrappers)
 
 
 def tensors_of_copy(memory: DestinationMemory) -> Destination:
-    """A whole copy of the seed's tensors, in memory for all of them; ties become one tensor under several names."""
+    """A copy of all the seed's tensors. Tied tensors become one tensor under several names."""
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
     with normal_mode():

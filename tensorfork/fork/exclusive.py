@@ -1,4 +1,4 @@
-"""Two forks into one model at once: the second is refused."""
+"""Exclusive filling: of two forks of this process into one model at once, the second is refused."""
 
 import os
 import threading
@@ -12,60 +12,61 @@ import torch
 from tensorfork.fork.runs import union
 from tensorfork.model.describe import LocalModel
 
-_filled: dict[object, ref[LocalModel]] = {}
-"""What forks of this process fill just now. Weak: one that an interrupt leaves in goes with its frame."""
+_in_progress: dict[object, ref[LocalModel]] = {}
+"""The models that forks of this process are filling. Weak, so that an entry left by an interrupt disappears."""
 
 _lock = threading.RLock()
-"""From a look at these to an entry. They are taken out without it, as the garbage collector may do that anywhere."""
+"""Held from the check of the entries until the new one is added. Entries are removed without it, since the garbage
+collector may remove one anywhere, also while this thread holds the lock."""
 
 
 @contextmanager
 def exclusive_fill(ours: LocalModel) -> Iterator[None]:
-    """Round a fork into these tensors: of two at once, each would write over what the other one has verified.
+    """Around a fork into these tensors: two forks at once would overwrite what the other one has verified.
 
-    Raises `ValueError` while another one of this process fills some of them, or of the same bytes.
+    Raises `ValueError` while another fork of this process fills some of these tensors, or some of their bytes.
     """
-    mark = object()
+    key = object()
     try:
         with _lock:
-            others = [other for held in list(_filled.values()) if (other := held()) is not None]
-            if any(_meet(ours, other) for other in others):
+            others = [other for entry in list(_in_progress.values()) if (other := entry()) is not None]
+            if any(_overlap(ours, other) for other in others):
                 raise ValueError("another fork into this model is under way in this process; wait until it has ended")
-            _filled[mark] = ref(ours, lambda _: _filled.pop(mark, None))
-        if not all(tensor.is_meta for tensor in _metas(ours)):
-            raise ValueError("another fork into this model ended while it was looked at; fork again")
+            _in_progress[key] = ref(ours, lambda _: _in_progress.pop(key, None))
+        if not all(tensor.is_meta for tensor in _meta_tensors(ours)):
+            raise ValueError("another fork into this model ended while this one examined it; fork again")
         yield
     finally:
-        _filled.pop(mark, None)
+        _in_progress.pop(key, None)
 
 
-def _meet(one: LocalModel, other: LocalModel) -> bool:
+def _overlap(one: LocalModel, other: LocalModel) -> bool:
     """Whether the two have meta tensors, or bytes, in common."""
-    ids = {id(tensor) for tensor in _metas(one)}
-    if any(id(tensor) in ids for tensor in _metas(other)):
+    ids = {id(tensor) for tensor in _meta_tensors(one)}
+    if any(id(tensor) in ids for tensor in _meta_tensors(other)):
         return True
-    both = sorted([*_stretches(one), *_stretches(other)])
-    return any(before[1] > after[0] for before, after in pairwise(both))
+    spans = sorted([*_spans(one), *_spans(other)])
+    return any(before[1] > after[0] for before, after in pairwise(spans))
 
 
-def _metas(ours: LocalModel) -> list[torch.Tensor]:
+def _meta_tensors(ours: LocalModel) -> list[torch.Tensor]:
     addresses = ours.memory.addresses
     return [ours.tensors[tensor.name] for tensor in ours.layout.tensors if addresses[tensor.storage] is None]
 
 
-def _stretches(ours: LocalModel) -> list[tuple[int, int]]:
-    """From where to where tensors lie, gaps between their elements included; none of them overlap."""
+def _spans(ours: LocalModel) -> list[tuple[int, int]]:
+    """The (start, end) addresses of the tensors, with the gaps between their elements; merged where they overlap."""
     addresses = ours.memory.addresses
-    starts = ((addresses[tensor.storage], tensor) for tensor in ours.layout.tensors if tensor.numel)
-    firsts = ((base + tensor.offset, tensor.extent) for base, tensor in starts if base is not None)
-    return union((first, first + extent) for first, extent in firsts)
+    based = ((addresses[tensor.storage], tensor) for tensor in ours.layout.tensors if tensor.numel)
+    starts = ((base + tensor.offset, tensor.extent) for base, tensor in based if base is not None)
+    return union((start, start + extent) for start, extent in starts)
 
 
 def _after_fork() -> None:
-    """In the child: whoever was filling these is not there."""
+    """In the child, the threads that were filling these models do not exist."""
     global _lock
     _lock = threading.RLock()
-    _filled.clear()
+    _in_progress.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,4 +1,4 @@
-"""A lease, as a fork holds it: the seed's promise, and the session that reads under it."""
+"""A lease, as the fork holds it: the seed's promise, and the session that reads under it."""
 
 import logging
 import time
@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 from attrs import frozen
 
-from tensorfork.errors import (
-    TensorForkError,
-)
+from tensorfork.errors import TensorForkError
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import DestinationMemory
 from tensorfork.fork.strided import Scratch
@@ -23,13 +21,23 @@ log = logging.getLogger("tensorfork")
 
 @frozen
 class Lease:
-    """A seed's promise, and the session that reads under it."""
+    """A lease, and the session that reads under it.
+
+    Attributes:
+        id: what messages about the lease carry.
+        generation: the seed's generation when the lease was granted.
+        session: the transport's, open.
+        sizes: bytes of each of the seed's regions.
+        theirs: where each of the seed's storages begins in its regions.
+        ours: where each of our storages begins in our regions.
+        piece: the longest copy that the transport wants, in bytes.
+        scratch: for strided tensors.
+    """
 
     id: bytes
     generation: int
     session: Session
     sizes: Mapping[int, int]
-    """Bytes of each of the seed's regions."""
     theirs: Mapping[int, Place]
     ours: Mapping[int, Place]
     piece: int
@@ -37,8 +45,8 @@ class Lease:
 
 
 @contextmanager
-def lease(
-    peer: SeedConnection,
+def take_lease(
+    seed: SeedConnection,
     transport: Transport,
     memory: DestinationMemory,
     deadline: float,
@@ -46,41 +54,41 @@ def lease(
     digests: bool,
     enter: Callable[[str], object],
 ) -> Iterator[Lease]:
-    """Take a lease over a transport, and open a session under it; give both back at the end. The session gets ready
-    while the caller looks at what it holds, and draws up the plans.
+    """Take a lease over a transport, and open a session under it; close both at the end.
 
-    `enter` is told the phase that begins. Raises `TransportUnavailable` where this transport turns out not to work.
+    The session may still be getting ready inside the `with` block: call `Session.ready` before the first pull. `enter`
+    is called with the name of each phase that begins. Raises `TransportUnavailable` where the transport does not work.
     """
     enter("lease")
     scratch = Scratch.for_tensors(memory.gapped)
-    given = [*memory.regions, *scratch.regions]
-    regions, places = transport.cover(given)
+    storages = [*memory.regions, *scratch.regions]
+    regions, places = transport.cover(storages)
     request = messages.TakeLease(
-        transport.name, dict(transport.facts(given)), max(0.0, deadline - time.monotonic()), digests
+        transport.name, dict(transport.facts(storages)), max(0.0, deadline - time.monotonic()), digests
     )
-    taken, frames = peer.conversation.request(request, messages.Leased, deadline, "lease")
+    leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease")
     try:
         remote = tables.unpack_regions(frames)
         enter("open")
-        channel = ForkChannel(peer.conversation, taken.lease)
-        host = peer.conversation.peer.host
-        session = transport.open(taken.offer, host, remote, regions, channel, deadline)
+        channel = ForkChannel(seed.conversation, leased.lease)
+        host = seed.conversation.peer.host
+        session = transport.open(leased.offer, host, remote, regions, channel, deadline)
         try:
             theirs = tables.unpack_places(frames)
-            ours = {region.id: place for region, place in zip(given, places, strict=True)}
+            ours = {storage.id: place for storage, place in zip(storages, places, strict=True)}
             sizes = {region.id: region.nbytes for region in remote}
-            yield Lease(taken.lease, taken.generation, session, sizes, theirs, ours, transport.piece, scratch)
+            yield Lease(leased.lease, leased.generation, session, sizes, theirs, ours, transport.piece, scratch)
         finally:
             enter("close")
             session.close(deadline)
     finally:
-        _release(peer, taken.lease, deadline)
+        _release(seed, leased.lease, deadline)
 
 
-def _release(peer: SeedConnection, id: bytes, deadline: float) -> None:
-    """Give a lease back, best effort: it ends by itself too."""
+def _release(seed: SeedConnection, id: bytes, deadline: float) -> None:
+    """Give a lease back. If that fails it is logged only: the seed ends the lease itself, when its time is over."""
     try:
         soon = min(max(deadline, time.monotonic() + 0.2), time.monotonic() + 2.0)
-        peer.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")
+        seed.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")
     except TensorForkError as error:
         log.info("a lease was not given back: %s", error)

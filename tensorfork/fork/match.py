@@ -1,4 +1,4 @@
-"""Match: our tensors with the seed's, or one error with every difference. Pure: nothing here touches memory or a socket."""
+"""Matching our tensors with the seed's: pairs, or one error with every difference. Pure: no memory, no sockets."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,23 +7,23 @@ from tensorfork.fork.pairs import Pair, Run, extent_of_pair, runs_of_pair
 from tensorfork.layout import ModelLayout
 
 MAX_RUNS_COMPARED = 1 << 18
-"""How many stretches are looked at to tell whether interleaved tensors really overlap."""
+"""Runs of one tensor that are compared, at most, to tell whether interleaved tensors really overlap."""
 
 
 def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
-    """Pair every tensor of ours with the seed's of that name.
+    """Pair every tensor of ours with the seed's of the same name.
 
-    Raises `LayoutMismatch` naming every tensor that only one side has, that differs, or that cannot share memory here
-    because the seed's do not.
+    Raises `LayoutMismatch` with every tensor that only one side has, that differs, or that shares memory with another
+    one here as the seed's two do not.
     """
-    known = {tensor.name: tensor for tensor in theirs.tensors}
-    wanted = {tensor.name: tensor for tensor in ours.tensors}
-    pairs = [Pair(known[name], tensor) for name, tensor in wanted.items() if name in known]
+    their_tensors = {tensor.name: tensor for tensor in theirs.tensors}
+    our_tensors = {tensor.name: tensor for tensor in ours.tensors}
+    pairs = [Pair(their_tensors[name], tensor) for name, tensor in our_tensors.items() if name in their_tensors]
     mismatched = [(pair.name, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
     differing = {name for name, _ in mismatched}
     mismatched += _conflicts([pair for pair in pairs if pair.name not in differing])
-    missing = [name for name in wanted if name not in known]
-    unexpected = [name for name in known if name not in wanted]
+    missing = [name for name in our_tensors if name not in their_tensors]
+    unexpected = [name for name in their_tensors if name not in our_tensors]
     if missing or unexpected or mismatched:
         raise LayoutMismatch(
             missing=missing, unexpected=unexpected, mismatched=mismatched, left_out=frozenset(theirs.left_out)
@@ -32,7 +32,7 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
 
 
 def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
-    """Tensors that share memory here, and not (or not so) in the seed: no bytes could be right for both."""
+    """Tensors that share bytes here which are different bytes in the seed, each with the reason in words."""
     suspects: dict[str, Pair] = {}
     by_name = {pair.name: pair for pair in pairs}
     order = {name: i for i, name in enumerate(by_name)}
@@ -51,15 +51,15 @@ def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
 
 
 def _clashes(runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
-    """Pairs of runs that meet in one of our storages and want different bytes there."""
-    reaching: list[Run] = []
-    # by what does not depend on where the seed's allocator put things
+    """Pairs of runs that overlap in one of our storages and come from different bytes of the seed's."""
+    open_runs: list[Run] = []
+    # the order depends on nothing that the seed's allocator chose, so that the error is the same each time
     for run in sorted(runs, key=lambda one: (one.storage, one.start, one.end, one.name)):
-        reaching = [one for one in reaching if one.storage == run.storage and one.end > run.start]
-        for one in reaching:
+        open_runs = [one for one in open_runs if one.storage == run.storage and one.end > run.start]
+        for one in open_runs:
             if (one.source, one.shift) != (run.source, run.shift):
                 yield one, run
-        # of runs that want the same, the one that reaches farthest stands for all
-        same = [one for one in reaching if (one.source, one.shift) == (run.source, run.shift)]
+        # of runs that come from the same bytes, the one that ends last is enough
+        same = [one for one in open_runs if (one.source, one.shift) == (run.source, run.shift)]
         if all(one.end < run.end for one in same):
-            reaching = [one for one in reaching if one not in same] + [run]
+            open_runs = [one for one in open_runs if one not in same] + [run]

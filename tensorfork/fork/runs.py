@@ -1,27 +1,28 @@
-"""The runs of bytes that a strided tensor's elements fill. Pure."""
+"""The runs, contiguous ranges of bytes, that a strided tensor's elements fill. Pure."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from tensorfork.layout import TensorLayout
 
 MAX_RUNS = 1024
-"""A tensor in more stretches than this is fetched with its gaps, and copied into place on our side."""
+"""A tensor of more runs than this is fetched with its gaps, and copied into place on our side (`fork.strided`)."""
 
 
 def union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What these (start, end) hold together: in order, what touches or overlaps as one."""
-    found: list[tuple[int, int]] = []
+    """The union of these (start, end): sorted, and merged where they touch or overlap."""
+    merged: list[tuple[int, int]] = []
     for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
         else:
-            found.append((start, end))
-    return found
+            merged.append((start, end))
+    return merged
 
 
 def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
-    """A tensor's bytes as a grid of equal stretches: the bytes of one, and the (step in bytes, size) of each dimension
-    along which it is repeated, longest step first. What touches or overlaps is one stretch.
+    """A tensor's bytes as a grid of equal runs: the bytes of one run, and (step in bytes, size) for each dimension.
+
+    The longest step comes first. Elements that touch or overlap along a dimension are one run.
     """
     length = tensor.torch_dtype.itemsize
     steps: list[tuple[int, int]] = []
@@ -42,8 +43,9 @@ def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
 
 
 def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
-    """The stretches of memory that a tensor's elements fill, as (offset from its first byte, bytes), merged where they
-    touch. Where there are more than `limit` before they are merged, `limit` + 1 of them as they are.
+    """The runs of a tensor's elements, as (offset from its first byte, bytes), merged where they touch.
+
+    If the grid has more than `limit` runs before merging, returns `limit` + 1 of these.
     """
     if tensor.is_dense:
         return [(0, tensor.nbytes)] if tensor.numel else []
@@ -53,17 +55,18 @@ def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
         offsets.add(offset)
         if len(offsets) > limit:
             return [(offset, length) for offset in sorted(offsets)]
-    found: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for offset in sorted(offsets):
-        if found and found[-1][0] + found[-1][1] >= offset:
-            start = found[-1][0]
-            found[-1] = (start, max(found[-1][1], offset + length - start))
+        if merged and merged[-1][0] + merged[-1][1] >= offset:
+            start = merged[-1][0]
+            merged[-1] = (start, max(merged[-1][1], offset + length - start))
         else:
-            found.append((offset, length))
-    return found
+            merged.append((offset, length))
+    return merged
 
 
 def _offsets(steps: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """The offset of every point of a grid."""
     if not steps:
         yield 0
         return

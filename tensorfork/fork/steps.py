@@ -22,7 +22,7 @@ from tensorfork.fork import transfer, verification
 from tensorfork.fork.choice import reason_against, transports_to_try
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import Destination, DestinationMemory
-from tensorfork.fork.lease import lease
+from tensorfork.fork.lease import take_lease
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.model.selection import Selection
@@ -32,7 +32,7 @@ from tensorfork.transports.base import Transport
 
 @frozen
 class Terms:
-    """What the caller of a fork asks for; `tensorfork.fork_into` describes each."""
+    """The arguments of a fork that its steps need; `tensorfork.fork_into` describes each."""
 
     transport: str | Transport
     deadline: float
@@ -73,26 +73,26 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         not_compared = seed.compare(terms.identity, terms.rank)
         watch.enter("layout")
         layout = seed.layout(terms.deadline)
-        taken, left_out = layout.only(terms.selection.selects)
-        memory = filling.allocate(taken, watch.enter)
+        selected, left_out = layout.only(terms.selection.selects)
+        memory = filling.allocate(selected, watch.enter)
         if terms.verify:
             warm_up.begin(memory.devices)
         attempt = _Attempt(seed, layout, memory, cache(lambda: filling.tensors(memory)), terms, watch)
         report = _with_restarts(lambda: attempt.first_that_works(candidates), terms)
     watch.enter("install")
-    filled = attempt.destination()
-    filled.install()
+    destination = attempt.destination()
+    destination.install()
     return evolve(
         report,
         seconds=dict(watch.stop()),
         not_compared=(*not_compared, *([] if terms.verify else ["digests"])),
         left_out=tuple(left_out),
         left_out_by_seed=layout.left_out,
-    ), filled
+    ), destination
 
 
 def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkReport:
-    """Begin again after `SeedChanged`, as often as the caller allows; a change takes a while, so wait in between."""
+    """Call `attempt` again after `SeedChanged`, as often as the caller allows, with pauses: a change takes a while."""
     for restarts in range(terms.restarts + 1):
         try:
             return evolve(attempt(), restarts=restarts)
@@ -106,7 +106,7 @@ def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkRepor
 
 @frozen
 class _Attempt:
-    """One attempt to copy everything, of one moment of the seed's."""
+    """An attempt to copy everything, at one generation of the seed."""
 
     seed: SeedConnection
     layout: ModelLayout
@@ -116,9 +116,9 @@ class _Attempt:
     watch: Stopwatch
 
     def first_that_works(self, candidates: Sequence[Transport]) -> ForkReport:
-        """Copy with the first transport that works between the two processes.
+        """Copy over the first transport that works between the two processes.
 
-        Raises `TransportUnavailable`, with the reason for each, where none does.
+        Raises `TransportUnavailable`, with the reason against each, where none works.
         """
         passed_over: dict[str, str] = {}
         for transport in candidates:
@@ -135,36 +135,38 @@ class _Attempt:
         )
 
     def _copy(self, transport: Transport) -> ForkReport:
-        """Lease, open, pull, check, verify."""
+        """Lease, open, pull, check, verify. Raises `TransportUnavailable` where the transport turns out not to work."""
         terms, seed, enter = self.terms, self.seed, self.watch.enter
         deadline = terms.deadline
-        with lease(seed, transport, self.memory, deadline, digests=terms.verify, enter=enter) as held:
+        with take_lease(seed, transport, self.memory, deadline, digests=terms.verify, enter=enter) as lease:
             enter("allocate")
-            into = self.destination()
+            destination = self.destination()
             enter("match")
-            plan = transfer.plan(held, into, seed)
+            plan = transfer.make_plan(lease, destination, seed)
             enter("verify")
-            digests = ArrivalDigests(into.tensors, into.layouts, held.ours, plan.copies) if terms.verify else None
+            digests = None
+            if terms.verify:
+                digests = ArrivalDigests(destination.tensors, destination.layouts, lease.ours, plan.copies)
             try:
                 enter("open")
-                held.session.ready(deadline)
+                lease.session.ready(deadline)
                 enter("transfer")
-                nbytes = transfer.pull(held, plan, into, seed, deadline, terms.progress, digests)
+                nbytes = transfer.pull(lease, plan, destination, seed, deadline, terms.progress, digests)
                 enter("verify")
-                verification.check_generation(held, seed, deadline)
+                verification.check_generation(lease, seed, deadline)
                 if digests is not None:
-                    verification.compare_digests(held, seed, self.layout, digests, deadline)
+                    verification.compare_digests(lease, seed, self.layout, digests, deadline)
             finally:
-                into.mark_changed()  # whether all of it arrived or some
+                destination.mark_changed()  # also where only some of it arrived
                 if digests is not None:
                     digests.close()
         return ForkReport(
             peer=seed.address,
             transport=transport.name,
-            fabric=held.session.fabric,
-            tensors=len(into.tensors),
+            fabric=lease.session.fabric,
+            tensors=len(destination.tensors),
             nbytes=nbytes,
-            generation=held.generation,
+            generation=lease.generation,
             seconds={},
             verified=terms.verify,
         )

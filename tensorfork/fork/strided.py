@@ -1,5 +1,7 @@
-"""Tensors whose elements lie in too many stretches to be fetched one by one: fetched with their gaps into bounded
-scratch, slab by slab, and copied into place on our side, which leaves the gaps untouched.
+"""Strided tensors, whose elements lie in too many runs to be fetched one by one.
+
+They are fetched with their gaps, slab by slab, into scratch of bounded size, and their elements are copied from there
+into place, so that the gaps in our memory stay as they are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,36 +18,37 @@ from tensorfork.transports.base import Session
 
 SCRATCH = 16 << 20
 """Bytes of scratch, at most, on each device that needs any."""
-_Grid = Sequence[tuple[int, int]]
 _FIRST_ID = 1 << 31
-"""Ids of scratch regions, beyond those of any storage."""
+"""The id of the first scratch region, above that of any storage."""
+_Grid = Sequence[tuple[int, int]]
+"""As in `grid_of`: (step in bytes, size) for each dimension, longest step first."""
 
 
 @frozen
 class Scratch:
-    """Room for slabs, by device."""
+    """Buffers for slabs, by device."""
 
     buffers: Mapping[torch.device, torch.Tensor]
 
     @classmethod
     def for_tensors(cls, tensors: Iterable[tuple[TensorLayout, torch.device]]) -> "Scratch":
-        """As much as tensors with gaps may need, each given with where it is; none where all are in few stretches."""
-        needs: dict[torch.device, int] = {}
+        """Scratch for these tensors with gaps, each given with its device. Tensors of few runs need none."""
+        sizes: dict[torch.device, int] = {}
         for tensor, device in tensors:
             if len(runs_of(tensor, MAX_RUNS)) > MAX_RUNS:
-                needs[device] = min(SCRATCH, max(needs.get(device, 0), tensor.extent))
-        return cls({on: torch.empty(nbytes, dtype=torch.uint8, device=on) for on, nbytes in needs.items()})
+                sizes[device] = min(SCRATCH, max(sizes.get(device, 0), tensor.extent))
+        return cls({on: torch.empty(nbytes, dtype=torch.uint8, device=on) for on, nbytes in sizes.items()})
 
     @property
     def regions(self) -> list[Region]:
-        """One for each device."""
+        """One region for each buffer."""
         return [
             Region(_FIRST_ID + i, buffer.data_ptr(), buffer.nbytes, str(device), buffer)
             for i, (device, buffer) in enumerate(self.buffers.items())
         ]
 
     def place(self, device: torch.device, ours: Mapping[int, Place]) -> Place:
-        """Where a device's buffer lies in the transport's regions."""
+        """The place of a device's buffer in the transport's regions, of which `ours` has all places by id."""
         return ours[_FIRST_ID + list(self.buffers).index(device)]
 
 
@@ -58,7 +61,7 @@ def pull_strided(
     scratch: Scratch,
     deadline: float,
 ) -> None:
-    """Fill one such tensor. Raises what `Session.pull` raises; slabs filled before that stay."""
+    """Fill one strided tensor. Raises what `Session.pull` raises; slabs that were filled before stay filled."""
     buffer, into = scratch.buffers[tensor.device], scratch.place(tensor.device, ours)
     place = theirs[pair.theirs.storage]
     start = tensor.storage_offset() * tensor.element_size()
@@ -75,13 +78,15 @@ def pull_strided(
             destination = torch.empty(0, dtype=torch.uint8, device=tensor.device)
             destination.set_(tensor.untyped_storage(), start + offset, shape, stride)
             destination.copy_(buffer.as_strided(shape, stride))
-            if tensor.is_cuda:  # the scratch is written again, by whatever the transport writes with
+            if tensor.is_cuda:  # before the transport writes to the scratch again, on another stream
                 torch.cuda.current_stream(tensor.device).synchronize()
 
 
 def _slabs(length: int, grid: _Grid, room: int) -> Iterator[tuple[int, _Grid, int]]:
-    """Cut a grid into parts that fit into `room` bytes with their gaps, and in which no stretch meets another: each
-    with its offset, its grid and the bytes of its stretches.
+    """Cut a grid of runs of `length` bytes into slabs that have at most `room` bytes, gaps included.
+
+    Yields each slab's offset, its grid, and the bytes of its runs. No two runs of a slab overlap, since a GPU copies
+    them in any order.
     """
     if not grid:
         for start in range(0, length, room):
@@ -89,7 +94,7 @@ def _slabs(length: int, grid: _Grid, room: int) -> Iterator[tuple[int, _Grid, in
         return
     (step, size), inner = grid[0], grid[1:]
     within = _extent(length, inner)
-    if within <= room and _apart(length, grid):
+    if within <= room and _without_overlaps(length, grid):
         count = 1 + (room - within) // step
         for first in range(0, size, count):
             yield first * step, ((step, min(count, size - first)), *inner), length
@@ -99,7 +104,7 @@ def _slabs(length: int, grid: _Grid, room: int) -> Iterator[tuple[int, _Grid, in
                 yield i * step + offset, part, piece
 
 
-def _apart(length: int, grid: _Grid) -> bool:
+def _without_overlaps(length: int, grid: _Grid) -> bool:
     return all(step >= _extent(length, grid[i + 1 :]) for i, (step, _) in enumerate(grid))
 
 

@@ -1,6 +1,6 @@
-"""Moving the bytes: the plan for a lease, and the pull."""
+"""Moving the bytes: what to copy under a lease, and the pull."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from threading import Event
 
 from tensorfork.digest.arrivals import ArrivalDigests
@@ -9,76 +9,94 @@ from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.cut import Plan, complete, cut
 from tensorfork.fork.destination import Destination
 from tensorfork.fork.lease import Lease
+from tensorfork.fork.pairs import Pair
 from tensorfork.fork.strided import pull_strided
+from tensorfork.regions import Place
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that have arrived and the bytes there are, now and then, on the thread that called."""
+"""Called with the bytes that have arrived and the bytes in all, on the thread that called `fork_into` or `fork`."""
 
 
-def plan(held: Lease, target: Destination, peer: SeedConnection) -> Plan:
-    """What to copy. Raises `ProtocolError` unless every tensor lies within a leased region: no transport is to read
-    anything else.
+def make_plan(lease: Lease, destination: Destination, seed: SeedConnection) -> Plan:
+    """What to copy. Raises `ProtocolError` unless every tensor of the seed's lies within a leased region.
+
+    So no transport is ever asked to read anything else.
     """
-    for tensor in (pair.theirs for pair in target.pairs if pair.theirs.numel):
-        place = held.theirs.get(tensor.storage)
-        if place is None or place.offset + tensor.offset + tensor.extent > held.sizes.get(place.region, 0):
-            raise ProtocolError(f"{peer.address}: {tensor.name} does not lie within what was leased")
-    return cut(target.pairs, held.theirs, held.ours, held.piece)
+    for tensor in (pair.theirs for pair in destination.pairs if pair.theirs.numel):
+        place = lease.theirs.get(tensor.storage)
+        if place is None or place.offset + tensor.offset + tensor.extent > lease.sizes.get(place.region, 0):
+            raise ProtocolError(f"{seed.address}: {tensor.name} does not lie within what was leased")
+    return cut(destination.pairs, lease.theirs, lease.ours, lease.piece)
 
 
 def pull(
-    held: Lease,
+    lease: Lease,
     plan: Plan,
-    target: Destination,
-    peer: SeedConnection,
+    destination: Destination,
+    seed: SeedConnection,
     deadline: float,
     progress: Progress | None,
-    verification: ArrivalDigests | None,
+    digests: ArrivalDigests | None,
 ) -> int:
-    """Move every byte; how many they were. Raises `TransferFailed` with the names of the tensors that are complete."""
-    total = _bytes(plan)
-    arrived: list[int] = []
-    moved = 0
+    """Move every byte of the plan; return how many. `digests` is told of each copy that has arrived.
 
-    def done(i: int) -> None:
-        nonlocal moved
-        arrived.append(i)
-        moved += plan.copies[i].nbytes
-        if verification is not None:
-            verification.arrived(i)
-        if progress is not None:
-            progress(moved, total)
-
-    if progress is not None:
-        progress(0, total)
+    Raises `TransferFailed` with the names of the tensors that are complete; the others hold old and new bytes.
+    """
+    arrivals = _Arrivals(plan, progress, digests)
     try:
         if plan.copies:
-            held.session.pull(plan.copies, deadline, done, Event())
-        if len(arrived) != len(plan.copies) or len(set(arrived)) != len(arrived):
-            raise TransferFailed(f"the transport reported {len(arrived)} of {len(plan.copies)} copies")
+            lease.session.pull(plan.copies, deadline, arrivals.add_copy, Event())
+        arrivals.check_copies()
         for pair in plan.strided:
-            tensor = target.tensors[pair.name]
-            pull_strided(held.session, pair, tensor, held.theirs, held.ours, held.scratch, deadline)
-            moved += pair.ours.nbytes
-            if progress is not None:
-                progress(moved, total)
+            tensor = destination.tensors[pair.name]
+            pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline)
+            arrivals.add_strided(pair)
     except TransferFailed as error:
-        strided = {pair.name for pair in plan.strided}
-        whole = complete(
-            [pair for pair in target.pairs if pair.name not in strided],
-            held.ours,
-            [plan.copies[i] for i in set(arrived)],
-        )
+        arrived = arrivals.complete_tensors(destination.pairs, lease.ours)
         raise TransferFailed(
-            f"{peer.address}: {error}; {len(whole)} of {len(target.pairs)} tensors had arrived. Try again, or another "
-            "seed; do not use the model.",
-            complete=whole,
+            f"{seed.address}: {error}; {len(arrived)} of {len(destination.pairs)} tensors had arrived. Try again, or "
+            "another seed; do not use the model.",
+            complete=arrived,
             undrained=error.undrained,
         ) from error
     except PeerUnreachable as error:
         raise TransferFailed(f"{error}; do not use the model") from error
-    return total
+    return arrivals.total
 
 
-def _bytes(plan: Plan) -> int:
-    return sum(copy.nbytes for copy in plan.copies) + sum(pair.ours.nbytes for pair in plan.strided)
+class _Arrivals:
+    """What has arrived of a plan, as it is reported."""
+
+    def __init__(self, plan: Plan, progress: Progress | None, digests: ArrivalDigests | None) -> None:
+        self._plan, self._progress, self._digests = plan, progress, digests
+        self._copies: list[int] = []
+        self._nbytes = 0
+        self.total = sum(copy.nbytes for copy in plan.copies) + sum(pair.ours.nbytes for pair in plan.strided)
+        self._add(0)
+
+    def add_copy(self, i: int) -> None:
+        """The plan's copy i has arrived."""
+        self._copies.append(i)
+        if self._digests is not None:
+            self._digests.arrived(i)
+        self._add(self._plan.copies[i].nbytes)
+
+    def add_strided(self, pair: Pair) -> None:
+        """One of the plan's strided tensors has arrived."""
+        self._add(pair.ours.nbytes)
+
+    def check_copies(self) -> None:
+        """Raise `TransferFailed` unless every copy was reported exactly once."""
+        if len(self._copies) != len(self._plan.copies) or len(set(self._copies)) != len(self._copies):
+            raise TransferFailed(f"the transport reported {len(self._copies)} of {len(self._plan.copies)} copies")
+
+    def complete_tensors(self, pairs: Sequence[Pair], ours: Mapping[int, Place]) -> list[str]:
+        """The names of the tensors whose every byte has arrived. Strided ones are never among them."""
+        strided = {pair.name for pair in self._plan.strided}
+        copies = [self._plan.copies[i] for i in set(self._copies)]
+        return complete([pair for pair in pairs if pair.name not in strided], ours, copies)
+
+    def _add(self, nbytes: int) -> None:
+        self._nbytes += nbytes
+        if self._progress is not None:
+            self._progress(self._nbytes, self.total)

@@ -39,7 +39,7 @@ MAX_OFFER = 16 << 20
 """Bytes of a transport's offer."""
 
 MAX_LEASE_SECONDS = 86400.0
-"""The longest time of a lease: a day. A fork with a longer timeout is refused."""
+"""The longest time of a lease: a day. A longer `timeout=` of a fork is a `ValueError`."""
 
 _short: Any = max_len(4096)
 

@@ -1,4 +1,4 @@
-"""Targets: room for what a fork brings, in few allocations, shared as the seed's is."""
+"""Destinations: memory for what a fork brings, in few allocations, shared as the seed's is."""
 
 import itertools
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ZOO, Tied, tensors_of
+from models import GENERATED, Tied, tensors_of
 
 from tensorfork import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.fork.destination import (
@@ -28,8 +28,8 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens
 
 def filled(seed: Any, model: Any, device: Any = None) -> tuple[DestinationMemory, Destination]:
     theirs, ours = describe(seed).layout, describe(model)
-    room = memory_for(match(theirs, ours.layout), theirs, ours, device)
-    return room, tensors_of_model(ours, room)
+    memory = memory_for(match(theirs, ours.layout), theirs, ours, device)
+    return memory, tensors_of_model(ours, memory)
 
 
 def on_meta(make: Any) -> Any:
@@ -44,21 +44,21 @@ def on_meta(make: Any) -> Any:
 @given(sizes=st.lists(st.integers(0, 3000), max_size=8))
 def test_new_storages_lie_aligned_in_one_allocation_and_apart(sizes: list[int]) -> None:
     layout = ModelLayout((), tuple(StorageLayout(size, "cpu") for size in sizes))
-    fresh = allocate(layout, range(len(sizes)), None)
-    assert len(fresh.buffers) == (1 if sizes else 0)
-    for region in fresh.regions:
-        base = fresh.buffers[torch.device("cpu")]
+    new = allocate(layout, range(len(sizes)), None)
+    assert len(new.buffers) == (1 if sizes else 0)
+    for region in new.regions:
+        base = new.buffers[torch.device("cpu")]
         assert base.data_ptr() <= region.address <= region.address + region.nbytes <= base.data_ptr() + base.nbytes
         assert (region.address - base.data_ptr()) % ALIGNMENT == 0
         assert region.nbytes == sizes[region.id]
-    for region, other in itertools.combinations(fresh.regions, 2):
+    for region, other in itertools.combinations(new.regions, 2):
         assert region.address + region.nbytes <= other.address or other.address + other.nbytes <= region.address
-    assert [region.id for region in fresh.regions] == [i for i, size in enumerate(sizes) if size]
+    assert [region.id for region in new.regions] == [i for i, size in enumerate(sizes) if size]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_copy_without_a_model_has_the_seed_s_tensors_ties_and_sharing(name: str) -> None:
-    model = ZOO[name]()
+    model = GENERATED[name]()
     layout = describe(model).layout
     copy = tensors_of_copy(memory_for_all(layout, None))
     theirs = tensors_of(model)
@@ -84,38 +84,38 @@ def test_only_what_is_on_the_meta_device_gets_new_memory() -> None:
     model = Tied()
     model.embedding = on_meta(lambda: torch.nn.Embedding(50, 8))
     model.head.weight = model.embedding.weight
-    _, target = filled(Tied(), model)
+    _, destination = filled(Tied(), model)
     for name, tensor in tensors_of(model).items():
-        assert (target.tensors[name] is tensor) == (not tensor.is_meta)
-    assert target.tensors["head.weight"] is target.tensors["embedding.weight"]
-    target.install()
+        assert (destination.tensors[name] is tensor) == (not tensor.is_meta)
+    assert destination.tensors["head.weight"] is destination.tensors["embedding.weight"]
+    destination.install()
     assert not model.embedding.weight.is_meta
 
 
 def test_a_model_that_has_its_memory_gets_none() -> None:
     model = Tied()
-    room, target = filled(Tied(), model)
-    assert dict(target.tensors) == tensors_of(model)
-    assert {region.address for region in room.regions} <= {t.data_ptr() for t in tensors_of(model).values()}
+    memory, destination = filled(Tied(), model)
+    assert dict(destination.tensors) == tensors_of(model)
+    assert {region.address for region in memory.regions} <= {t.data_ptr() for t in tensors_of(model).values()}
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("many", "nothing")])
+@pytest.mark.parametrize("name", [name for name in GENERATED if name not in ("many", "nothing")])
 def test_every_region_has_a_number_of_its_own_and_every_pair_lies_in_one(name: str) -> None:
     """Also where new memory and old are mixed."""
-    model = ZOO[name]()
+    model = GENERATED[name]()
     if isinstance(model, dict):
         first = next(iter(model))
         model[first] = torch.empty_strided(
             model[first].shape, model[first].stride(), dtype=model[first].dtype, device="meta"
         )
-    room, target = filled(ZOO[name](), model)
-    sizes = {region.id: region.nbytes for region in room.regions}
-    assert len(sizes) == len(room.regions)
-    for pair in target.pairs:
+    memory, destination = filled(GENERATED[name](), model)
+    sizes = {region.id: region.nbytes for region in memory.regions}
+    assert len(sizes) == len(memory.regions)
+    for pair in destination.pairs:
         if pair.ours.numel:
             assert pair.ours.offset + pair.ours.extent <= sizes[pair.ours.storage]
-            address = next(region.address for region in room.regions if region.id == pair.ours.storage)
-            assert address + pair.ours.offset == target.tensors[pair.name].data_ptr()
+            address = next(region.address for region in memory.regions if region.id == pair.ours.storage)
+            assert address + pair.ours.offset == destination.tensors[pair.name].data_ptr()
 
 
 def test_meta_tensors_keep_the_strides_they_had_where_those_do_not_matter() -> None:
@@ -130,10 +130,10 @@ def test_meta_tensors_keep_the_strides_they_had_where_those_do_not_matter() -> N
 
 def test_a_tensor_filled_in_place_has_a_new_version_and_one_that_took_memory_needs_none() -> None:
     model = {"old": torch.zeros(3), "new": torch.empty(3, device="meta")}
-    _, target = filled({"old": torch.ones(3), "new": torch.ones(3)}, model)
-    target.install()
+    _, destination = filled({"old": torch.ones(3), "new": torch.ones(3)}, model)
+    destination.install()
     before = {name: tensor._version for name, tensor in model.items()}
-    target.mark_changed()
+    destination.mark_changed()
     assert {name: tensor._version - before[name] for name, tensor in model.items()} == {"old": 1, "new": 0}
 
 
@@ -184,7 +184,7 @@ def test_a_layout_s_tensor_is_made_at_its_own_place() -> None:
     layout = ModelLayout(
         (TensorLayout("t", "int16", (2, 2), (4, 1), 1, 6),), (StorageLayout(7, "cpu"), StorageLayout(100, "cpu"))
     )
-    fresh = allocate(layout, [0, 1], None)
-    tensor = fresh.tensor(layout.tensors[0])
-    assert tensor.data_ptr() - fresh.buffers[torch.device("cpu")].data_ptr() == ALIGNMENT + 6
+    new = allocate(layout, [0, 1], None)
+    tensor = new.tensor(layout.tensors[0])
+    assert tensor.data_ptr() - new.buffers[torch.device("cpu")].data_ptr() == ALIGNMENT + 6
     assert (tensor.shape, tensor.stride()) == ((2, 2), (4, 1))

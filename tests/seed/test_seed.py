@@ -1,4 +1,4 @@
-"""A seed: its leases, its generation, its digests, and that what is forked is of one moment."""
+"""A seed: its leases, its generation and its digests; and that every fork has the weights of one moment."""
 
 import gc
 import logging
@@ -37,7 +37,7 @@ def soon() -> float:
 
 
 @contextmanager
-def talk(address: str) -> Iterator[Conversation]:
+def connected(address: str) -> Iterator[Conversation]:
     conversation = Conversation(address, soon())
     try:
         yield conversation
@@ -62,7 +62,7 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 
 def under_way(then: Callable[[], None]) -> FaultyTransport:
-    """A transport that does something once its first copy has arrived, and then goes on."""
+    """A transport that calls `then` once its first copy has arrived, and then makes the others."""
 
     class Then(Fault):
         def pull(self, job: Job) -> None:
@@ -77,7 +77,7 @@ def under_way(then: Callable[[], None]) -> FaultyTransport:
 
 
 def test_a_lease_ends_when_its_time_is_over() -> None:
-    with tensorfork.publish(model()) as seed, talk(seed.address) as conversation:
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         lease = take(conversation, seconds=0.1)
         until(lambda: seed.stats().running == 0, "the lease ends")
         assert seed.stats().expired == 1
@@ -86,7 +86,7 @@ def test_a_lease_ends_when_its_time_is_over() -> None:
 
 
 def test_a_lease_that_is_given_back_is_over_at_once() -> None:
-    with tensorfork.publish(model()) as seed, talk(seed.address) as conversation:
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         lease = take(conversation)
         assert check(conversation, lease.lease) == 0
         assert seed.stats().running == 1
@@ -100,7 +100,7 @@ def test_a_lease_that_is_given_back_is_over_at_once() -> None:
 def test_a_lease_whose_fork_is_gone_is_over_soon() -> None:
     with tensorfork.publish(model()) as seed:
         for _ in range(3):
-            with talk(seed.address) as conversation:
+            with connected(seed.address) as conversation:
                 take(conversation, seconds=3600.0)
         until(lambda: seed.stats().running == 0, "the leases end")
         assert seed.stats().expired == 0
@@ -109,16 +109,16 @@ def test_a_lease_whose_fork_is_gone_is_over_soon() -> None:
 
 def test_a_lease_whose_fork_is_there_and_says_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seed_module, "LIVENESS_INTERVAL", 0.01)
-    with tensorfork.publish(model()) as seed, talk(seed.address) as conversation, talk(seed.address) as other:
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation, connected(seed.address) as other:
         lease = take(conversation, seconds=3600.0)
-        for _ in range(100):  # a hundred beats, or nearly
+        for _ in range(100):  # about a hundred liveness checks
             other.request(messages.Hello("test"), messages.Welcome, soon(), "hello")
             time.sleep(0.01)
         assert check(conversation, lease.lease) == 0
 
 
-def test_there_are_so_many_leases_and_no_more() -> None:
-    with tensorfork.publish(model()) as seed, talk(seed.address) as conversation:
+def test_a_fork_beyond_the_number_of_leases_is_refused() -> None:
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         leases = [take(conversation) for _ in range(MAX_LEASES)]
         with pytest.raises(tensorfork.PeerRefused, match=f"{MAX_LEASES} forks already"):
             tensorfork.fork(seed.address, timeout=SECONDS)
@@ -130,7 +130,7 @@ def test_there_are_so_many_leases_and_no_more() -> None:
 
 
 def test_a_transport_that_was_not_offered_is_refused_and_those_offered_are_named() -> None:
-    with tensorfork.publish(model(), transports=["zeromq"]) as seed, talk(seed.address) as conversation:
+    with tensorfork.publish(model(), transports=["zeromq"]) as seed, connected(seed.address) as conversation:
         with pytest.raises(tensorfork.TransportUnavailable, match="does not offer 'pigeon'; it has: zeromq"):
             conversation.request(messages.TakeLease("pigeon", {}, 1.0, False), messages.Leased, soon(), "lease")
         assert seed.stats().refused == 1
@@ -164,7 +164,7 @@ def test_a_transport_that_cannot_export_refuses_the_lease_and_the_seed_goes_on(
         assert (stats.granted, stats.refused, stats.running) == (0, 1, 0)
         transport.broken = False
         tensorfork.fork(seed.address, timeout=SECONDS)
-    # what a transport says itself is no surprise; anything else is logged with its traceback
+    # an error of ours is expected from a transport; any other is logged with its traceback
     assert [record.levelno for record in caplog.records] == ([logging.ERROR] if type(error) is RuntimeError else [])
 
 
@@ -187,7 +187,7 @@ def test_serving_that_fails_ends_its_lease_and_nothing_else(caplog: pytest.LogCa
 
     transport = Broken()
     with tensorfork.publish(model(), transports=[transport]) as seed:
-        with talk(seed.address) as conversation:
+        with connected(seed.address) as conversation:
             take(conversation, seconds=3600.0)
             until(lambda: seed.stats().running == 0, "the lease ends")
         transport.broken = False
@@ -195,7 +195,7 @@ def test_serving_that_fails_ends_its_lease_and_nothing_else(caplog: pytest.LogCa
     assert "it broke" in caplog.text
 
 
-def test_memory_that_can_still_be_reached_is_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_that_a_reader_can_still_reach_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tensorfork")
 
     class Open(ZeroMQ):
@@ -249,7 +249,7 @@ def test_a_seed_closes_twice_and_says_that_it_is_closed() -> None:
 
 def test_no_thread_of_a_seed_is_left_when_it_is_closed() -> None:
     before = set(threading.enumerate())
-    with tensorfork.publish(model()) as seed, talk(seed.address) as conversation:
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         take(conversation, digests=True)
         assert {t.name for t in set(threading.enumerate()) - before} >= {"tensorfork-seed"}
     left = {t.name for t in set(threading.enumerate()) - before if t.name.startswith("tensorfork")}
@@ -267,7 +267,7 @@ def test_a_fork_under_way_fails_when_its_seed_closes() -> None:
     assert time.monotonic() - started < SECONDS
 
 
-def test_a_seed_that_is_forgotten_warns_and_is_closed() -> None:
+def test_a_seed_that_nobody_holds_warns_and_is_closed() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         seed = tensorfork.publish(model())
@@ -280,12 +280,12 @@ def test_a_seed_that_is_forgotten_warns_and_is_closed() -> None:
         tensorfork.fork(address, timeout=1.0)
 
 
-def test_a_seed_that_is_forgotten_while_it_is_in_use_is_closed_too() -> None:
-    """Its threads do not keep it from being collected."""
+def test_a_seed_that_nobody_holds_is_closed_while_it_is_in_use_too() -> None:
+    """Its threads do not keep it from being garbage-collected."""
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         seed = tensorfork.publish(model())
-        with talk(seed.address) as conversation:
+        with connected(seed.address) as conversation:
             take(conversation)
             del seed
             gc.collect()
@@ -350,7 +350,7 @@ def test_changes_that_overlap_end_when_the_last_of_them_does() -> None:
         assert seed.generation == 2
 
 
-def test_one_of_several_overlapping_changes_that_fails_spoils_them_all() -> None:
+def test_an_overlapping_change_that_fails_leaves_the_generation_odd() -> None:
     with tensorfork.publish(model()) as seed:
         with ExitStack() as second:
             with pytest.raises(RuntimeError), seed.updating():  # noqa: PT012  # they overlap
@@ -476,19 +476,19 @@ def test_digests_are_not_computed_for_those_who_do_not_verify() -> None:
 
 
 class Gate:
-    """Holds up the computation of digests after it has read all bytes, until it is opened."""
+    """Stops each computation of digests after it has read all bytes, until `open` is released."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Semaphore(0), threading.Semaphore(0)
         compute = digests_module.DigestBatch.compute
 
-        def held(checksums: Any, *args: Any, **options: Any) -> dict[str, int]:
+        def stopping(checksums: Any, *args: Any, **options: Any) -> dict[str, int]:
             found = compute(checksums)
             self.reached.release()
             assert self.open.acquire(timeout=SECONDS)
             return found
 
-        monkeypatch.setattr(digests_module.DigestBatch, "compute", held)
+        monkeypatch.setattr(digests_module.DigestBatch, "compute", stopping)
 
 
 def digests(conversation: Conversation, lease: messages.Leased) -> messages.Digests:
@@ -501,7 +501,7 @@ def computing() -> bool:
 
 def test_a_digest_computed_across_a_change_is_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    with tensorfork.publish(model()) as seed, talk(seed.address) as conversation:
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         lease = take(conversation, digests=True)
         assert gate.reached.acquire(timeout=SECONDS)
         with seed.updating():
@@ -513,14 +513,14 @@ def test_a_digest_computed_across_a_change_is_thrown_away(monkeypatch: pytest.Mo
             digests(conversation, lease)
 
 
-def test_who_holds_a_lease_of_the_new_generation_gets_its_digests_though_those_of_the_old_were_under_way(
+def test_a_lease_of_the_new_generation_gets_its_digests_though_those_of_the_old_were_being_computed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate = Gate(monkeypatch)
     with (
         tensorfork.publish(model()) as seed,
-        talk(seed.address) as old,
-        talk(seed.address) as new,
+        connected(seed.address) as old,
+        connected(seed.address) as new,
         zmq.Context() as context,
         context.socket(zmq.DEALER) as dealer,
     ):
@@ -534,7 +534,9 @@ def test_who_holds_a_lease_of_the_new_generation_gets_its_digests_though_those_o
         dealer.send(messages.encode(messages.GetDigests(lease.lease), 7))
         dealer.send(messages.encode(messages.Hello("test"), 8))
         assert dealer.poll(SECONDS * 1000)
-        assert messages.decode(dealer.recv_multipart()[0], messages.REPLIES)[0] == 8  # the other is known, and waits
+        assert (
+            messages.decode(dealer.recv_multipart()[0], messages.REPLIES)[0] == 8
+        )  # the first request has been read, and waits
         with pytest.raises(tensorfork.SeedChanged):  # answered while the computation still goes on
             digests(old, stale)
         gate.open.release()
@@ -551,7 +553,7 @@ def test_digests_that_cannot_be_computed_are_refused_and_tried_again(
 ) -> None:
     compute = digests_module.DigestBatch.compute
     with tensorfork.publish(model()) as seed:
-        with monkeypatch.context() as patch, talk(seed.address) as conversation:
+        with monkeypatch.context() as patch, connected(seed.address) as conversation:
 
             def fail(*args: Any, **options: Any) -> Any:
                 raise RuntimeError("out of memory")
@@ -564,7 +566,7 @@ def test_digests_that_cannot_be_computed_are_refused_and_tried_again(
     assert "out of memory" in caplog.text
 
 
-def test_weights_changed_without_a_word_are_found_by_their_digests() -> None:
+def test_weights_changed_outside_of_updating_are_found_by_their_digests() -> None:
     tensors = model()
     with tensorfork.publish(tensors) as seed:
         tensorfork.fork(seed.address, timeout=SECONDS)
@@ -578,13 +580,13 @@ def test_weights_changed_without_a_word_are_found_by_their_digests() -> None:
 
 
 def mixed(found: dict[str, torch.Tensor]) -> bool:
-    """Whether these are not all of one constant."""
+    """Whether these hold more than one value."""
     first = next(iter(found.values())).flatten()[0]
     return not all(bool((tensor == first).all()) for tensor in found.values())
 
 
 def many() -> dict[str, torch.Tensor]:
-    return {f"layer.{i}": torch.zeros(30_000) for i in range(30)}  # below what torch gives to several threads
+    return {f"layer.{i}": torch.zeros(30_000) for i in range(30)}  # few enough elements that torch uses one thread
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -599,7 +601,7 @@ def test_no_model_is_ever_mixed_while_a_thread_changes_the_weights(verify: bool)
                 with seed.updating():
                     for tensor in tensors.values():
                         tensor.fill_(value)
-                ended.wait(draw.uniform(0.0, 0.3))  # now and then long enough for a fork
+                ended.wait(draw.uniform(0.0, 0.3))  # sometimes long enough for a fork
 
         thread = threading.Thread(target=change)
         thread.start()
@@ -619,7 +621,7 @@ def test_no_model_is_ever_mixed_while_a_thread_changes_the_weights(verify: bool)
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_no_model_is_ever_mixed_when_every_copy_meets_a_change(verify: bool) -> None:
-    """The same with the change put between any two copies, one after the other."""
+    """The same, with a change between any two copies in turn."""
     tensors = model(0.0)
     with tensorfork.publish(tensors) as seed:
         value = iter(range(1, 1000))

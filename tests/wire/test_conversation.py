@@ -1,4 +1,4 @@
-"""Meeting a seed, or something else, at an address."""
+"""Connecting to an address: to a seed, to something else, or to nobody."""
 
 import json
 import random
@@ -23,9 +23,9 @@ from tensorfork.wire.conversation import Conversation
 
 PATIENCE = 30.0
 SHORT = 1.0
-"""Seconds for a fork that cannot succeed."""
+"""Timeout of a fork that cannot succeed, in seconds."""
 LATE = 5 * SHORT + 5
-"""Seconds after which it is late."""
+"""Seconds in which it must have failed."""
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def model() -> dict[str, torch.Tensor]:
 
 
 def fails(address: str, kind: type[tensorfork.TensorForkError], *words: str, timeout: float = SHORT) -> None:
-    """A fork from there fails in time, with this error; the message has these words, and the model is untouched."""
+    """A fork from the address fails in time with this error and these words, and leaves the model untouched."""
     into = {"a": torch.full((1000,), 7.0)}
     started = time.monotonic()
     with pytest.raises(kind) as caught:
@@ -46,16 +46,16 @@ def fails(address: str, kind: type[tensorfork.TensorForkError], *words: str, tim
 
 @contextmanager
 def stranger(behave: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A TCP server that is no seed: `behave` is called with each connection, on a thread."""
+    """A TCP server that is not a seed: `behave` is called with each connection, on a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
     connections: list[socket.socket] = []
     threads: list[threading.Thread] = []
 
-    def attend(connection: socket.socket) -> None:
+    def handle(connection: socket.socket) -> None:
         try:
             behave(connection)
         except OSError:
-            pass  # the fork hung up
+            pass  # the fork closed the connection
 
     def accept() -> None:
         while True:
@@ -64,7 +64,7 @@ def stranger(behave: Callable[[socket.socket], None]) -> Iterator[str]:
             except OSError:
                 return
             connections.append(connection)
-            threads.append(threading.Thread(target=attend, args=(connection,)))
+            threads.append(threading.Thread(target=handle, args=(connection,)))
             threads[-1].start()
 
     accepting = threading.Thread(target=accept)
@@ -88,7 +88,7 @@ def stranger(behave: Callable[[socket.socket], None]) -> Iterator[str]:
 
 @contextmanager
 def zeromq(kind: int, behave: Callable[[list[bytes]], list[bytes] | None]) -> Iterator[str]:
-    """A ZeroMQ socket that is no seed: `behave` gets each message and makes the answer."""
+    """A ZeroMQ socket that is not a seed: `behave` gets each message and returns the answer, or None."""
     context: zmq.Context[Any] = zmq.Context()
     made = context.socket(kind)
     made.linger = 0
@@ -166,7 +166,7 @@ def test_what_is_not_an_address_is_a_value_error(address: str) -> None:
         tensorfork.fork_into(model(), address, timeout=SHORT)
 
 
-def test_a_connection_that_is_lost_between_a_look_and_a_word_is_waited_for() -> None:
+def test_a_connection_that_is_lost_between_the_poll_and_the_call_is_waited_for() -> None:
     with tensorfork.publish({"x": torch.zeros(1)}) as seed:
         conversation = Conversation(seed.address, time.monotonic() + PATIENCE)
         real, failed = conversation._socket, list[str]()
@@ -180,16 +180,16 @@ def test_a_connection_that_is_lost_between_a_look_and_a_word_is_waited_for() -> 
 
         conversation._socket = Lossy()  # type: ignore[assignment]
         conversation._wait = lambda what, *rest: real.poll(10, what)  # type: ignore[method-assign]
-        said, _ = conversation.request(messages.Hello("test"), messages.Welcome, time.monotonic() + PATIENCE, "hello")
-        assert said.tensors == 1
+        reply, _ = conversation.request(messages.Hello("test"), messages.Welcome, time.monotonic() + PATIENCE, "hello")
+        assert reply.tensors == 1
         assert failed == ["send_multipart", "recv_multipart"]
         conversation._socket = real
         conversation.close()
 
 
-def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes_later() -> None:
+def test_closing_a_conversation_waits_for_threads_in_recv_and_later_calls_fail() -> None:
     """A socket that is closed while another thread polls it ends the process."""
-    listening, said = threading.Event(), list[BaseException]()
+    listening, raised = threading.Event(), list[BaseException]()
     with tensorfork.publish({"x": torch.zeros(1)}) as seed:
         conversation = Conversation(seed.address, time.monotonic() + PATIENCE)
         wait = conversation._wait
@@ -198,7 +198,7 @@ def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes
             try:
                 conversation.recv(b"lease", time.monotonic() + PATIENCE)
             except BaseException as error:
-                said.append(error)
+                raised.append(error)
 
         def waiting(*args: Any) -> None:
             listening.set()
@@ -211,7 +211,7 @@ def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes
         conversation.close()
         thread.join(PATIENCE)
         assert not thread.is_alive()
-        assert isinstance(said[0], tensorfork.PeerUnreachable)
+        assert isinstance(raised[0], tensorfork.PeerUnreachable)
         for late in (
             lambda: conversation.recv(b"lease", time.monotonic() + PATIENCE),
             lambda: conversation.send(b"lease", b"word", time.monotonic() + PATIENCE),
@@ -221,12 +221,12 @@ def test_a_conversation_that_is_closed_waits_for_who_listens_and_tells_who_comes
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://0.0.0.0:4180", "tcp://[::]:4180"])
-def test_where_a_seed_listens_is_not_where_it_is_found(address: str) -> None:
+def test_an_address_to_listen_on_is_not_one_to_fork_from(address: str) -> None:
     with pytest.raises(ValueError, match=r"use what seed\.address says"):
         tensorfork.fork_into(model(), address, timeout=SHORT)
 
 
-# Somebody else there.
+# Something else there.
 
 
 def test_an_http_server_is_a_protocol_error() -> None:
@@ -314,7 +314,7 @@ def test_a_fork_of_another_version_is_told_so_and_names_both(monkeypatch: pytest
         assert torch.equal(into["a"], model()["a"])
 
 
-def test_a_fork_of_another_version_hears_a_refusal_that_carries_its_number() -> None:
+def test_a_fork_of_another_version_gets_a_refusal_with_the_number_of_its_request() -> None:
     with tensorfork.publish(model()) as seed, zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.connect(seed.address)
         dealer.send(msgpack.packb([messages.MAGIC, 41, 17, "Greetings", {"anything": 1}]))
@@ -324,7 +324,7 @@ def test_a_fork_of_another_version_hears_a_refusal_that_carries_its_number() -> 
         assert body["code"] == "version"
 
 
-# Where a seed listens, and what it says of it.
+# The address a seed listens on, and the one it gives to forks.
 
 
 def test_a_seed_listens_on_loopback_unless_told_otherwise() -> None:
@@ -332,20 +332,20 @@ def test_a_seed_listens_on_loopback_unless_told_otherwise() -> None:
         assert seed.address.startswith("tcp://127.0.0.1:")
 
 
-def test_every_interface_needs_to_be_told_by_which_address_forks_come() -> None:
+def test_listening_on_every_interface_needs_an_address_to_advertise() -> None:
     for bind in ("tcp://0.0.0.0:*", "tcp://*:*", "tcp://[::]:*"):
         with pytest.raises(ValueError, match="advertise="):
             tensorfork.publish(model(), bind=bind)
 
 
 @pytest.mark.parametrize("advertise", ["127.0.0.1", "localhost"])
-def test_a_seed_on_every_interface_is_found_where_it_says(advertise: str) -> None:
+def test_a_seed_on_every_interface_is_found_at_its_advertised_address(advertise: str) -> None:
     with tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise=advertise) as seed:
         assert seed.address.startswith(f"tcp://{advertise}:")
         assert torch.equal(tensorfork.fork(seed.address, timeout=20)["a"], model()["a"])
 
 
-def test_an_advertised_port_is_said_as_it_is() -> None:
+def test_an_advertised_port_is_kept() -> None:
     with tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise="tcp://gateway.example:4180") as seed:
         assert seed.address == "tcp://gateway.example:4180"
 
@@ -361,7 +361,7 @@ def test_an_advertised_host_gets_the_port_that_was_bound(advertise: str, host: s
 
 
 @pytest.mark.parametrize("advertise", ["0.0.0.0", "*", "tcp://[::]:4180", "", "a b", "host:x"])
-def test_an_address_by_which_nobody_can_come_is_not_advertised(advertise: str) -> None:
+def test_an_address_that_nobody_can_connect_to_cannot_be_advertised(advertise: str) -> None:
     with pytest.raises(ValueError, match="advertise="):
         tensorfork.publish(model(), bind="tcp://0.0.0.0:*", advertise=advertise)
 

@@ -1,4 +1,4 @@
-"""Whatever comes to a seed's port, it serves the next fork; whatever comes from a seed, a fork is right or an error."""
+"""Whatever is sent to a seed's port, it serves the next fork. Whatever a seed sends, the fork is right or an error."""
 
 import itertools
 import resource
@@ -25,9 +25,9 @@ from tensorfork.wire import messages
 from tensorfork.wire.conversation import Conversation
 
 SECONDS = 20.0
-"""A deadline for what should work."""
+"""Timeout of what should succeed."""
 MUCH = 64 << 20
-"""Bytes of memory that no stranger may cost a seed."""
+"""Bytes of memory that no peer may cost a seed."""
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ class Seed:
         self.at = (host, int(port))
 
     def serves(self) -> None:
-        """It still serves a fork, has no more leases than that one's, and has nothing to complain of."""
+        """Check that it still serves a fork, and has logged no error."""
         found = tensorfork.fork(self.address, timeout=SECONDS)
         assert all(torch.equal(found[name], tensor) for name, tensor in model().items())
         assert self.child.request("errors") == []
@@ -81,22 +81,22 @@ def frame(body: bytes, flags: int = 0) -> bytes:
 
 
 @contextmanager
-def raw(seed: Seed, *said: bytes) -> Iterator[socket.socket]:
-    """A plain TCP connection on which this has been said."""
+def raw(seed: Seed, *data: bytes) -> Iterator[socket.socket]:
+    """A plain TCP connection on which these bytes were sent."""
     with socket.create_connection(seed.at, timeout=SECONDS) as connection:
-        send(connection, b"".join(said))
+        send(connection, b"".join(data))
         yield connection
 
 
 @contextmanager
 def zmtp(seed: Seed) -> Iterator[socket.socket]:
-    """A plain TCP connection that is through with ZeroMQ's handshake."""
+    """A plain TCP connection after ZeroMQ's handshake."""
     with raw(seed, GREETING, READY) as connection:
         got = b""
         while len(got) < len(GREETING) + 10:
-            said = connection.recv(4096)
-            assert said, "the seed does not shake hands"
-            got += said
+            received = connection.recv(4096)
+            assert received, "the seed breaks the handshake off"
+            got += received
         yield connection
 
 
@@ -104,11 +104,11 @@ def send(connection: socket.socket, data: bytes) -> None:
     try:
         connection.sendall(data)
     except (ConnectionError, TimeoutError):
-        pass  # it does not listen to such talk
+        pass  # the seed has closed the connection
 
 
 def hung_up(connection: socket.socket) -> bool:
-    """Whether the seed ends the connection."""
+    """Whether the seed closes the connection."""
     try:
         while connection.recv(1 << 16):
             pass
@@ -128,7 +128,7 @@ def dealer(seed: Seed) -> Iterator[Any]:
 
 
 def answers(made: Any) -> list[Any]:
-    """What a seed answers to all that was sent before: something that it does answer is asked last."""
+    """The seed's replies to everything that was sent before; a `Hello`, which it always answers, marks the end."""
     number = 0xABCDEF
     made.send(messages.encode(messages.Hello("test"), number))
     found = []
@@ -169,7 +169,7 @@ def test_after_all_those_bytes_a_fork_is_served(seed: Seed) -> None:
 
 
 @pytest.mark.parametrize("length", [messages.MAX_MESSAGE + 1, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
-def test_a_frame_said_to_be_huge_is_hung_up_on(seed: Seed, length: int) -> None:
+def test_a_frame_announced_as_huge_ends_the_connection(seed: Seed, length: int) -> None:
     with zmtp(seed) as connection:
         send(connection, bytes([LONG]) + struct.pack(">Q", length) + b"x" * 1000)
         assert hung_up(connection)
@@ -237,7 +237,7 @@ def spoiled(draw: st.DrawFn) -> bytes:
 
 
 def survives(seed: Seed, frames: Sequence[bytes]) -> None:
-    """The seed refuses what it answers at all, and goes on."""
+    """Send these; the seed refuses what it answers at all, and serves on."""
     with dealer(seed) as made:
         for message in frames:
             made.send(message)
@@ -318,7 +318,7 @@ BOMBS = {
 }
 
 
-assert all(len(bomb) <= messages.MAX_MESSAGE for bomb in BOMBS.values())  # libzmq hangs up on longer ones
+assert all(len(bomb) <= messages.MAX_MESSAGE for bomb in BOMBS.values())  # libzmq closes the connection at longer ones
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
@@ -327,7 +327,7 @@ def test_a_message_made_to_burst_is_refused(seed: Seed, bomb: str) -> None:
 
 
 def test_a_request_that_cannot_be_read_is_refused_under_its_number(seed: Seed) -> None:
-    """So that whoever sent it need not wait for the deadline."""
+    """So that the sender need not wait for its deadline."""
     for body in ({"library": 1}, {"library": "0", "more": 1}, []):
         with dealer(seed) as made:
             made.send(msgpack.packb([messages.MAGIC, messages.VERSION, 19, "Hello", body]))
@@ -349,7 +349,7 @@ def test_a_request_that_is_too_long_is_refused_before_it_is_looked_at(seed: Seed
 # Peers that do nothing, or go away.
 
 
-def test_peers_that_connect_and_say_nothing_hold_up_nobody(seed: Seed) -> None:
+def test_peers_that_connect_and_send_nothing_hold_up_nobody(seed: Seed) -> None:
     idle = [socket.create_connection(seed.at, timeout=SECONDS) for _ in range(200)]
     try:
         seed.serves()
@@ -358,7 +358,7 @@ def test_peers_that_connect_and_say_nothing_hold_up_nobody(seed: Seed) -> None:
             connection.close()
 
 
-def test_a_peer_that_says_nothing_is_hung_up_on(seed: Seed) -> None:
+def test_a_peer_that_sends_nothing_is_disconnected(seed: Seed) -> None:
     with raw(seed) as connection:
         assert hung_up(connection)
 
@@ -410,12 +410,12 @@ def lease_of(conversation: Conversation, deadline: float) -> bytes:
     return conversation.request(request, messages.Leased, deadline, "lease")[0].lease
 
 
-def until_met(conversation: Conversation, deadline: float) -> None:
+def until_welcome(conversation: Conversation, deadline: float) -> None:
     conversation.request(messages.Hello("test"), messages.Welcome, deadline, "hello")
 
 
 def until_layout(conversation: Conversation, deadline: float) -> None:
-    until_met(conversation, deadline)
+    until_welcome(conversation, deadline)
     conversation.request(messages.GetLayout(), messages.Pages, deadline, "layout")
 
 
@@ -423,7 +423,7 @@ def until_lease(conversation: Conversation, deadline: float) -> None:
     lease_of(conversation, deadline)
 
 
-def until_said(conversation: Conversation, deadline: float) -> None:
+def until_message_sent(conversation: Conversation, deadline: float) -> None:
     conversation.send(lease_of(conversation, deadline), b"something", deadline)
 
 
@@ -442,7 +442,7 @@ def until_released(conversation: Conversation, deadline: float) -> None:
 
 
 def in_the_middle_of_an_answer(conversation: Conversation, deadline: float) -> None:
-    until_met(conversation, deadline)
+    until_welcome(conversation, deadline)
     for _ in range(50):
         conversation._send_frames([messages.encode(messages.GetLayout(), 1)], deadline, "layout")
 
@@ -450,10 +450,10 @@ def in_the_middle_of_an_answer(conversation: Conversation, deadline: float) -> N
 @pytest.mark.parametrize(
     "step",
     [
-        until_met,
+        until_welcome,
         until_layout,
         until_lease,
-        until_said,
+        until_message_sent,
         until_digests,
         until_checked,
         until_released,
@@ -471,7 +471,7 @@ def test_a_fork_may_go_away_at_any_step(seed: Seed, step: Callable[[Conversation
             conversation.close()
 
 
-def test_a_fork_that_says_more_than_is_read_loses_its_lease_and_nothing_else(seed: Seed) -> None:
+def test_a_fork_that_sends_more_messages_than_are_read_loses_its_lease_and_nothing_else(seed: Seed) -> None:
     deadline = time.monotonic() + SECONDS
     conversation = Conversation(seed.address, deadline)
     try:
@@ -484,11 +484,11 @@ def test_a_fork_that_says_more_than_is_read_loses_its_lease_and_nothing_else(see
         conversation.close()
 
 
-# A seed that lies: a real one, and somebody between it and the fork who changes what it says.
+# A seed that lies: a real one, and a proxy between it and the fork that changes its replies.
 
 
 class Liar:
-    """Passes on what forks ask, and what the seed answers, changed by `lie`, and so many times."""
+    """A proxy: forwards requests as they are, and each reply as `lie` returns it, as many times as `times` says."""
 
     def __init__(
         self,
@@ -529,12 +529,12 @@ class Liar:
                         self._front.send_multipart([peer, *frames])
 
 
-def told(frames: list[bytes]) -> str:
+def kind_of(frames: list[bytes]) -> str:
     return str(msgpack.unpackb(frames[0])[3])
 
 
 def fork_through(seed: Seed, lie: Callable[[list[bytes]], list[bytes] | None], seconds: float = 1.0) -> bool:
-    """A fork through a liar brings what the seed has, or ends in time with an error of ours. Whether it brought it."""
+    """Fork through a liar: it copies what the seed has (True), or ends in time with an error of ours (False)."""
     started = time.monotonic()
     found = {name: torch.zeros_like(tensor) for name, tensor in model().items()}
     with Liar(seed.address, lie) as address:
@@ -574,7 +574,7 @@ def test_replies_with_bytes_changed_make_a_fork_that_is_right_or_an_error(
 
 
 def replaced(kind: str, change: Callable[[list[bytes]], list[bytes] | None]) -> Callable[[list[bytes]], Any]:
-    return lambda frames: change(frames) if told(frames) == kind else frames
+    return lambda frames: change(frames) if kind_of(frames) == kind else frames
 
 
 def body(**fields: Any) -> Callable[[list[bytes]], list[bytes]]:
@@ -647,8 +647,8 @@ LIES = {
     "by answering with another reply": replaced("Checked", body(more=1)),
 }
 RIGHT_ANYWAY = {
-    "of a region's size",  # nobody needs it to read inside of it
-    "of having no transport",  # an error, but so that every other is checked for being one
+    "of a region's size",  # it is not needed for reading inside the region
+    "of having no transport",  # it is an error, but listed so that the others are checked for being errors
 }
 
 
@@ -668,9 +668,9 @@ def test_a_seed_that_falls_silent_costs_no_more_than_the_deadline(seed: Seed, ki
 
 
 @pytest.mark.parametrize("kind", ["Welcome", "Pages", "Leased", "Digests", "Checked"])
-def test_an_answer_to_a_request_that_is_over_is_passed_over(seed: Seed, kind: str) -> None:
-    """Here the second of two."""
-    with Liar(seed.address, lambda frames: frames, lambda frames: 2 if told(frames) == kind else 1) as address:
+def test_a_reply_to_an_earlier_request_is_ignored(seed: Seed, kind: str) -> None:
+    """Here the second of two equal replies."""
+    with Liar(seed.address, lambda frames: frames, lambda frames: 2 if kind_of(frames) == kind else 1) as address:
         found = tensorfork.fork(address, timeout=SECONDS)
     assert all(torch.equal(found[name], tensor) for name, tensor in model().items())
 

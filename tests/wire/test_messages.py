@@ -1,4 +1,4 @@
-"""Messages: what is sent is what is read, and nothing else is."""
+"""Messages: whatever is encoded is decoded as it was, and anything else is refused."""
 
 import re
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ def refused(raw: bytes, expected: tuple[type[Any], ...] = BOTH) -> str:
     return str(raised.value)
 
 
-# What is sent is what is read.
+# A message arrives as it was.
 
 
 def test_every_message_has_its_sample() -> None:
@@ -103,20 +103,20 @@ def test_a_message_is_read_only_where_its_kind_is_expected(kind: type[Any]) -> N
     assert f"a '{kind.__name__}' came where none is expected" in refused(messages.encode(SAMPLES[kind], 1), others)
 
 
-def test_what_a_seed_reads_is_what_a_fork_says() -> None:
+def test_a_seed_reads_only_requests() -> None:
     assert set(messages.REQUESTS) & set(messages.REPLIES) == {messages.Say}
     for kind, message in SAMPLES.items():
         if kind not in messages.REQUESTS:
             refused(messages.encode(message, 1), messages.REQUESTS)
 
 
-# And nothing else is.
+# Anything else is refused.
 
 ODD = [None, True, 7, -1, 1.5, "text", b"bytes", [], [1], {}, {"a": 1}, 2**63]
 
 
 def fits(annotation: Any, value: Any) -> bool:
-    """Whether the field's type has this value, however the field may be bounded."""
+    """Whether the value has the field's type; bounds are not considered."""
     plain = {"str": str, "bytes": bytes, "int": int, "float": float, "bool": bool}
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     if name in plain:
@@ -138,7 +138,7 @@ def test_a_field_too_many_or_too_few_is_refused(kind: type[Any]) -> None:
     body = body_of(SAMPLES[kind])
     assert "malformed" in refused(frame(kind.__name__, {**body, "extra": 1}))
     for one in fields(kind):
-        if one.name not in ("identity", "rank"):  # which need not be said
+        if one.name not in ("identity", "rank"):  # which are optional
             assert "malformed" in refused(frame(kind.__name__, {k: v for k, v in body.items() if k != one.name}))
 
 
@@ -240,7 +240,7 @@ def test_another_version_is_told_apart_with_its_number_and_both_versions(version
     assert raised.value.number == 41
 
 
-def test_a_version_s_number_that_is_none_is_zero() -> None:
+def test_a_request_number_that_is_not_an_int_is_taken_for_zero() -> None:
     with pytest.raises(OtherVersion) as raised:
         messages.decode(frame("Hello", {}, number="x" * 100, version=2), BOTH)
     assert raised.value.number == 0
@@ -258,7 +258,7 @@ def sent(layout: ModelLayout) -> ModelLayout:
 
 
 def same(one: ModelLayout, other: ModelLayout) -> bool:
-    """Equal, places and all, which two equal `TensorLayout`s need not have in common."""
+    """Whether they are equal in everything, also in storages and offsets, which `TensorLayout`'s equality ignores."""
     return asdict(one) == asdict(other)
 
 
@@ -315,7 +315,7 @@ def unpacked(tensors: bytes, storages: bytes | None = None, left_out: bytes | No
     return tables.unpack_layout(messages.Pages(1, 1, len(frames) - 2), frames, WELCOME)
 
 
-def test_the_table_that_the_tests_below_change_is_a_good_one() -> None:
+def test_the_table_that_the_tests_below_change_is_valid_unchanged() -> None:
     assert unpacked(columns(ROW)).tensors == (TensorLayout("w", "float32", (2, 3), (3, 1), 0, 0),)
 
 
@@ -438,7 +438,7 @@ def test_another_number_of_digests_is_refused(frames: list[bytes]) -> None:
 
 
 def test_layouts_differ_where_places_do() -> None:
-    """What `same` is for."""
+    """The reason for `same`."""
     layout = long(2)
     moved = evolve(layout, tensors=(evolve(layout.tensors[0], storage=1), layout.tensors[1]))
     assert layout == moved
