@@ -42,7 +42,7 @@ class CommunicatorGate:
         with self._changed:
             while self._destroying or self._aborting or self._must_wait_for_others(lease, started):
                 if time.monotonic() >= deadline:
-                    raise TransferFailed("earlier groups were neither made nor taken down by the deadline")
+                    raise TransferFailed("at the deadline, earlier groups were still being created or destroyed")
                 self._changed.wait(POLL_INTERVAL)
             entry = (lease, time.monotonic())
             self._creating.append(entry)

@@ -114,7 +114,7 @@ class GroupExport(Export):
         def check() -> None:
             self._check_lease()
             if time.monotonic() > deadline:
-                raise TransportUnavailable("the group was not made in time")
+                raise TransportUnavailable("the groups were not created in time")
 
         assert self._stores is not None
         settings = evolve(self._settings, ctas=ctas)
@@ -166,7 +166,7 @@ class GroupExport(Export):
             if not self._regions.contains(one, device):
                 raise ProtocolError("a range outside the leased regions was asked for")
         if packed and sum(nbytes for _, _, nbytes in ranges) > self._settings.bucket:
-            raise ProtocolError("more was asked for than a bucket holds")
+            raise ProtocolError("a packed batch was asked for that does not fit a bucket")
 
     def _check_lease(self) -> None:
         check_lease(self._ended)
@@ -188,4 +188,4 @@ def _cta_limit(value: Any) -> int | None:
     """One of NCCL's limits, as the fork asks for it. Raises `ProtocolError`."""
     if value is None or (type(value) is int and 0 < value <= 64):
         return value
-    raise ProtocolError(f"{str(value)[:20]!r} is no number of CTAs")
+    raise ProtocolError(f"{str(value)[:20]!r} is not a valid number of CTAs")

@@ -36,7 +36,7 @@ class BatchReceiver:
 
     Args:
         channel: the lease's.
-        watchdog: begun with the first batch.
+        watchdog: started with the first batch.
         cancel: set to end the pull.
         deadline: when the pull ends.
         done: called with the index of each copy that is complete.
@@ -87,7 +87,7 @@ class BatchReceiver:
             group = groups[batch.group]
             operation = group.start(batch.destinations, batch.packed, self._deadline)
             self.in_flight.append((batch, group, operation))
-            self._watchdog.begin()
+            self._watchdog.start()
         while self.in_flight:
             self._finish_oldest()
         self._complete(len(self._requested))

@@ -92,7 +92,7 @@ def _listen(bind: str, ports: range | None) -> socket.socket:
             return socket.create_server((host, port), family=family, backlog=16, dualstack_ipv6=dual_stack)
         except OSError as error:
             if ports is None:
-                raise TransportUnavailable(f"it cannot listen at {host}: {error}") from error
+                raise TransportUnavailable(f"the store cannot listen at {host}: {error}") from error
     raise TransportUnavailable(f"no port of {ports} is free at {host}; give a longer range")
 
 

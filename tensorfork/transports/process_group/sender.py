@@ -26,7 +26,7 @@ class BatchSender:
     Args:
         channel: where to report.
         limiter: when the next bytes may leave.
-        watchdog: begun with the first batch; its deadline moves with each batch that starts or ends.
+        watchdog: started with the first batch; its deadline moves with each batch that starts or ends.
         ended: set when the lease ends.
         deadline: when the lease ends by itself.
         stall: seconds after which a batch that does not end is aborted.
@@ -58,7 +58,7 @@ class BatchSender:
             if len(self._in_flight) == MAX_IN_FLIGHT:
                 self._finish_oldest()
             self._in_flight.append((group, group.start(ranges, packed, self._deadline)))
-            self._watchdog.begin()
+            self._watchdog.start()
             self._postpone_abort()
         while self._in_flight:
             self._finish_oldest()

@@ -103,7 +103,7 @@ class GroupSession(Session):
             receiver = BatchReceiver(self._channel, watchdog, cancel, deadline, done)
             try:
                 if missing := sorted(set(pairs) - set(self._pairs)):
-                    watchdog.begin()
+                    watchdog.start()
                     join_deadline = min(deadline, time.monotonic() + self._joining)
                     self._groups += self._join(missing, join_deadline, receiver.check)
                     self._pairs += missing
@@ -162,7 +162,7 @@ class GroupSession(Session):
         except BaseException as error:
             _close_all(groups)
             if isinstance(error, RuntimeError | PeerUnreachable | TransferFailed):
-                raise TransportUnavailable(f"a group with {self._seed} could not be made: {error}") from error
+                raise TransportUnavailable(f"no group with {self._seed} could be created: {error}") from error
             raise
 
     def _expect(self, word: str, deadline: float, check: Callable[[], object]) -> None:
@@ -178,7 +178,7 @@ class GroupSession(Session):
         try:
             return [(self._remote[copy.region].device, self._regions.device_of(copy.into)) for copy in copies]
         except KeyError as error:
-            raise TransferFailed(f"a copy names the region {error}, and there is none of that number") from error
+            raise TransferFailed(f"a copy names region {error}, which does not exist") from error
 
     def _batches(self, copies: Sequence[Copy], pairs: Sequence[tuple[str, str]]) -> Iterator[Batch]:
         """The batches for these copies, each checked before it is yielded. `pairs` are the two devices of each copy,
@@ -233,7 +233,7 @@ def _parse_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool
     except Exception as error:  # msgpack has no common base for what it raises on bad bytes
         raise ProtocolError(f"the seed's offer cannot be read: {error}") from error
     if min(sizes) < 1 or type(port) is not int or not 0 < port < 65536:
-        raise ProtocolError("the seed's offer is no offer")
+        raise ProtocolError("the seed's offer has values out of range")
     same_host = host == process.host_id()
     batch = sizes[0] if same_host else min(sizes[0], MAX_NETWORK_BATCH)
     settings = evolve(ours, batch=batch, bucket=sizes[1], small=sizes[2], ctas=CtaLimits(*ctas))

@@ -89,7 +89,7 @@ def run_together(
 class Watchdog:
     """Calls `abort` once, from a thread of its own, at the deadline or when `cancel` is set.
 
-    Nothing is watched before `begin`, which must be called before anything that may hang. `deadline` may be moved at
+    `start` must be called before anything that may hang; before that, nothing is watched. `deadline` may be moved at
     any time. `reason` says why `abort` was called, and is empty until then.
 
     Args:
@@ -105,8 +105,8 @@ class Watchdog:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tensorfork-watchdog", daemon=True)
 
-    def begin(self) -> None:
-        """Start to watch. A second call does nothing."""
+    def start(self) -> None:
+        """Start watching. A second call does nothing."""
         if self._thread.ident is None:
             self._thread.start()
 
