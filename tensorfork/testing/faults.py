@@ -1,4 +1,4 @@
-"""Ways in which a transport can go wrong, on purpose."""
+"""Faults that a transport can be given on purpose, and the transport that has them."""
 
 import ctypes
 import time
@@ -28,16 +28,16 @@ Reach = Callable[[Region], torch.Tensor]
 
 
 def bytes_of(region: Region) -> torch.Tensor:
-    """The bytes of a region in the host's memory, or a GPU's."""
+    """The bytes of a region in host memory or on a CUDA device."""
     if region.device == "cpu":
         return torch.frombuffer((ctypes.c_char * region.nbytes).from_address(region.address), dtype=torch.uint8)
     if region.device.startswith("cuda"):
-        return torch.as_tensor(_OnAGpu(region), device=region.device)
+        return torch.as_tensor(_CudaArray(region), device=region.device)
     raise ValueError(f"give FaultyTransport a memory= that reaches {region.device}")
 
 
-class _OnAGpu:
-    """What torch makes a tensor of: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
+class _CudaArray:
+    """A region in a form from which torch makes a tensor: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html."""
 
     def __init__(self, region: Region) -> None:
         place = (region.address, False)
@@ -46,10 +46,11 @@ class _OnAGpu:
 
 @frozen
 class Job:
-    """One pull, as a fault gets it: everything the caller gave, and the session that would do it right.
+    """One pull, as a fault gets it: the caller's arguments, and the inner session, which would do it right.
 
     Attributes:
-        number: how many copies this session was asked for before.
+        memory: the bytes of the fork's regions, by id.
+        number: how many copies earlier pulls of the session had.
     """
 
     inner: Session
@@ -66,27 +67,27 @@ class Job:
         return self.memory[copy.into][copy.at : copy.at + copy.nbytes]
 
     def settle(self) -> None:
-        """Wait until what was done to the destinations can be seen by all: what is reported as done has arrived."""
+        """Wait until every stream sees the changes to the destinations, as it must before a copy is reported."""
         for device in {memory.device for memory in self.memory.values() if memory.is_cuda}:
             torch.cuda.synchronize(device)
 
     def run(self, which: Sequence[int], done: Callable[[int], None]) -> None:
-        """Make some of the copies."""
+        """Make the copies of these indices with the inner session."""
         self.inner.pull([self.copies[i] for i in which], self.deadline, lambda i: done(which[i]), self.cancel)
 
     def find(self, copy: int) -> int | None:
-        """The place in this pull of the session's copy of that number; None if it is not one of these."""
+        """The index in this pull of a copy that is numbered over the whole session; None if it is not in this pull."""
         return copy - self.number if 0 <= copy - self.number < len(self.copies) else None
 
 
 class Fault:
-    """Nothing goes wrong. Subclass it, and override what should."""
+    """No fault. Subclasses override what should go wrong."""
 
     def opening(self) -> None:
-        """Before a session is opened; may raise."""
+        """Called before a session is opened; may raise."""
 
     def pull(self, job: Job) -> None:
-        """In place of a session's pull."""
+        """Called in place of the inner session's pull."""
         job.run(range(len(job.copies)), job.done)
 
 
@@ -103,38 +104,38 @@ class Unavailable(Fault):
 
 @frozen
 class Delay(Fault):
-    """Every pull begins so many seconds late."""
+    """Every pull begins `seconds` late."""
 
     seconds: float
 
     def pull(self, job: Job) -> None:
         """See `Fault.pull`."""
-        _wait(job, time.monotonic() + self.seconds)
+        _wait_until(job, time.monotonic() + self.seconds)
         super().pull(job)
 
 
 @frozen
 class StopAfter(Fault):
-    """Nothing comes any more once so many bytes have arrived: until the deadline, or until cancelled."""
+    """After `nbytes` bytes nothing arrives any more, until the deadline or a cancellation."""
 
     nbytes: int
 
     def pull(self, job: Job) -> None:
         """See `Fault.pull`."""
-        which, left = [], self.nbytes
+        indices, remaining = [], self.nbytes
         for i, copy in enumerate(job.copies):
-            left -= copy.nbytes
-            if left < 0:
+            remaining -= copy.nbytes
+            if remaining < 0:
                 break
-            which.append(i)
-        job.run(which, job.done)
-        if len(which) < len(job.copies):
-            _wait(job, float("inf"))
+            indices.append(i)
+        job.run(indices, job.done)
+        if len(indices) < len(job.copies):
+            _wait_until(job, float("inf"))
 
 
 @frozen
 class Drop(Fault):
-    """One copy is not made; it is reported as done, unless told otherwise."""
+    """One copy is not made, but is reported as done unless `reported` is False."""
 
     copy: int = 0
     reported: bool = True
@@ -148,7 +149,7 @@ class Drop(Fault):
 
 
 class Spoiled(Fault):
-    """All copies are made, and something is spoiled before any is reported."""
+    """All copies are made, and something is changed before any is reported as done."""
 
     def pull(self, job: Job) -> None:
         """See `Fault.pull`."""
@@ -163,15 +164,15 @@ class Spoiled(Fault):
                 job.done(i)
 
     def before(self, job: Job) -> None:
-        """Look at the destination before anything is written."""
+        """Called before anything is written to the destinations."""
 
     def spoil(self, job: Job) -> None:
-        """Change what arrived."""
+        """Change what has arrived."""
 
 
 @frozen
 class Flip(Spoiled):
-    """One bit of one copy is not what it was."""
+    """One bit of one copy is inverted."""
 
     copy: int = 0
     byte: int = 0
@@ -185,7 +186,7 @@ class Flip(Spoiled):
 
 @frozen
 class LateFlip(Fault):
-    """One bit of one copy changes once everything has been reported as done."""
+    """One bit of one copy is inverted after everything has been reported as done."""
 
     copy: int = 0
     byte: int = 0
@@ -200,7 +201,7 @@ class LateFlip(Fault):
 
 @frozen
 class SwapWords(Spoiled):
-    """Two words within one copy, 8 bytes each, have changed places."""
+    """Two words of one copy, 8 bytes each, are swapped."""
 
     copy: int = 0
     first: int = 0
@@ -209,13 +210,13 @@ class SwapWords(Spoiled):
     def spoil(self, job: Job) -> None:
         """See `Spoiled.spoil`."""
         if (i := job.find(self.copy)) is not None:
-            found = job.bytes_of(i)
-            _swap(_behind(found, 8 * self.first, 8)[:8], _behind(found, 8 * self.second, 8)[:8])
+            view = job.bytes_of(i)
+            _swap(_bytes_from(view, 8 * self.first, 8)[:8], _bytes_from(view, 8 * self.second, 8)[:8])
 
 
 @frozen
 class SwapCopies(Spoiled):
-    """What two copies brought, as far as the shorter one goes, has changed places."""
+    """The bytes of two copies are swapped, up to the length of the shorter one."""
 
     first: int = 0
     second: int = 1
@@ -230,7 +231,7 @@ class SwapCopies(Spoiled):
 
 @frozen
 class ZeroPage(Spoiled):
-    """A page within one copy holds zeros."""
+    """A page of one copy, `nbytes` bytes, holds zeros."""
 
     copy: int = 0
     page: int = 0
@@ -239,32 +240,32 @@ class ZeroPage(Spoiled):
     def spoil(self, job: Job) -> None:
         """See `Spoiled.spoil`."""
         if (i := job.find(self.copy)) is not None:
-            _behind(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = 0
+            _bytes_from(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = 0
 
 
 @define
 class StalePage(Spoiled):
-    """A page within one copy holds what was there before."""
+    """A page of one copy, `nbytes` bytes, holds what was there before the pull."""
 
     copy: int = 0
     page: int = 0
     nbytes: int = 4096
-    _old: torch.Tensor | None = field(default=None, init=False, repr=False)
+    _before: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def before(self, job: Job) -> None:
         """See `Spoiled.before`."""
         if (i := job.find(self.copy)) is not None:
-            self._old = _behind(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes].clone()
+            self._before = _bytes_from(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes].clone()
 
     def spoil(self, job: Job) -> None:
         """See `Spoiled.spoil`."""
-        if (i := job.find(self.copy)) is not None and self._old is not None:
-            _behind(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = self._old
+        if (i := job.find(self.copy)) is not None and self._before is not None:
+            _bytes_from(job.bytes_of(i), self.page * self.nbytes)[: self.nbytes] = self._before
 
 
 @frozen
 class Shift(Spoiled):
-    """What one copy brought lies so many bytes too far, round its end."""
+    """The bytes of one copy are rotated by `by`."""
 
     copy: int = 0
     by: int = 1
@@ -272,24 +273,25 @@ class Shift(Spoiled):
     def spoil(self, job: Job) -> None:
         """See `Spoiled.spoil`."""
         if (i := job.find(self.copy)) is not None:
-            found = job.bytes_of(i)
-            if self.by % found.numel() == 0:
-                raise ValueError(f"shifted by {self.by}, a copy of {found.numel()} bytes is as it was")
-            found.copy_(found.roll(self.by))
+            view = job.bytes_of(i)
+            if self.by % view.numel() == 0:
+                raise ValueError(f"shifted by {self.by}, a copy of {view.numel()} bytes does not change")
+            view.copy_(view.roll(self.by))
 
 
 class FaultyTransport(Transport):
-    """Another transport, under the same name, whose bytes are spoiled on the fork's side after they have arrived.
+    """Another transport, under the same name, with a fault on the fork's side.
 
     Args:
-        inner: what does the work.
+        inner: the transport that does the work.
         fault: what goes wrong; one of this module's, or a `Fault` of your own.
-        piece: the longest copy to be asked for, in bytes; as the inner one's, by default.
-        memory: reaches the bytes of a region; needed where they are neither in the host's nor in a GPU's.
+        piece: the longest copy that it is given, in bytes; that of the inner transport by default.
+        memory: returns the bytes of a region as a tensor; needed for memory that is neither on the host nor on a CUDA
+            device.
     """
 
     def __init__(self, inner: Transport, fault: Fault, *, piece: int | None = None, memory: Reach = bytes_of) -> None:
-        self.name = inner.name  # type: ignore[misc]  # a seed knows the inner one by it
+        self.name = inner.name  # type: ignore[misc]  # the seed offers the inner transport by this name
         self.piece = inner.piece if piece is None else piece
         self._inner, self._fault, self._memory = inner, fault, memory
 
@@ -345,7 +347,8 @@ class _FaultySession(Session):
         self._inner.close(deadline)
 
 
-def _wait(job: Job, until: float) -> None:
+def _wait_until(job: Job, until: float) -> None:
+    """Wait, and raise at the deadline or a cancellation."""
     end = min(until, job.deadline)
     if job.cancel.wait(max(0.0, end - time.monotonic())):
         raise TransferFailed("the transfer was cancelled")
@@ -353,14 +356,14 @@ def _wait(job: Job, until: float) -> None:
         raise TransferFailed("nothing more came by the deadline")
 
 
-def _behind(found: torch.Tensor, start: int, least: int = 1) -> torch.Tensor:
-    """What of a copy lies from a place on; a fault that would not happen is an error of whoever wrote it."""
-    if start + least > found.numel():
-        raise IndexError(f"byte {start + least - 1} is not in a copy of {found.numel()} bytes")
-    return found[start:]
+def _bytes_from(view: torch.Tensor, start: int, least: int = 1) -> torch.Tensor:
+    """The bytes of a copy from an offset on. Raises `IndexError` for less than `least`: a fault must have an effect."""
+    if start + least > view.numel():
+        raise IndexError(f"byte {start + least - 1} is not in a copy of {view.numel()} bytes")
+    return view[start:]
 
 
 def _swap(one: torch.Tensor, other: torch.Tensor) -> None:
-    kept = one.clone()
+    saved = one.clone()
     one.copy_(other)
-    other.copy_(kept)
+    other.copy_(saved)

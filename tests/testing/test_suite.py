@@ -1,80 +1,32 @@
-"""The suite finds what it is there to find: transports that break their contract in one way each fail it."""
+"""The transport suite finds faults: a transport that breaks its contract in one way fails a test of the suite."""
 
+import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from broken_transports import Broken, custom, finds, harness_for, with_fault
 
 import tensorfork
-from tensorfork import Copy, Export, Region, RemoteRegion, Session, TransferFailed
+from tensorfork import Copy, Export, Region, Session, TransferFailed
 from tensorfork.testing import Fault, FaultyTransport, TransportSuite, faults
 from tensorfork.testing.faults import Job
-from tensorfork.testing.guarded_memory import GuardedMemory
-from tensorfork.testing.harness import SAME_PROCESS, Harness, Setup
+from tensorfork.testing.harness import SAME_PROCESS, Harness
 from tensorfork.transports.zeromq import ZeroMQ
 
 
 class TestWithoutAnyFault(TransportSuite):
-    """A wrapper that changes nothing keeps the contract."""
+    """A wrapper without a fault keeps the contract."""
 
     ways = (SAME_PROCESS,)
     big = 24 << 20
 
     def make(self) -> tensorfork.Transport:
         return FaultyTransport(ZeroMQ(), Fault())
-
-
-class Broken(TransportSuite):
-    """Not collected: its name is not a test's."""
-
-    ways = (SAME_PROCESS,)
-    big = 24 << 20
-    seconds = 20.0
-    short = 0.3
-    under_way = 1.0
-    transport: ClassVar[Callable[[], tensorfork.Transport]]
-
-    def make(self) -> tensorfork.Transport:
-        return type(self).transport()
-
-
-@contextmanager
-def harness_for(make: Callable[[], tensorfork.Transport], **settings: Any) -> Iterator[tuple[Broken, Harness]]:
-    kind = type("BrokenOne", (Broken,), {"transport": staticmethod(make), **settings})
-    suite = kind()
-    yield suite, Harness(suite, Setup(SAME_PROCESS, "cpu", "cpu"), None)
-
-
-def finds(make: Callable[[], tensorfork.Transport], test: Callable[..., None], words: str | None, *args: Any) -> None:
-    """This test of the suite fails for this transport, with these words."""
-    with (
-        harness_for(make) as (suite, harness),
-        pytest.raises((AssertionError, pytest.fail.Exception, ExceptionGroup), match=words),
-    ):
-        test(suite, harness, *args)
-
-
-def with_fault(fault: Callable[[], Fault]) -> Callable[[], tensorfork.Transport]:
-    return lambda: FaultyTransport(ZeroMQ(), fault())
-
-
-class Custom(Fault):
-    """What a function does in place of a pull."""
-
-    def __init__(self, pull: Callable[[Job], None]) -> None:
-        self._pull = pull
-
-    def pull(self, job: Job) -> None:
-        self._pull(job)
-
-
-def custom(pull: Callable[[Job], None]) -> Callable[[], tensorfork.Transport]:
-    return with_fault(lambda: Custom(pull))
 
 
 # Bytes.
@@ -116,8 +68,6 @@ def test_a_byte_written_before_a_destination_fails_the_suite() -> None:
 
 
 def test_a_byte_written_beyond_a_region_fails_the_suite() -> None:
-    import ctypes
-
     class Beyond(ZeroMQ):
         def open(self, offer: bytes, host: str, remote: Any, regions: Sequence[Region], *rest: Any) -> Any:
             for region in regions:
@@ -128,18 +78,16 @@ def test_a_byte_written_beyond_a_region_fails_the_suite() -> None:
 
 
 def test_a_write_into_the_seed_fails_the_suite() -> None:
-    import ctypes
-
-    class Scribbler(ZeroMQ):
+    class WritesToSeed(ZeroMQ):
         def export(self, regions: Sequence[Region], *rest: Any) -> Any:
             ctypes.memset(regions[0].address, 0, regions[0].nbytes)
             return super().export(regions, *rest)
 
-    with pytest.raises(AssertionError), harness_for(Scribbler) as (suite, harness):
+    with pytest.raises(AssertionError), harness_for(WritesToSeed) as (suite, harness):
         suite.test_a_region_arrives(harness)
 
 
-# Done.
+# Calls of done.
 
 
 def test_done_called_twice_fails_the_suite() -> None:
@@ -207,7 +155,7 @@ def test_an_error_of_done_that_is_swallowed_fails_the_suite() -> None:
     )
 
 
-# Ending.
+# Cancellation, deadlines, errors and the end of a lease.
 
 
 def without_cancel(job: Job) -> None:
@@ -218,7 +166,7 @@ def without_deadline(job: Job) -> None:
     job.inner.pull(job.copies, time.monotonic() + 10, job.done, job.cancel)
 
 
-def test_a_transport_deaf_to_cancelling_fails_the_suite() -> None:
+def test_a_transport_that_ignores_cancellation_fails_the_suite() -> None:
     finds(custom(without_cancel), Broken.test_nothing_is_pulled_once_cancelled, "DID NOT RAISE")
     finds(custom(without_cancel), Broken.test_a_pull_ends_soon_when_it_is_cancelled_from_done, "DID NOT RAISE")
 
@@ -233,7 +181,7 @@ def test_a_transport_without_deadlines_fails_the_suite() -> None:
 
 
 def test_bytes_written_after_a_failure_fail_the_suite() -> None:
-    """A thread that goes on writing once pull has raised, as a library does that cannot cancel."""
+    """A thread goes on writing after pull has raised, as in a library that cannot cancel."""
     late: list[threading.Thread] = []
 
     def pull(job: Job) -> None:
@@ -260,7 +208,7 @@ def test_bytes_written_after_a_failure_fail_the_suite() -> None:
 
 
 class _Export(Export):
-    """Another export, with one thing about it changed."""
+    """Wraps an export; subclasses change one thing about it."""
 
     def __init__(self, inner: Export) -> None:
         self.inner, self.offer = inner, inner.offer
@@ -327,11 +275,11 @@ def test_a_session_that_cannot_be_closed_twice_fails_the_suite() -> None:
     finds(Changed, Broken.test_closing_twice_and_after_a_failure_is_harmless, "closed before")
 
 
-# What is refused.
+# What must be refused, and facts.
 
 
 def test_a_transport_that_reads_beyond_regions_fails_the_suite() -> None:
-    """One that asks for what there is, and takes the rest from where it will."""
+    """It reads only what is within the region, and reports the whole copy as done."""
 
     def pull(job: Job) -> None:
         for i, copy in enumerate(job.copies):
@@ -342,7 +290,7 @@ def test_a_transport_that_reads_beyond_regions_fails_the_suite() -> None:
     finds(custom(pull), Broken.test_a_copy_beyond_a_seeds_region_is_refused, "was reported as done", -1, 2)
 
 
-def test_a_transport_that_takes_any_region_fails_the_suite() -> None:
+def test_a_transport_that_accepts_unknown_regions_fails_the_suite() -> None:
     def pull(job: Job) -> None:
         known = 7 + 3  # the id of the only region there is
         copies = [Copy(0, known, c.offset, c.into, c.at, c.nbytes) for c in job.copies]
@@ -351,14 +299,14 @@ def test_a_transport_that_takes_any_region_fails_the_suite() -> None:
     finds(custom(pull), Broken.test_a_region_the_seed_does_not_have_is_refused, "was reported as done")
 
 
-def test_a_transport_with_a_memory_of_its_own_fails_the_suite() -> None:
-    """One that keeps what it once read, as a cache does."""
-    kept: dict[Copy, torch.Tensor] = {}
+def test_a_transport_that_caches_bytes_fails_the_suite() -> None:
+    """It returns what it read first, whatever the seed holds by then."""
+    cache: dict[Copy, torch.Tensor] = {}
 
     def pull(job: Job) -> None:
         job.run(range(len(job.copies)), lambda i: None)
         for i, copy in enumerate(job.copies):
-            job.bytes_of(i).copy_(kept.setdefault(copy, job.bytes_of(i).clone()))
+            job.bytes_of(i).copy_(cache.setdefault(copy, job.bytes_of(i).clone()))
             job.done(i)
 
     test = Broken.test_a_session_pulls_again_and_brings_what_the_seed_holds_by_then
@@ -366,90 +314,26 @@ def test_a_transport_with_a_memory_of_its_own_fails_the_suite() -> None:
 
 
 def test_facts_that_do_not_travel_fail_the_suite() -> None:
-    class Talks(ZeroMQ):
+    class SetAsFact(ZeroMQ):
         def facts(self, regions: Any) -> Any:
             return {"regions": {1, 2}}
 
-    with harness_for(Talks) as (suite, harness), pytest.raises(TypeError, match="serialize"):
+    with harness_for(SetAsFact) as (suite, harness), pytest.raises(TypeError, match="serialize"):
         suite.test_facts_travel_and_say_that_the_two_sides_fit(harness)
 
 
 def test_facts_that_change_fail_the_suite() -> None:
-    class Moody(ZeroMQ):
+    class Changing(ZeroMQ):
         def facts(self, regions: Any) -> Any:
             return {"now": os.urandom(8)}
 
-    finds(Moody, Broken.test_facts_travel_and_say_that_the_two_sides_fit, None)
+    finds(Changing, Broken.test_facts_travel_and_say_that_the_two_sides_fit, None)
 
 
-def test_a_cover_beside_its_regions_fails_the_suite() -> None:
+def test_a_cover_that_does_not_hold_its_regions_fails_the_suite() -> None:
     class Shifted(ZeroMQ):
         def cover(self, regions: Sequence[Region]) -> Any:
             _, places = super().cover(regions)
             return [Region(r.id, r.address + 1, r.nbytes, r.device) for r in regions], places
 
     finds(Shifted, Broken.test_each_region_lies_within_the_one_that_covers_it, None)
-
-
-# Faults.
-
-
-def test_faults_of_memory_on_other_devices_need_a_way_there() -> None:
-    with pytest.raises(ValueError, match="give FaultyTransport a memory="):
-        faults.bytes_of(Region(0, 1, 1, "xpu:0"))
-
-
-def test_a_faulty_transport_goes_by_the_name_of_the_one_it_wraps() -> None:
-    faulty = FaultyTransport(ZeroMQ(), Fault(), piece=17)
-    assert (faulty.name, faulty.piece) == ("zeromq", 17)
-    assert FaultyTransport(ZeroMQ(), Fault()).piece == ZeroMQ.piece
-
-
-def test_faults_find_their_copy_in_whichever_pull_it_comes() -> None:
-    with harness_for(with_fault(lambda: faults.Flip(copy=2))) as (_, harness), harness.lease([30], [30]) as lease:
-        first, second, third, fourth = lease.stripes(4)
-        lease.pull([first, second])
-        with pytest.raises(AssertionError, match="before it is there"):
-            lease.try_pull([third, fourth])
-
-
-def test_a_stop_ends_when_it_is_cancelled() -> None:
-    cancel = threading.Event()
-    with harness_for(with_fault(lambda: faults.StopAfter(10))) as (_, harness), harness.lease([30], [30]) as lease:
-        started = time.monotonic()
-        error = lease.fail(lease.stripes(3), cancel=cancel, then=lambda _: cancel.set())
-        assert "cancelled" in str(error)
-        assert time.monotonic() - started < 5
-
-
-def test_memory_tells_which_byte_is_wrong() -> None:
-    memory = GuardedMemory("cpu", [100, 50], 1)
-    assert memory.first_difference() is None
-    region = memory.regions[1]
-    memory.view(1, 49, 1).bitwise_not_()
-    assert "byte 49 of region 1" in str(memory.first_difference())
-    assert memory.first_difference(ignore=[(region.address + 49, 1)]) is None
-    assert memory.first_difference(ignore=[(region.address + 48, 1)]) is not None
-    memory.poison()
-    assert memory.first_difference() is None
-
-
-def test_remote_regions_say_nothing_of_addresses() -> None:
-    assert {field.name for field in RemoteRegion.__attrs_attrs__} == {"id", "nbytes", "device"}  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        faults.SwapWords(copy=0, first=0, second=1000),
-        faults.ZeroPage(page=9),
-        faults.StalePage(page=9),
-        faults.Shift(by=0),
-    ],
-    ids=str,
-)
-def test_a_fault_that_would_not_happen_is_an_error(fault: Fault) -> None:
-    with tensorfork.publish({"x": torch.arange(100)}) as seed:
-        ours = {"x": torch.zeros(100, dtype=torch.int64)}
-        with pytest.raises((IndexError, ValueError), match="copy"):
-            tensorfork.fork_into(ours, seed.address, transport=FaultyTransport(ZeroMQ(), fault), timeout=20)

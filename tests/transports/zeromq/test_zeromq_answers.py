@@ -1,0 +1,105 @@
+"""Answers of a seed that breaks the ZeroMQ transport's protocol, or hangs up."""
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import zmq
+from zeromq_export import OFFER, SECONDS, SITE, soon, unused_channel
+
+from tensorfork import Copy, RemoteRegion, TransferFailed
+from tensorfork.testing.guarded_memory import GuardedMemory
+from tensorfork.transports.zeromq import FRAME, ZeroMQ
+
+
+@contextmanager
+def bad_seed(answer: Callable[[int], list[bytes] | None]) -> Iterator[bytes]:
+    """A port on which the request of each number gets the frames that `answer` returns; yields its offer."""
+    context: zmq.Context[Any] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            if router.poll(20):
+                peer, request = router.recv_multipart()
+                frames = answer(struct.unpack_from("<16sQ", request)[1])
+                if frames is not None:
+                    router.send_multipart([peer, *frames])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield OFFER.pack(bytes(16), port)
+    finally:
+        ended.set()
+        thread.join()
+        context.destroy(linger=0)
+
+
+def header(number: int, status: int = 0) -> bytes:
+    return struct.pack("<QB", number, status)
+
+
+BAD_ANSWERS: dict[str, Callable[[int], list[bytes] | None]] = {
+    "no bytes": lambda number: [header(number)],
+    "a byte too few": lambda number: [header(number), bytes(99)],
+    "a byte too many": lambda number: [header(number), bytes(101)],
+    "very many bytes": lambda number: [header(number), bytes(1 << 20)],
+    "a frame too many": lambda number: [header(number), bytes(100), b""],
+    "very many frames": lambda number: [header(number), *[bytes(100)] * 1000],
+    "an answer to another request": lambda number: [header(number + 1), bytes(100)],
+    "no header": lambda number: [bytes(100)],
+    "an empty header": lambda number: [b"", bytes(100)],
+    "a long header": lambda number: [header(number) + b"x", bytes(100)],
+    "an unknown status": lambda number: [header(number, 7), bytes(100)],
+    "a frame longer than any": lambda number: [header(number), bytes(FRAME + 1)],
+    "nothing": lambda number: None,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ANSWERS)
+def test_a_bad_answer_fails_the_pull_and_changes_nothing_outside_its_destination(kind: str) -> None:
+    mine = GuardedMemory("cpu", [1000], 4)
+    with bad_seed(BAD_ANSWERS[kind]) as offer:
+        remote = [RemoteRegion(1, 1000, "cpu")]
+        session = ZeroMQ(connections=1).open(offer, SITE.host, remote, mine.regions, unused_channel(), soon())
+        try:
+            copy = Copy(0, 1, 0, mine.regions[0].id, 200, 100)
+            done: list[int] = []
+            with pytest.raises(TransferFailed):
+                session.pull([copy], time.monotonic() + 0.5, done.append, threading.Event())
+            assert done == ([0] if "frame too many" in kind or "many frames" in kind else [])  # its bytes had arrived
+            mine.expect(0, 200, mine.view(0, 200, 100))  # the destination itself may hold anything
+            assert mine.first_difference() is None
+            with pytest.raises(TransferFailed, match="failed before"):
+                session.pull([copy], soon(), done.append, threading.Event())
+        finally:
+            session.close(soon())
+
+
+def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_once() -> None:
+    mine = GuardedMemory("cpu", [1000], 4)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"))
+
+        def close() -> None:
+            router.recv_multipart()
+            router.close(linger=0)
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
+        started = time.monotonic()
+        try:
+            with pytest.raises(TransferFailed, match="closed the connection, or died"):
+                session.pull([Copy(0, 1, 0, mine.regions[0].id, 0, 9)], soon(), lambda _: None, threading.Event())
+        finally:
+            session.close(soon())
+            thread.join()
+        assert time.monotonic() - started < SECONDS / 2

@@ -1,0 +1,154 @@
+"""Requests on the port of a ZeroMQ lease, from clients that are no forks, or send nonsense."""
+
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zeromq_export import OFFER, SECONDS, ServedExport, dealer, request
+
+from tensorfork import TransferFailed
+from tensorfork.testing.guarded_memory import contents
+from tensorfork.transports.zeromq import FRAME, ZeroMQ
+
+
+@pytest.fixture
+def served() -> Iterator[ServedExport]:
+    with ServedExport(ZeroMQ()) as served:
+        yield served
+        served.fork()  # still works, whatever the test did
+
+
+def test_only_a_request_with_the_token_is_answered(served: ServedExport) -> None:
+    wrong = bytes([served.token[0] ^ 1]) + served.token[1:]
+    with dealer(served) as client:
+        for token in (wrong, bytes(16), served.token[::-1]):
+            client.send(request(token, (served.region, 0, 10), number=1))
+        client.send(request(served.token, (served.region, 3, 10), number=2))
+        assert client.poll(SECONDS * 1000)
+        header, data = client.recv_multipart()
+        assert struct.unpack("<QB", header) == (2, 0)
+        assert data == bytes(contents(3, [served.nbytes])[0][3:13].tolist())
+        assert not client.poll(0)
+
+
+def test_a_fork_with_another_token_gets_nothing_by_the_deadline(served: ServedExport) -> None:
+    started = time.monotonic()
+    with pytest.raises(TransferFailed, match="by the deadline"):
+        served.fork(OFFER.pack(bytes(16), served.port), seconds=0.5)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "bad_range",
+    [
+        (0, 100_000, 1),
+        (0, 99_999, 2),
+        (0, 0, 100_001),
+        (0, 1 << 63, 1),
+        (0, (1 << 64) - 1, 1),
+        (0, (1 << 64) - 1, 2),
+        (0, 0, (1 << 64) - 1),
+        (0, 1, (1 << 64) - 1),
+        (1, 0, 1),
+        (1 << 63, 0, 1),
+    ],
+    ids=str,
+)
+def test_a_range_outside_the_regions_is_refused_without_bytes(
+    served: ServedExport, bad_range: tuple[int, int, int]
+) -> None:
+    region, offset, nbytes = bad_range
+    with dealer(served) as client:
+        client.send(request(served.token, (served.region, 0, 10), (served.region + region, offset, nbytes)))
+        assert client.poll(SECONDS * 1000)
+        frames = client.recv_multipart()
+        assert [struct.unpack("<QB", frames[0])] == [(1, 1)]
+        assert len(frames) == 1
+
+
+def test_a_request_without_ranges_is_refused_and_the_next_answer_is_whole(served: ServedExport) -> None:
+    with dealer(served) as client:
+        client.send(request(served.token, number=1))
+        client.send(request(served.token, (served.region, 3, 10), (served.region, 0, 0), number=2))
+        for expected in ([(1, 1)], [(2, 0)]):
+            assert client.poll(SECONDS * 1000)
+            first, *frames = client.recv_multipart()
+            assert [struct.unpack("<QB", first)] == expected
+        assert frames == [bytes(contents(3, [served.nbytes])[0][3:13].tolist()), b""]
+
+
+def test_a_request_for_more_than_a_frame_is_refused() -> None:
+    with ServedExport(ZeroMQ(), 4 << 20) as served, dealer(served) as client:
+        client.send(request(served.token, (served.region, 0, FRAME + 1)))
+        client.send(request(served.token, *[(served.region, i << 10, 1 << 16) for i in range(64)]))
+        for _ in range(2):
+            assert client.poll(SECONDS * 1000)
+            frames = client.recv_multipart()
+            assert len(frames) == 1
+            assert frames[0][-1] == 1
+
+
+@settings(max_examples=100)
+@given(
+    messages=st.lists(
+        st.lists(st.binary(max_size=60) | st.binary(max_size=60).map(lambda tail: b"TOKEN" + tail), max_size=4),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_random_messages_on_the_port_do_no_harm(messages: list[list[bytes]]) -> None:
+    served = _shared()
+    with dealer(served) as client:
+        for frames in messages:
+            if frames:
+                client.send_multipart([frame.replace(b"TOKEN", served.token) for frame in frames])
+        client.send(request(served.token, (served.region, 0, 10), number=77))
+        while True:
+            assert client.poll(SECONDS * 1000)
+            header, *_ = client.recv_multipart()
+            if struct.unpack("<QB", header)[0] == 77:
+                break
+
+
+@settings(max_examples=100)
+@given(data=st.lists(st.binary(max_size=200), max_size=3))
+def test_random_bytes_on_the_port_do_no_harm(data: Sequence[bytes]) -> None:
+    served = _shared()
+    with socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS) as connection:
+        for some in data:
+            try:
+                connection.sendall(some)
+            except ConnectionError:
+                break  # the seed has closed the connection
+
+
+_shared: Callable[[], ServedExport]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_export() -> Iterator[None]:
+    """One export for all examples of hypothesis."""
+    global _shared
+    with ServedExport(ZeroMQ()) as served:
+        _shared = lambda: served  # noqa: E731
+        yield
+        served.fork()
+
+
+def test_a_fork_that_stops_reading_does_not_delay_others() -> None:
+    with ServedExport(ZeroMQ(), 64 << 20) as served, dealer(served) as client:
+        client.rcvhwm = 1
+        for i in range(200):
+            client.send(request(served.token, (served.region, 0, 1 << 20), number=i))
+        served.fork()
+
+
+def test_idle_connections_do_not_delay_forks(served: ServedExport) -> None:
+    idle = [socket.create_connection(("127.0.0.1", served.port), timeout=SECONDS) for _ in range(100)]
+    served.fork()
+    for connection in idle:
+        connection.close()
