@@ -1,1 +1,1 @@
-"""Digests of tensors: the definition, the sums it is made of, whole models, digests of bytes as they arrive."""
+"""Digests of tensors: the definition and its sums, many tensors at once, and tensors whose bytes are arriving."""

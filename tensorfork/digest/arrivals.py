@@ -1,8 +1,8 @@
 """The fork's digests, computed while bytes still arrive.
 
-The tensors are cut into parts, in the order in which their bytes come. When the last copy of a part has arrived, a
-thread of its own digests it, on streams of its own, while the next parts are under way; at the end only the last
-part is left to wait for. On the CPU everything is digested at the end, as sums and sockets share its cores.
+The tensors are divided into parts, in the order in which their bytes come. When the last copy of a part has arrived, a
+thread digests the part, on streams of its own, while the next parts are transferred; at the end only the last part is
+left to compute. Tensors on the CPU are digested at the end, because digests and sockets would share its cores.
 """
 
 import queue
@@ -22,10 +22,10 @@ from tensorfork.regions import Copy, Place
 PARTS = 8
 
 MIN_PART_BYTES = 512 << 20
-"""Bytes of a part, at least: what is worth a thread's waking."""
+"""Bytes of a part, at least: fewer are not worth waking the thread."""
 
 
-@define
+@define(eq=False, repr=False)
 class _Part:
     names: list[str]
     missing: int
@@ -36,7 +36,14 @@ class _Part:
 
 
 class ArrivalDigests:
-    """The digests of what arrives. Tell it of each copy with `arrived`; `digests` waits for the rest."""
+    """The digests of tensors whose bytes are arriving. Call `arrived` for each copy, then `digests`, then `close`.
+
+    Args:
+        tensors: by name; they are filled by `copies`.
+        layouts: of these tensors, in storages of ours.
+        ours: where each of these storages begins.
+        copies: sorted by where they go (`into`, `at`).
+    """
 
     def __init__(
         self,
@@ -47,21 +54,21 @@ class ArrivalDigests:
     ) -> None:
         self._tensors = tensors
         warm_up.wait({tensor.device for tensor in tensors.values()})
-        self._parts = _cut(tensors, layouts, ours, copies)
-        self._firsts = [part.first for part in self._parts]
-        early = {name for part in self._parts for name in part.names}
-        self._late = [name for name in tensors if name not in early]
+        self._parts = _divide(tensors, layouts, ours, copies)
+        self._first_copies = [part.first for part in self._parts]
+        in_parts = {name for part in self._parts for name in part.names}
+        self._at_end = [name for name in tensors if name not in in_parts]
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._found: dict[str, int] = {}
+        self._digests: dict[str, int] = {}
         self._error: BaseException | None = None
-        self._given_up = threading.Event()
+        self._cancelled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tensorfork-verify", daemon=True)
         if self._parts:
             self._thread.start()
 
     def arrived(self, i: int) -> None:
-        """Copy i has."""
-        at = bisect_right(self._firsts, i) - 1
+        """Record that copy i arrived."""
+        at = bisect_right(self._first_copies, i) - 1
         while at >= 0 and self._parts[at].first <= i < self._parts[at].last:  # a copy may reach into two parts
             part = self._parts[at]
             part.missing -= 1
@@ -70,21 +77,21 @@ class ArrivalDigests:
             at -= 1
 
     def digests(self) -> dict[str, int]:
-        """Of every tensor, once all bytes are there."""
-        late = {name: self._tensors[name] for name in self._late}
-        with streams.on_side_streams({tensor.device for tensor in late.values()}):
-            self._found |= DigestBatch.of(late).compute()
-        self._end()
+        """The digest of every tensor. Called once all bytes have arrived; raises what the thread met."""
+        at_end = {name: self._tensors[name] for name in self._at_end}
+        with streams.on_side_streams({tensor.device for tensor in at_end.values()}):
+            self._digests |= DigestBatch.of(at_end).compute()
+        self._join_thread()
         if self._error is not None:
             raise self._error
-        return self._found
+        return self._digests
 
     def close(self) -> None:
-        """Stop, whatever is left to do."""
-        self._given_up.set()
-        self._end()
+        """Stop the thread, whatever it has left to do."""
+        self._cancelled.set()
+        self._join_thread()
 
-    def _end(self) -> None:
+    def _join_thread(self) -> None:
         if self._thread.is_alive():
             self._ready.put(None)
             self._thread.join()
@@ -92,27 +99,27 @@ class ArrivalDigests:
     def _run(self) -> None:
         try:
             cuda.relax_capture()
-            prepared = [DigestBatch.of({name: self._tensors[name] for name in part.names}) for part in self._parts]
+            batches = [DigestBatch.of({name: self._tensors[name] for name in part.names}) for part in self._parts]
             with streams.on_side_streams({tensor.device for tensor in self._tensors.values()}):
                 while (at := self._ready.get()) is not None:
-                    self._found |= prepared[at].compute(self._given_up.is_set)
-        except BaseException as error:  # handed to whoever asks for the digests
+                    self._digests |= batches[at].compute(self._cancelled.is_set)
+        except BaseException as error:  # raised by `digests`
             self._error = error
 
 
-def _cut(
+def _divide(
     tensors: Mapping[str, torch.Tensor],
     layouts: Sequence[TensorLayout],
     ours: Mapping[int, Place],
     copies: Sequence[Copy],
 ) -> list[_Part]:
-    """Dense tensors of GPUs, in the order of the copies that fill them, in parts of about one size."""
+    """The dense tensors on GPUs, in the order of the copies that fill them, in parts of about equal size."""
     placed = []
     for layout in layouts:
         if tensors[layout.name].is_cuda and layout.numel and layout.is_dense:
             place = ours[layout.storage]
             placed.append(((place.region, place.offset + layout.offset), layout))
-    placed.sort(key=lambda one: one[0])
+    placed.sort(key=lambda item: item[0])
     size = max(MIN_PART_BYTES, sum(layout.nbytes for _, layout in placed) // PARTS)
     starts = [(copy.into, copy.at) for copy in copies]
     parts: list[_Part] = []

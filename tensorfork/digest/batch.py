@@ -1,8 +1,9 @@
-"""The digests of a whole model, by name: those of `digest`, on NVIDIA GPUs by one kernel for all tensors at once.
+"""The digests of many tensors, such as a whole model's; on NVIDIA GPUs with one kernel launch for all of them.
 
-torch reads memory once for each family of sums, launch by launch, and CUDA loads each of its kernels at its first use,
-for 20 ms and more; a kernel of our own (`kernels/digest.cu`) reads once, all tensors in one launch. What it does not
-take (gaps between elements, odd addresses, other devices) goes the general way.
+With torch alone (`definition`), memory is read once for each family of sums, in many launches, and CUDA loads each of
+torch's kernels at its first use, which takes 20 ms and more. Our own kernel (`kernels/digest.cu`) reads memory once, in
+one launch for all tensors. Tensors that it does not support (with gaps between elements, at addresses that are not
+multiples of 8, on other devices) are digested by `definition`.
 """
 
 import ctypes
@@ -24,39 +25,41 @@ from tensorfork.errors import TensorForkError
 from tensorfork.memory import cuda, kernel
 
 _THREADS = 512
-"""Of a block, as in digest.cu."""
+"""Threads of a block, as in digest.cu."""
 _ENTRY = 3
-"""64-bit words of a segment's entry in the kernel's table."""
+"""64-bit words of one entry in the kernel's table, which has an entry for each segment: `Segment` in digest.cu."""
 
 
-@define
+@define(eq=False, repr=False)
 class DigestBatch:
-    """The digests of some tensors, to be computed when their bytes are there (and again when those have changed).
+    """The digests of some tensors, to be computed once their bytes are there, and again after these have changed.
 
-    What can be prepared without reading a byte is prepared when this is made: which tensors are ties, and the tables of
-    segments. Nothing is done on any GPU.
+    Making it prepares what needs no bytes: which tensors are ties, and the tables of segments. GPUs do nothing yet.
     """
 
     _names: list[list[str]]
-    """Of each tensor; several, where it is tied."""
-    _general: dict[int, torch.Tensor]
-    _tables: dict[torch.device, "array[int]"]
+    """The names of each tensor, by its number; several where it is tied."""
+    _by_torch: dict[int, torch.Tensor]
+    """By number, the tensors that `definition` digests."""
     _by_kernel: dict[torch.device, dict[int, torch.Tensor]]
+    """By device and number, the tensors that the kernel digests."""
     _addresses: dict[int, int]
-    """Of the tensors that are the kernel's."""
+    """The addresses of the kernel's tensors when this was made."""
+    _tables: dict[torch.device, "array[int]"]
+    """The kernel's tables of segments."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> "DigestBatch":
-        """For all these tensors."""
+        """Prepare the digests of these tensors."""
         known: dict[int, int] = {}
         addresses: dict[int, int] = {}
         names: list[list[str]] = []
-        general: dict[int, torch.Tensor] = {}
+        by_torch: dict[int, torch.Tensor] = {}
         tables: dict[torch.device, array[int]] = defaultdict(lambda: array("Q"))
         by_kernel: dict[torch.device, dict[int, torch.Tensor]] = defaultdict(dict)
         for i, (name, tensor) in enumerate(tensors.items()):
             if not i % 64:
-                time.sleep(0)  # a seed's engine wants the interpreter too, and sooner than it would be taken away
+                time.sleep(0)  # let a seed's engine run: the interpreter would switch to its thread only later
             number = known.setdefault(id(tensor), len(names))
             if number < len(names):
                 names[number].append(name)
@@ -72,18 +75,18 @@ class DigestBatch:
                 for segment, start in enumerate(range(0, nbytes, SEGMENT)):
                     tables[device].extend((address + start, min(SEGMENT, nbytes - start) | number << 32, segment))
             else:
-                general[number] = tensor
-        return cls(names, general, dict(tables), dict(by_kernel), addresses)
+                by_torch[number] = tensor
+        return cls(names, by_torch, dict(by_kernel), addresses, dict(tables))
 
     def compute(self, cancelled: Callable[[], bool] = lambda: False, *, gentle: bool = False) -> dict[str, int]:
-        """Each digest by name, as an unsigned 64-bit integer; nothing once `cancelled()`.
+        """Each digest by name, as an unsigned 64-bit integer; nothing once `cancelled` returns true.
 
-        `gentle` takes a quarter of a GPU's multiprocessors, and leaves the rest to who computes there. At most 16 MiB
-        of scratch on each device. Work goes to the current stream of each; the values are on the host when this
-        returns.
+        `gentle` uses a quarter of a GPU's multiprocessors at most, and leaves the others to other work. Takes at most
+        16 MiB of scratch on each device. Work is enqueued on the current stream of each; the values are on the host
+        when this returns. Raises `RuntimeError` if a tensor's data pointer has changed since this was made.
         """
         values: dict[int, int] = {}
-        general = dict(self._general)
+        by_torch = dict(self._by_torch)
         for device, table in self._tables.items():
             if cancelled():
                 return {}
@@ -94,29 +97,29 @@ class DigestBatch:
                         "published again"
                     )
             if kernel_ready(device):
-                found = _run(device, table, len(self._names), gentle)
+                found = _run_kernel(device, table, len(self._names), gentle)
                 values.update((number, found[number]) for number in self._by_kernel[device])
             else:
-                general.update(self._by_kernel[device])
-        rest = definition.digests({str(number): tensor for number, tensor in general.items()}, cancelled)
-        if len(rest) < len(general):
+                by_torch.update(self._by_kernel[device])
+        rest = definition.digests({str(number): tensor for number, tensor in by_torch.items()}, cancelled)
+        if len(rest) < len(by_torch):
             return {}
         values.update((int(number), value) for number, value in rest.items())
         return {name: values[i] % (1 << 64) for i, names in enumerate(self._names) for name in names}
 
 
-def _run(device: torch.device, table: "array[int]", count: int, gentle: bool) -> Sequence[int]:
-    """The kernel's sums, by the number of the tensor."""
+def _run_kernel(device: torch.device, table: "array[int]", count: int, gentle: bool) -> Sequence[int]:
+    """The digests of the table's tensors, as signed integers, by the tensor's number. `count` is above all numbers."""
     with torch.inference_mode(), torch.cuda.device(device):
         segments = torch.frombuffer(table, dtype=torch.int64).to(device)
         found = torch.empty(count, dtype=torch.int64, device=device)
         stream = torch.cuda.current_stream(device)
         kernel.fill_zeros(found, stream)
         entries = len(table) // _ENTRY
-        most = torch.cuda.get_device_properties(device).multi_processor_count // 4 if gentle else entries
+        most_blocks = torch.cuda.get_device_properties(device).multi_processor_count // 4 if gentle else entries
         _kernel().launch(
             stream,
-            min(entries, most),
+            min(entries, most_blocks),
             _THREADS,
             ctypes.c_uint64(segments.data_ptr()),
             ctypes.c_uint32(entries),
@@ -129,19 +132,19 @@ def _run(device: torch.device, table: "array[int]", count: int, gentle: bool) ->
 
 @cache
 def _kernel() -> kernel.Kernel:
-    made = {path.name: path.read_bytes() for path in files(kernels).iterdir() if path.name.startswith("digest.")}
-    cubins = {int(name.split(".")[1].removeprefix("sm_")): made[name] for name in made if name.endswith(".cubin")}
-    return kernel.Kernel("digest", cubins, made["digest.ptx"] + b"\0")
+    code = {path.name: path.read_bytes() for path in files(kernels).iterdir() if path.name.startswith("digest.")}
+    cubins = {int(name.split(".")[1].removeprefix("sm_")): code[name] for name in code if name.endswith(".cubin")}
+    return kernel.Kernel("digest", cubins, code["digest.ptx"] + b"\0")
 
 
 @cache
 def kernel_ready(device: torch.device) -> bool:
-    """Whether the kernel runs on this GPU."""
+    """Whether the kernel can run on this GPU. Loads it; warns where it cannot."""
     if torch.version.cuda is None:
         return False
     try:
         _kernel().load(device.index)
     except (cuda.DriverError, TensorForkError) as error:
-        warnings.warn(f"digests on {device} fall back on torch, which is slower: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"digests on {device} are computed slowly, by torch: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True

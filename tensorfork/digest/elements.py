@@ -1,4 +1,4 @@
-"""A tensor's bytes, in the order in which they lie: as views where they can be, copied in bounded parts where not."""
+"""A tensor's bytes in the order in which they lie in memory: as views where possible, otherwise copied in parts."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ from tensorfork import layout
 
 
 def gather_on_host(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes from byte `start` of each dense tensor to a row of words. Any alignment, and no torch."""
-    into, step = rows.data_ptr(), rows.stride(0) * 8
+    """Copy `nbytes` bytes from byte `start` of each dense tensor to a row of words. Any alignment; without torch."""
+    target, step = rows.data_ptr(), rows.stride(0) * 8
     for i, tensor in enumerate(tensors):
-        ctypes.memmove(into + i * step, tensor.data_ptr() + start, nbytes)
+        ctypes.memmove(target + i * step, tensor.data_ptr() + start, nbytes)
 
 
 def gather_on_device(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
@@ -22,25 +22,27 @@ def gather_on_device(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start:
 
 
 def as_bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    """The bytes from byte `start` of a tensor on, as a view."""
+    """The bytes from byte `start` of a tensor on, as a uint8 view of this shape and stride."""
     at = tensor.storage_offset() * tensor.element_size() + start
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at, shape, stride)
 
 
-def fill(stage: torch.Tensor, tensor: torch.Tensor, row: int, most: int) -> Iterator[int]:
-    """Copy the tensor's elements into the stage, in order, no operation on more than `most` of them; yields when it
-    is full, with the bytes to be taken: whole rows of `row` bytes, but for the last time.
+def copy_elements(scratch: torch.Tensor, tensor: torch.Tensor, row: int, most: int) -> Iterator[int]:
+    """Copy the tensor's elements through the scratch, in order; no operation takes more than `most` of them.
+
+    Yields, each time the scratch is full, the bytes at its beginning that the caller must use before it goes on: whole
+    rows of `row` bytes, but for the last time.
     """
     itemsize = tensor.element_size()
-    view = stage.view(tensor.dtype)
-    used, room = 0, view.numel()
-    for part in slabs(tensor, min(room // 2, most)):
+    view = scratch.view(tensor.dtype)
+    used, capacity = 0, view.numel()
+    for part in slabs(tensor, min(capacity // 2, most)):
         n = part.numel()
-        if used + n > room:
-            whole, left = divmod(used * itemsize, row)
+        if used + n > capacity:
+            whole, rest = divmod(used * itemsize, row)
             yield whole * row
-            stage[:left] = stage[whole * row :][:left]
-            used = left // itemsize
+            scratch[:rest] = scratch[whole * row :][:rest]
+            used = rest // itemsize
         view[used : used + n].view(part.shape).copy_(part)
         used += n
     if used:
@@ -48,25 +50,25 @@ def fill(stage: torch.Tensor, tensor: torch.Tensor, row: int, most: int) -> Iter
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as integers: copied as they are, and known to every operation."""
+    """The tensor's bits as integers, which are copied bit for bit and which every operation supports."""
     if tensor.element_size() == 16:
         tensor = torch.view_as_real(tensor)
     return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def by_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its dimensions by falling stride: contiguous, if its elements fill a stretch of memory."""
+    """The tensor with its dimensions by falling stride: contiguous if it is dense."""
     stride, shape = tensor.stride(), tensor.shape
     return tensor.permute(sorted(range(tensor.dim()), key=lambda i: (-stride[i], -shape[i])))
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements fill a stretch of memory, in whatever order of dimensions."""
+    """Whether its elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
     return tensor.is_contiguous() or layout.is_dense(tensor.shape, tensor.stride())
 
 
 def slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
-    """Cut along the leading dimensions into parts of at most `most` elements, in order."""
+    """Split along the leading dimensions into parts of at most `most` elements, in order."""
     if tensor.numel() <= most:
         yield tensor
         return

@@ -1,5 +1,5 @@
-"""Loading what computes digests on a GPU, once a process, before bytes move: beside copies it would take longer than the
-digests themselves.
+"""Loads what computes digests on a GPU, once a process, before bytes move: while copies run, loading would take longer
+than the digests themselves.
 """
 
 import threading
@@ -11,13 +11,13 @@ from tensorfork.digest.batch import DigestBatch
 from tensorfork.memory import cuda, streams
 
 TIMEOUT = 5.0
-"""Seconds that `wait` waits for each GPU. A digest that comes earlier loads its kernel itself."""
+"""Seconds that `wait` waits for each GPU. Digests computed earlier load the kernel themselves."""
 
 _threads: dict[torch.device, threading.Thread] = {}
 
 
 def begin(devices: Iterable[torch.device]) -> None:
-    """Start to load on these GPUs, each on a thread of its own; does nothing for a GPU where that has begun."""
+    """Start loading on these GPUs, on one thread each; does nothing for a GPU where that has begun."""
     for device in devices:
         if device.type == "cuda" and device not in _threads:
             _threads[device] = threading.Thread(target=_load, args=(device,), name="tensorfork-warm-up", daemon=True)
@@ -25,7 +25,7 @@ def begin(devices: Iterable[torch.device]) -> None:
 
 
 def wait(devices: Iterable[torch.device]) -> None:
-    """Wait until what `begin` started on these GPUs has ended."""
+    """Wait until what `begin` started on these GPUs has ended, for at most `TIMEOUT` each."""
     for device in devices:
         if device in _threads:
             _threads[device].join(TIMEOUT)

@@ -23,17 +23,17 @@ from tensorfork.interpreter.openmp import single_threaded
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 MASK = (1 << 64) - 1
-PACES = ["cpu", "cuda"]
-"""The ways of cutting the work. Both run on the CPU here: what they add up must not depend on the way."""
+TUNINGS = ["cpu", "cuda"]
+"""The devices whose tuning is used. Both run on the CPU here: digests must not depend on how the work is divided."""
 DTYPES = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)
 DTYPES = [dtype for dtype in DTYPES if not str(dtype).startswith(("torch.qint", "torch.quint"))]
 EDGES = [0, 1, 2, 7, 8, 1020, 1021, 1022, 1024, 1030, 1031, 1032, 2042, 2061, 2062, 3093, 8192, 31650, 31651, 31652]
 
 
 @contextmanager
-def paced(pace: str) -> Iterator[None]:
+def tuned_as(device: str) -> Iterator[None]:
     usual = definition._TUNING["cpu"]
-    definition._TUNING["cpu"] = definition._TUNING[pace]
+    definition._TUNING["cpu"] = definition._TUNING[device]
     try:
         yield
     finally:
@@ -43,8 +43,8 @@ def paced(pace: str) -> Iterator[None]:
 @contextmanager
 def segments_of(words: int) -> Iterator[None]:
     """A definition with short segments, so that a test need not have hundreds of megabytes."""
-    usual = definition.SEGMENT, definition._WORDS, definition._SLOTS
-    definition.SEGMENT, definition._WORDS, definition._SLOTS = (
+    usual = definition.SEGMENT, definition._WORDS, definition._SUMS
+    definition.SEGMENT, definition._WORDS, definition._SUMS = (
         words * 8,
         words,
         definition.COLUMNS + -(-words // definition.WIDTH),
@@ -52,7 +52,7 @@ def segments_of(words: int) -> Iterator[None]:
     try:
         yield
     finally:
-        definition.SEGMENT, definition._WORDS, definition._SLOTS = usual
+        definition.SEGMENT, definition._WORDS, definition._SUMS = usual
 
 
 def as_signed(words: Sequence[int]) -> torch.Tensor:
@@ -84,12 +84,12 @@ def words_of(tensor: torch.Tensor) -> list[int]:
 # What the definition says.
 
 
-@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("device", TUNINGS)
 @settings(max_examples=40)
 @given(count=st.one_of(st.sampled_from(EDGES), st.integers(0, 40_000)), seed=st.integers(0, 1000), at=st.integers(0, 9))
-def test_words_have_the_digest_of_the_definition_in_words_and_code(pace: str, count: int, seed: int, at: int) -> None:
+def test_words_have_the_digest_of_the_definition_in_words_and_code(device: str, count: int, seed: int, at: int) -> None:
     memory = random_bytes(8 * (count + at), seed).view(torch.int64)
-    with paced(pace):
+    with tuned_as(device):
         assert definition.digest(memory[at:]) == digest_of_words([word & MASK for word in memory[at:].tolist()])
 
 
@@ -111,11 +111,11 @@ def strided(draw: st.DrawFn) -> torch.Tensor:
     return made
 
 
-@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("device", TUNINGS)
 @settings(max_examples=100)
 @given(tensor=strided())
-def test_any_dtype_shape_stride_and_place_has_the_digest_of_its_elements(pace: str, tensor: torch.Tensor) -> None:
-    with paced(pace):
+def test_any_dtype_shape_stride_and_place_has_the_digest_of_its_elements(device: str, tensor: torch.Tensor) -> None:
+    with tuned_as(device):
         assert definition.digest(tensor) == digest_of_words(words_of(tensor))
 
 
@@ -127,15 +127,15 @@ def test_every_dtype_that_torch_has_is_read_bit_for_bit_even_with_gaps(dtype: to
         assert definition.digest(tensor) == digest_of_words(words_of(tensor))
 
 
-@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("device", TUNINGS)
 @pytest.mark.parametrize("at", [1, 4, 8])
 @pytest.mark.parametrize("nbytes", [25, 5_000, 300_003])
-def test_memory_that_begins_at_any_byte_has_the_digest_of_its_bytes(pace: str, at: int, nbytes: int) -> None:
+def test_memory_that_begins_at_any_byte_has_the_digest_of_its_bytes(device: str, at: int, nbytes: int) -> None:
     memory = random_bytes(nbytes + 16)
     loose = torch.frombuffer(bytearray(memory.numpy(force=True).tobytes()), dtype=torch.uint8, offset=at)
     want = digest_of_words(words_of(memory[at : at + nbytes].clone()))
     aligned = -loose.data_ptr() % 8  # in a storage that is not
-    with paced(pace):
+    with tuned_as(device):
         assert definition.digest(memory[at : at + nbytes]) == want
         assert definition.digest(loose[:nbytes]) == want
         assert definition.digest(loose[aligned:][: nbytes - 8]) == definition.digest(
@@ -143,10 +143,12 @@ def test_memory_that_begins_at_any_byte_has_the_digest_of_its_bytes(pace: str, a
         )
 
 
-@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("device", TUNINGS)
 @settings(max_examples=12)
 @given(data=st.data())
-def test_tensors_digested_together_have_the_digests_they_have_alone(pace: str, data: st.DataObject) -> None:
+def test_tensors_digested_together_have_the_digests_that_they_have_by_themselves(
+    device: str, data: st.DataObject
+) -> None:
     lengths = data.draw(st.lists(st.sampled_from([*EDGES, 100, 5000, 16385, 40_000]), min_size=1, max_size=4))
     memory = random_bytes(1 << 20, data.draw(st.integers(0, 1000)))
     tensors = {}
@@ -156,20 +158,20 @@ def test_tensors_digested_together_have_the_digests_they_have_alone(pace: str, d
         tensors[str(i)] = memory[start - start % data.draw(st.sampled_from([1, 8])) :][:nbytes]
         if data.draw(st.booleans()):
             tensors[f"{i} apart"] = tensors[str(i)].clone()
-    with paced(pace):
+    with tuned_as(device):
         assert digests(tensors) == {name: definition.digest(tensor) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("device", TUNINGS)
 @pytest.mark.parametrize(
     "gaps", [[200_000] * 8, [131_081] * 8, [200_004] * 8, [200_000, 160_000, 160_000, 200_008] * 2]
 )
-def test_neighbours_in_one_storage_have_the_digests_they_have_alone(pace: str, gaps: list[int]) -> None:
+def test_neighbours_in_one_storage_have_the_digests_that_they_have_by_themselves(device: str, gaps: list[int]) -> None:
     memory = random_bytes(9 * 200_000)
     tensors = {str(at): memory[at:][:131_081] for at in itertools.accumulate(gaps, initial=0)}
     tensors |= {f"{at} apart": tensor.clone() for at, tensor in tensors.items()}
     tensors["another dtype"] = memory[:131_081].view(torch.int8)
-    with paced(pace):
+    with tuned_as(device):
         assert digests(tensors) == {name: definition.digest(tensor.clone()) for name, tensor in tensors.items()}
 
 
@@ -178,11 +180,11 @@ def test_the_halves_of_wide_elements_stay_together_in_expanded_tensors() -> None
     assert definition.digest(tensor) == digest_of_words(words_of(tensor))
 
 
-@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("device", TUNINGS)
 @pytest.mark.parametrize("form", ["dense", "misaligned", "gapped", "odd length"])
-def test_a_tensor_of_several_segments_has_the_digest_of_the_definition(pace: str, form: str) -> None:
+def test_a_tensor_of_several_segments_has_the_digest_of_the_definition(device: str, form: str) -> None:
     memory = random_bytes(5 * 32_768 + 16)
-    with segments_of(4096), paced(pace):
+    with segments_of(4096), tuned_as(device):
         tensor = {
             "dense": memory[: 5 * 32_768],
             "misaligned": memory[3:-8],
@@ -207,7 +209,7 @@ KNOWN: dict[str, tuple[Callable[[], torch.Tensor], int]] = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_definition_is_the_one_it_always_was(name: str) -> None:
-    """Two versions of tensorfork that call it by one name compute one thing: change `digest.NAME` with a value here."""
+    """Versions of tensorfork with one name for it compute the same: change `definition.NAME` with a value here."""
     make, want = KNOWN[name]
     assert (definition.NAME, hex(definition.digest(make()))) == ("sums3/1", hex(want))
 
@@ -294,12 +296,12 @@ def all_sorts() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("kept_alone", [True, False])
-def test_no_operation_on_the_cpu_wakes_torch_s_other_threads(kept_alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads of torch's, woken beside an engine's, were seen to make both wait for seconds. They are not where torch
-    has one for ours, nor by an operation on less than 32,768 elements.
+@pytest.mark.parametrize("single", [True, False])
+def test_no_operation_on_the_cpu_wakes_torch_s_other_threads(single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of torch's, woken beside an engine's, were seen to make both wait for seconds. They are not woken where
+    torch uses one thread for ours, nor by an operation on less than 32,768 elements.
     """
-    if not kept_alone:
+    if not single:
         monkeypatch.setattr(definition, "single_threaded", lambda: contextlib.nullcontext(False))
     before = torch.get_num_threads()
     threads: set[int] = set()
@@ -315,12 +317,12 @@ def test_no_operation_on_the_cpu_wakes_torch_s_other_threads(kept_alone: bool, m
     tensors = all_sorts()
     with watched(see):
         digests(tensors)
-    assert threads == {1} if kept_alone else 30_000 < largest < 32_768
+    assert threads == {1} if single else 30_000 < largest < 32_768
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("pace", PACES)
-def test_scratch_is_at_most_16_mib_whatever_the_model(pace: str) -> None:
+@pytest.mark.parametrize("device", TUNINGS)
+def test_scratch_is_at_most_16_mib_whatever_the_model(device: str) -> None:
     tensors = all_sorts()
     known = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
     live: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -335,7 +337,7 @@ def test_scratch_is_at_most_16_mib_whatever_the_model(pace: str) -> None:
             del live[gone]
         most = max(most, sum(nbytes for _, nbytes in live.values()))
 
-    with paced(pace), watched(see):
+    with tuned_as(device), watched(see):
         digests(tensors)
     assert 0 < most <= 16 << 20
 
@@ -466,12 +468,11 @@ def test_tensors_that_are_summed_together_are_each_summed_whole(count: int, nbyt
     generator = torch.Generator().manual_seed(count)
     tensors = {str(i): torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator) for i in range(count)}
     expected = {name: definition.digest(tensor) for name, tensor in tensors.items()}
-    with paced("cuda"):
+    with tuned_as("cuda"):
         assert digests(tensors) == expected
 
 
-def test_the_process_s_number_of_threads_is_nobody_s_business_but_ours() -> None:
-    """What keeps one thread alone does so for that thread, and while it lasts."""
+def test_single_threaded_changes_torch_s_threads_for_the_calling_thread_alone_and_while_it_lasts() -> None:
     usual, seen = torch.get_num_threads(), list[int]()
     with single_threaded() as kept:
         assert kept == (torch.get_num_threads() == 1)

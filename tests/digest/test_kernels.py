@@ -1,4 +1,4 @@
-"""What GPUs are given was made of the source beside it, and is chosen by what a GPU is."""
+"""The code for GPUs was compiled from the source beside it, and is chosen by a GPU's compute capability."""
 
 import itertools
 from importlib.resources import files
@@ -11,10 +11,12 @@ from tensorfork.digest.kernels import build
 from tensorfork.memory import kernel
 
 
-def test_what_gpus_are_given_was_made_of_the_source() -> None:
+def test_the_code_for_gpus_was_compiled_from_the_source() -> None:
     folder = files(kernels)
     ptx = (folder / "digest.ptx").read_text()
-    assert ptx.startswith(build.stamp((folder / "digest.cu").read_text())), "run python -m tensorfork.kernels.build"
+    assert ptx.startswith(build.stamp((folder / "digest.cu").read_text())), (
+        "run python -m tensorfork.digest.kernels.build"
+    )
     assert f".version {build.PTX_VERSION}" in ptx
     assert f".target sm_{build.OLDEST}" in ptx
 
@@ -32,8 +34,8 @@ def test_machine_code_is_chosen_by_capability(
     capability: tuple[int, int], images: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    made_kernel = kernel.Kernel("k", {made: str(made).encode() for made in (75, 80, 86, 90)}, b"0")
-    assert [int(image) for image in made_kernel._images(0)] == images
+    chosen = kernel.Kernel("k", {made: str(made).encode() for made in (75, 80, 86, 90)}, b"0")
+    assert [int(image) for image in chosen._images(0)] == images
 
 
 @pytest.mark.gpu(1)
@@ -52,7 +54,7 @@ def test_ptx_gives_what_machine_code_gives(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.gpu(1)
-def test_few_blocks_give_what_many_give_and_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_blocks_many_blocks_and_torch_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [
         1,
         8,
@@ -64,11 +66,11 @@ def test_few_blocks_give_what_many_give_and_torch_gives(monkeypatch: pytest.Monk
         *[70_000] * 400,
     ]
     there = {str(i): torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for i, n in enumerate(sizes)}
-    checksums = batch.DigestBatch.of(there)
-    usual = checksums.compute()
-    assert checksums.compute(gentle=True) == usual
+    digests = batch.DigestBatch.of(there)
+    usual = digests.compute()
+    assert digests.compute(gentle=True) == usual
     monkeypatch.setattr(batch, "kernel_ready", lambda device: False)
-    assert checksums.compute() == usual
+    assert digests.compute() == usual
 
 
 @pytest.mark.gpu(1)
@@ -83,10 +85,10 @@ def test_tensors_over_the_whole_of_an_allocation_are_told_apart() -> None:
 
 
 @pytest.mark.gpu(1)
-def test_a_tensor_that_was_given_other_memory_is_not_taken_for_what_was_published() -> None:
+def test_a_tensor_that_was_given_other_memory_is_refused() -> None:
     tensor = torch.nn.Parameter(torch.ones(1000, device="cuda"))
-    checksums = batch.DigestBatch.of({"w": tensor})
-    checksums.compute()
+    digests = batch.DigestBatch.of({"w": tensor})
+    digests.compute()
     tensor.data = torch.zeros(1000, device="cuda")
     with pytest.raises(RuntimeError, match="w was given other memory"):
-        checksums.compute()
+        digests.compute()

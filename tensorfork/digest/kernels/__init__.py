@@ -1,1 +1,1 @@
-"""What runs on GPUs: source, and what `build` made of it, which is what is used."""
+"""The source of our GPU kernels, and the PTX and machine code that `build` compiled from it."""

@@ -1,7 +1,7 @@
-"""Make of digest.cu what GPUs take: ``python -m tensorfork.kernels.build``, with ``nvidia-cuda-nvrtc-cu12==12.9.86``.
+"""Compile digest.cu: ``python -m tensorfork.digest.kernels.build``, with ``nvidia-cuda-nvrtc-cu12==12.9.86``.
 
-Machine code for the GPUs of today, and PTX for all others from Volta on; so whoever uses this library needs no
-compiler, and compiles nothing. A test sees that all of it was made of the source beside it.
+Writes machine code for today's GPUs, and PTX for all others from Volta on; so users of the library need no compiler.
+A test checks that the PTX was compiled from the source beside it.
 """
 
 import ctypes
@@ -12,35 +12,35 @@ from importlib.util import find_spec
 from pathlib import Path
 
 CAPABILITIES = (75, 80, 90, 100, 120)
-"""Machine code is for one of these, and for later ones of the same ten."""
+"""Compute capabilities that machine code is compiled for. It also runs on later ones of the same major number."""
 OLDEST = 70
-"""What the PTX is for."""
+"""The compute capability that the PTX is compiled for."""
 PTX_VERSION = "7.0"
-"""What drivers from CUDA 11.0 on take; the compiler writes its own, and nothing that needs it."""
+"""Accepted by drivers from CUDA 11.0 on. The compiler writes a later one, but uses nothing that needs it."""
 
 
 def stamp(source: str) -> str:
-    """The first line of the PTX: by it one sees which source it was made of."""
+    """The first line of the PTX, which tells the source it was compiled from."""
     return f"// of digest.cu, sha256 {hashlib.sha256(source.encode()).hexdigest()}\n"
 
 
 def build(source: str, architecture: str, kind: str, nvrtc: ctypes.CDLL) -> bytes:
-    """Compile. `kind` is PTX or CUBIN. Raises `RuntimeError` with the compiler's log."""
+    """Compile to `kind`, PTX or CUBIN. Raises `RuntimeError` with the compiler's log."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"digest.cu", 0, None, None)
     options = (ctypes.c_char_p * 2)(f"--gpu-architecture={architecture}".encode(), b"--std=c++17")
     failed = nvrtc.nvrtcCompileProgram(program, 2, options)
-    wanted = "ProgramLog" if failed else kind
-    getattr(nvrtc, f"nvrtcGet{wanted}Size")(program, ctypes.byref(size))
-    made = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{wanted}")(program, made)
+    output = "ProgramLog" if failed else kind
+    getattr(nvrtc, f"nvrtcGet{output}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{output}")(program, text)
     if failed:
-        raise RuntimeError(made.value.decode())
-    return made.raw
+        raise RuntimeError(text.value.decode())
+    return text.raw
 
 
 def main() -> None:
-    """Read digest.cu, write the rest beside it."""
+    """Read digest.cu, and write what it compiles to beside it."""
     folder = Path(str(files("tensorfork.digest.kernels")))
     source = (folder / "digest.cu").read_text()
     package = find_spec("nvidia.cuda_nvrtc")
@@ -51,8 +51,8 @@ def main() -> None:
     ptx = re.sub(r"^\.version .*$", f".version {PTX_VERSION}", ptx, flags=re.MULTILINE)
     (folder / "digest.ptx").write_text(stamp(source) + ptx)
     for capability in CAPABILITIES:
-        made = build(source, f"sm_{capability}", "CUBIN", nvrtc)
-        (folder / f"digest.sm_{capability}.cubin").write_bytes(made)
+        cubin = build(source, f"sm_{capability}", "CUBIN", nvrtc)
+        (folder / f"digest.sm_{capability}.cubin").write_bytes(cubin)
 
 
 if __name__ == "__main__":
