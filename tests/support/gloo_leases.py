@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgpack
-from tensorfork.testing.ends import Speaker
-from tensorfork.testing.memory import Memory
 
 import tensorfork
 from tensorfork import Copy, Site
+from tensorfork.testing.channel import QueueChannel
+from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.process_group import Gloo
 
 BATCH = 4096
@@ -32,7 +32,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @contextmanager
 def served(
     export: tensorfork.Export, change: Callable[[list[Any]], list[Any] | None] = lambda message: message
-) -> Iterator[tuple[Speaker, list[BaseException]]]:
+) -> Iterator[tuple[QueueChannel, list[BaseException]]]:
     """Serve an export on a thread, and close it at the end.
 
     Yields the fork's end of its channel, and a list to which an exception that `serve` raises is added. `change` gets
@@ -41,11 +41,11 @@ def served(
 
     def pass_on(packed: bytes) -> None:
         if (message := change(msgpack.unpackb(packed))) is not None:
-            fork_end.hear(msgpack.packb(message))
+            fork_end.deliver(msgpack.packb(message))
 
-    fork_end = Speaker(lambda _: None)
-    seed_end = Speaker(pass_on)
-    fork_end._say = seed_end.hear
+    fork_end = QueueChannel(lambda _: None)
+    seed_end = QueueChannel(pass_on)
+    fork_end.connect(seed_end.deliver)
     raised: list[BaseException] = []
 
     def serve() -> None:
@@ -64,22 +64,22 @@ def served(
         assert not thread.is_alive()
 
 
-def export(memory: Memory, seconds: float = SECONDS, **options: Any) -> tensorfork.Export:
+def export(memory: GuardedMemory, seconds: float = SECONDS, **options: Any) -> tensorfork.Export:
     return Gloo(**options).export(memory.regions, LOOPBACK, {}, time.monotonic() + seconds)
 
 
-def recv(channel: Speaker) -> list[Any]:
+def recv(channel: QueueChannel) -> list[Any]:
     message: list[Any] = msgpack.unpackb(channel.recv(time.monotonic() + SECONDS))
     return message
 
 
-def send(channel: Speaker, *message: Any) -> None:
+def send(channel: QueueChannel, *message: Any) -> None:
     channel.send(msgpack.packb(message), time.monotonic() + SECONDS)
 
 
 @contextmanager
 def opened(
-    memory: Memory, into: Memory, channel: Speaker, offer: bytes, **options: Any
+    memory: GuardedMemory, into: GuardedMemory, channel: QueueChannel, offer: bytes, **options: Any
 ) -> Iterator[tensorfork.Session]:
     remote = [tensorfork.RemoteRegion(region.id, region.nbytes, region.device) for region in memory.regions]
     session = Gloo(**options).open(offer, "127.0.0.1", remote, into.regions, channel, time.monotonic() + SECONDS)
@@ -90,7 +90,7 @@ def opened(
         session.close(time.monotonic() + SECONDS)
 
 
-def batch_copies(memory: Memory, into: Memory, count: int) -> list[Copy]:
+def batch_copies(memory: GuardedMemory, into: GuardedMemory, count: int) -> list[Copy]:
     """So many copies, of one batch each."""
     source, destination = memory.regions[0].id, into.regions[0].id
     return [Copy(0, source, i * BATCH, destination, i * BATCH, BATCH) for i in range(count)]

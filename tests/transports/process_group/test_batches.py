@@ -18,8 +18,8 @@ import tensorfork
 from tensorfork import Copy, TransportUnavailable
 from tensorfork.errors import ProtocolError
 from tensorfork.memory import cuda
-from tensorfork.testing.ends import Speaker
-from tensorfork.testing.memory import Memory
+from tensorfork.testing.channel import QueueChannel
+from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.process_group import NCCL, Gloo
 from tensorfork.transports.process_group.batches import MAX_RANGES, Batch, Limits, decode_page, encode_pages, schedule
 from tensorfork.transports.process_group.region_tensors import merge_adjacent
@@ -34,25 +34,25 @@ SECONDS = 60.0
 def test_nccl_refuses_a_model_that_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     with pytest.raises(TransportUnavailable, match="use gloo, or zeromq"):
-        NCCL().facts(Memory("cpu", [10], 1).regions)
+        NCCL().facts(GuardedMemory("cpu", [10], 1).regions)
 
 
 def test_nccl_refuses_a_torch_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(TransportUnavailable, match="built without NCCL"):
-        NCCL().facts(Memory("cpu", [10], 1).regions)
+        NCCL().facts(GuardedMemory("cpu", [10], 1).regions)
 
 
 def test_gloo_refuses_a_torch_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
     with pytest.raises(TransportUnavailable, match="built without gloo"):
-        Gloo().facts(Memory("cpu", [10], 1).regions)
+        Gloo().facts(GuardedMemory("cpu", [10], 1).regions)
 
 
 def test_gloo_refuses_a_host_without_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "if_nameindex", list)
     with pytest.raises(TransportUnavailable, match="interface"):
-        Gloo().facts(Memory("cpu", [10], 1).regions)
+        Gloo().facts(GuardedMemory("cpu", [10], 1).regions)
 
 
 def test_memory_that_is_neither_cpu_nor_cuda_is_refused() -> None:
@@ -99,7 +99,7 @@ def test_nccl_refuses_a_seed_within_one_process(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_gloo_accepts_a_seed_within_one_process() -> None:
-    facts = Gloo().facts(Memory("cpu", [10], 1).regions)
+    facts = Gloo().facts(GuardedMemory("cpu", [10], 1).regions)
     assert Gloo().why_not(facts, facts) is None
 
 
@@ -112,7 +112,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, int]) -> None
 def test_an_offer_that_cannot_be_read_is_refused() -> None:
     for offer in (b"", b"\xc1", msgpack.packb(["token", 0, 1, 1, 1, [None] * 3, "host"]), msgpack.packb([1, 2])):
         with pytest.raises(ProtocolError, match="offer"):
-            Gloo().open(offer, "127.0.0.1", [], [], Speaker(lambda _: None), time.monotonic() + SECONDS)
+            Gloo().open(offer, "127.0.0.1", [], [], QueueChannel(lambda _: None), time.monotonic() + SECONDS)
 
 
 # Pure functions.

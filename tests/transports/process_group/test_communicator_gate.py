@@ -12,7 +12,7 @@ import torch
 from gloo_leases import BATCH, DIRECT, SECONDS, batch_copies, export, opened, served
 
 from tensorfork import TransferFailed
-from tensorfork.testing.memory import Memory
+from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.process_group import communicator_gate, nccl
 from tensorfork.transports.process_group.communicator_gate import CommunicatorGate
 from tensorfork.transports.process_group.gloo import GlooGroup
@@ -203,7 +203,7 @@ def test_a_session_waits_for_its_groups_to_be_aborted_only_if_something_may_be_i
         close(group, is_idle)
 
     monkeypatch.setattr(GlooGroup, "close", record)
-    memory, into = Memory("cpu", [6 * BATCH], 1), Memory("cpu", [6 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [6 * BATCH], 1), GuardedMemory("cpu", [6 * BATCH], 2)
     copies = batch_copies(memory, into, 6)
 
     def lease(*pulls: float) -> None:

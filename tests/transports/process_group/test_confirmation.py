@@ -9,7 +9,7 @@ import pytest
 from gloo_leases import BATCH, DIRECT, SECONDS, batch_copies, export, opened, served
 
 from tensorfork import TransferFailed
-from tensorfork.testing.memory import Memory
+from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.process_group.gloo import GlooGroup
 from tensorfork.transports.process_group.nccl import NcclGroup
 from tensorfork.transports.process_group.pair_group import SEED
@@ -17,7 +17,7 @@ from tensorfork.transports.process_group.sender import CATCH_UP, REPORT_INTERVAL
 
 
 def test_a_copy_that_arrived_is_not_done_before_the_seed_has_confirmed_it() -> None:
-    memory, into = Memory("cpu", [6 * BATCH], 1), Memory("cpu", [6 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [6 * BATCH], 1), GuardedMemory("cpu", [6 * BATCH], 2)
     made, done = export(memory, **DIRECT), list[int]()
     with (
         served(made, lambda message: None if message[0] == "sent" else message) as (channel, _),
@@ -25,12 +25,12 @@ def test_a_copy_that_arrived_is_not_done_before_the_seed_has_confirmed_it() -> N
         pytest.raises(TransferFailed, match="deadline"),
     ):
         session.pull(batch_copies(memory, into, 6), time.monotonic() + 1.0, done.append, threading.Event())
-    assert into.read(0, 0, 6 * BATCH).equal(memory.read(0, 0, 6 * BATCH)), "this test needs all of it to arrive"
+    assert into.view(0, 0, 6 * BATCH).equal(memory.view(0, 0, 6 * BATCH)), "this test needs all of it to arrive"
     assert not done
 
 
 def test_only_the_copies_that_the_seed_has_confirmed_are_done() -> None:
-    memory, into = Memory("cpu", [6 * BATCH], 1), Memory("cpu", [6 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [6 * BATCH], 1), GuardedMemory("cpu", [6 * BATCH], 2)
     made, done = export(memory, **DIRECT), list[int]()
 
     def all_but_two(message: list[Any]) -> list[Any] | None:
@@ -47,7 +47,7 @@ def test_only_the_copies_that_the_seed_has_confirmed_are_done() -> None:
 
 def test_a_receive_that_ends_without_its_bytes_when_the_lease_ends_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with NCCL when the seed's communicator is aborted; here every receive over gloo ends so."""
-    memory, into = Memory("cpu", [64 * BATCH], 1), Memory("cpu", [64 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [64 * BATCH], 1), GuardedMemory("cpu", [64 * BATCH], 2)
     made, done, sent = export(memory, rate_limit=16 * BATCH, **DIRECT), list[int](), [0]
     wait = GlooGroup.finish
 
@@ -75,7 +75,7 @@ def test_a_receive_that_ends_without_its_bytes_when_the_lease_ends_is_not_done(m
 
 
 def test_a_copy_that_the_seed_confirms_early_is_not_done_before_it_has_arrived() -> None:
-    memory, into = Memory("cpu", [8 * BATCH], 1), Memory("cpu", [8 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [8 * BATCH], 1), GuardedMemory("cpu", [8 * BATCH], 2)
     made, done = export(memory, rate_limit=40 * BATCH, **DIRECT), list[int]()
     early: list[list[Any] | None] = [["sent", 8]]
 
@@ -83,7 +83,7 @@ def test_a_copy_that_the_seed_confirms_early_is_not_done_before_it_has_arrived()
         return message if message[0] != "sent" else early.pop() if early else None
 
     def then(i: int) -> None:
-        assert into.read(0, i * BATCH, BATCH).equal(memory.read(0, i * BATCH, BATCH))
+        assert into.view(0, i * BATCH, BATCH).equal(memory.view(0, i * BATCH, BATCH))
         done.append(i)
 
     with (
@@ -96,7 +96,7 @@ def test_a_copy_that_the_seed_confirms_early_is_not_done_before_it_has_arrived()
 
 @pytest.mark.parametrize("nonsense", [["sent", 7], ["sent", -1], ["sent", 0], ["sent", "all"], ["sent"], ["joined"]])
 def test_a_confirmation_that_makes_no_sense_fails_the_pull(nonsense: list[Any]) -> None:
-    memory, into = Memory("cpu", [6 * BATCH], 1), Memory("cpu", [6 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [6 * BATCH], 1), GuardedMemory("cpu", [6 * BATCH], 2)
     made = export(memory, **DIRECT)
     with (
         served(made, lambda message: nonsense if message[0] == "sent" else message) as (channel, _),
@@ -108,7 +108,7 @@ def test_a_confirmation_that_makes_no_sense_fails_the_pull(nonsense: list[Any]) 
 
 def test_the_seed_confirms_while_batches_leave_but_not_each_of_many() -> None:
     count = 2000
-    memory, into = Memory("cpu", [count * BATCH], 1), Memory("cpu", [count * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [count * BATCH], 1), GuardedMemory("cpu", [count * BATCH], 2)
     made, confirmed = export(memory, **DIRECT), list[int]()
 
     def keep(message: list[Any]) -> list[Any]:
@@ -126,7 +126,7 @@ def test_the_seed_confirms_while_batches_leave_but_not_each_of_many() -> None:
 
 
 def test_a_batch_is_done_before_the_next_leaves_if_they_leave_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, into = Memory("cpu", [2 * BATCH], 1), Memory("cpu", [2 * BATCH], 2)
+    memory, into = GuardedMemory("cpu", [2 * BATCH], 1), GuardedMemory("cpu", [2 * BATCH], 2)
     made, done, started = export(memory, rate_limit=2 * BATCH, **DIRECT), threading.Event(), list[bool]()
     start = GlooGroup.start
 

@@ -17,7 +17,7 @@ from gloo_leases import SECONDS, export, opened, recv, send, served, wait_until
 import tensorfork
 from tensorfork import Copy, TransferFailed, TransportUnavailable
 from tensorfork.errors import PeerUnreachable
-from tensorfork.testing.memory import Memory
+from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.process_group import Gloo
 from tensorfork.transports.process_group.gloo import GlooGroup
 from tensorfork.transports.process_group.pair_group import FORK
@@ -27,7 +27,7 @@ from tensorfork.transports.process_group.tasks import run_together
 
 
 def test_a_fork_that_never_joins_costs_a_thread_until_the_lease_ends() -> None:
-    with served(export(Memory("cpu", [1000], 1))) as (_, ended):
+    with served(export(GuardedMemory("cpu", [1000], 1))) as (_, ended):
         pass
     assert not ended
 
@@ -36,7 +36,7 @@ def test_a_fork_that_never_joins_costs_a_thread_until_the_lease_ends() -> None:
     "seed_answers", [False, True], ids=["a seed that says nothing", "a seed that waits in the group"]
 )
 def test_a_session_that_is_closed_while_its_group_is_created_leaves_no_thread(seed_answers: bool) -> None:
-    memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
+    memory, into = GuardedMemory("cpu", [1000], 1), GuardedMemory("cpu", [1000], 2)
     asked = threading.Event()
     made = export(memory, joining=SECONDS)
     before = set(threading.enumerate())
@@ -59,13 +59,13 @@ def test_a_session_that_is_closed_while_its_group_is_created_leaves_no_thread(se
 
 
 def test_a_lease_whose_time_is_over_ends_by_itself() -> None:
-    with served(export(Memory("cpu", [1000], 1), seconds=0.2)) as (_, ended):
+    with served(export(GuardedMemory("cpu", [1000], 1), seconds=0.2)) as (_, ended):
         wait_until(lambda: bool(ended))
     assert isinstance(ended[0], PeerUnreachable)
 
 
 def test_a_fork_that_asks_to_join_and_does_not_connect_is_told_so() -> None:
-    with served(export(Memory("cpu", [1000], 1), joining=0.3)) as (channel, ended):
+    with served(export(GuardedMemory("cpu", [1000], 1), joining=0.3)) as (channel, ended):
         send(channel, "join", [["cpu", "cpu"]], [None, None, None], "127.0.0.1")
         assert recv(channel) == ["ready"]
         assert recv(channel)[0] == "failed"
@@ -97,7 +97,7 @@ def test_a_fork_that_asks_to_join_and_does_not_connect_is_told_so() -> None:
     ],
 )
 def test_a_fork_that_sends_nonsense_is_refused_and_the_seed_goes_on(message: list[Any]) -> None:
-    with served(export(Memory("cpu", [1000], 1))) as (channel, ended):
+    with served(export(GuardedMemory("cpu", [1000], 1))) as (channel, ended):
         send(channel, *message)
         assert recv(channel)[0] == "failed"
         wait_until(lambda: bool(ended))
@@ -108,7 +108,7 @@ def test_a_fork_that_sends_nonsense_is_refused_and_the_seed_goes_on(message: lis
     "byte_range", [(7, 0, 1001), (7, 1000, 1), (8, 0, 1), (7, (1 << 64) - 1, 2), (7, 0, (1 << 64) - 1)]
 )
 def test_a_fork_that_asks_for_other_memory_gets_none(byte_range: tuple[int, int, int]) -> None:
-    memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
+    memory, into = GuardedMemory("cpu", [1000], 1), GuardedMemory("cpu", [1000], 2)
     memory_id = memory.regions[0].id
     made = export(memory)
     with served(made) as (channel, ended), opened(memory, into, channel, made.offer):
@@ -119,11 +119,11 @@ def test_a_fork_that_asks_for_other_memory_gets_none(byte_range: tuple[int, int,
         assert message[0] == "failed"
         assert "outside" in message[1]
         wait_until(lambda: bool(ended))
-    assert into.wrong() is None
+    assert into.first_difference() is None
 
 
 def test_a_fork_that_asks_for_more_than_a_bucket_holds_is_refused() -> None:
-    memory, into = Memory("cpu", [5000], 1), Memory("cpu", [5000], 2)
+    memory, into = GuardedMemory("cpu", [5000], 1), GuardedMemory("cpu", [5000], 2)
     made = export(memory, bucket=1000, small=1000)
     with served(made) as (channel, _), opened(memory, into, channel, made.offer):
         id = memory.regions[0].id
@@ -139,7 +139,7 @@ def test_a_fork_that_asks_for_more_than_a_bucket_holds_is_refused() -> None:
 
 
 def test_a_pull_that_is_cancelled_when_its_last_copy_is_done_has_failed() -> None:
-    memory, into = Memory("cpu", [1000], 1), Memory("cpu", [1000], 2)
+    memory, into = GuardedMemory("cpu", [1000], 1), GuardedMemory("cpu", [1000], 2)
     made, cancel = export(memory), threading.Event()
     with served(made) as (channel, _), opened(memory, into, channel, made.offer) as session:
         copy = Copy(0, memory.regions[0].id, 0, into.regions[0].id, 0, 1000)
@@ -212,7 +212,7 @@ def test_an_operation_that_was_aborted_and_returns_has_failed() -> None:
 
 def test_stores_listen_within_the_range_and_ports_are_free_again_afterwards() -> None:
     ports = free_range(2)
-    memory = Memory("cpu", [1000], 1)
+    memory = GuardedMemory("cpu", [1000], 1)
     for _ in range(2):
         first, second = export(memory, ports=ports), export(memory, ports=ports)
         assert {msgpack.unpackb(one.offer)[1] for one in (first, second)} == set(ports)
@@ -223,7 +223,7 @@ def test_stores_listen_within_the_range_and_ports_are_free_again_afterwards() ->
 
 
 def test_a_store_listens_at_the_seeds_address_and_nowhere_else() -> None:
-    made = export(Memory("cpu", [1000], 1))
+    made = export(GuardedMemory("cpu", [1000], 1))
     port = msgpack.unpackb(made.offer)[1]
     with socket.create_connection(("127.0.0.1", port), SECONDS):
         pass

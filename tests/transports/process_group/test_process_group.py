@@ -207,7 +207,36 @@ def test_a_seed_sends_no_faster_than_its_rate_limit() -> None:
 # Beside the engine's own groups.
 
 
-def in_the_default_group(pipe: Any, rank: int, store: str, name: str, device: str, address: str | None) -> None:
+class ReduceLoop:
+    """Reduces in torch's default group without pause, on a thread of its own, until both ranks ask to stop."""
+
+    def __init__(self, rank: int, device: str) -> None:
+        self._rank, self._device = rank, device
+        self._stop, self._rounds = threading.Event(), 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def wait_for_another_round(self) -> None:
+        before = self._rounds
+        wait_until(lambda: self._rounds > before)
+
+    def stop(self) -> bool:
+        """Stop; whether the thread has ended."""
+        self._stop.set()
+        self._thread.join(SECONDS)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            sums = torch.tensor([self._rank + 1, int(self._stop.is_set())], device=self._device)
+            torch.distributed.all_reduce(sums)
+            assert int(sums[0]) == 3
+            self._rounds += 1
+            if int(sums[1]) == 2:
+                return
+
+
+def in_the_default_group(pipe: Any, rank: int, store: str, name: str, device: str) -> None:
     """A process of an engine, which reduces in its default group without pause while it publishes or forks."""
     import torch.distributed as dist
 
@@ -215,44 +244,26 @@ def in_the_default_group(pipe: Any, rank: int, store: str, name: str, device: st
         torch.cuda.set_device(device)
     dist.init_process_group(name, store=dist.FileStore(store, 2), rank=rank, world_size=2)
     before = dict(os.environ), list(dist.distributed_c10d._world.pg_names.values())
-    stop, rounds = threading.Event(), 0
-
-    def reduce() -> None:
-        nonlocal rounds
-        while True:
-            sums = torch.tensor([rank + 1, int(stop.is_set())], device=device)
-            dist.all_reduce(sums)
-            assert int(sums[0]) == 3
-            rounds += 1
-            if int(sums[1]) == 2:
-                return
-
-    def wait_for_another_round() -> None:
-        before = rounds
-        wait_until(lambda: rounds > before)
-
-    reducing = threading.Thread(target=reduce)
-    reducing.start()
-    wait_for_another_round()
+    loop = ReduceLoop(rank, device)
+    loop.wait_for_another_round()
     sizes = [4 << 20, 1000, 200_000]
     if rank == 0:
         with tensorfork.publish(model(device, sizes, 11), transports=[transport(name)]) as seed:
             pipe.send(seed.address)
             pipe.recv()
-            wait_for_another_round()
+            loop.wait_for_another_round()
         equals_seed = True
     else:
         (address,) = pipe.recv()
         ours = model(device, sizes)
         tensorfork.fork_into(ours, address, transport=transport(name), timeout=SECONDS)
         equals_seed = equal(ours, model("cpu", sizes, 11))
-        wait_for_another_round()
+        loop.wait_for_another_round()
         pipe.send("forked")
-    stop.set()
-    reducing.join(SECONDS)
+    stopped = loop.stop()
     after = dict(os.environ), list(dist.distributed_c10d._world.pg_names.values())
     dist.destroy_process_group()
-    pipe.send((equals_seed, not reducing.is_alive(), before == after))
+    pipe.send((equals_seed, stopped, before == after))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -260,8 +271,8 @@ def test_the_engines_default_group_keeps_working_and_is_not_touched(backend: Bac
     name, there, here = backend
     store = str(tmp_path / "store")
     with (
-        Child(in_the_default_group, 0, store, name, there, None) as seed,
-        Child(in_the_default_group, 1, store, name, here, None) as fork,
+        Child(in_the_default_group, 0, store, name, there) as seed,
+        Child(in_the_default_group, 1, store, name, here) as fork,
     ):
         fork.send(seed.recv())
         assert fork.recv() == "forked"
