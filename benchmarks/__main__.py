@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cases, table
-from benchmarks.bench import START, Bench
+from benchmarks.bench import START_TIMEOUT, Bench
 from benchmarks.measure import Outcome
 from benchmarks.process import Failed, Lost, Skipped, Worker
 
@@ -28,7 +28,7 @@ other commands:
 
 
 def main(arguments: list[str]) -> int:
-    """Run what the command line says; the exit status, which is 1 when a case failed."""
+    """Run the command; the exit status, which is 1 when a case failed."""
     commands = {"list": _list, "chart": _chart, "table": _table}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
@@ -37,29 +37,34 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     options = _options(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that workers are ended
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that workers are closed
     with Worker("machine") as worker:
-        machine = worker.ask("machine.describe", timeout=START)
-    wanted = options.cases or ["cpu", *(["gpu"] if machine["gpus"] else [])]
+        machine = worker.ask("machine.describe", timeout=START_TIMEOUT)
+    names = options.cases or ["cpu", *(["gpu"] if machine["gpus"] else [])]
     try:
-        selected = cases.select(wanted)
+        selected = cases.select(names)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     base = Bench(
-        machine, options.rounds, options.cold, options.seconds, options.scale, options.timeout, options.isolate
+        machine=machine,
+        cold=options.cold,
+        seconds=options.seconds,
+        scale=options.scale,
+        timeout=options.timeout,
+        isolate=options.isolate,
     )
-    began = time.monotonic()
+    start = time.monotonic()
     file = options.out / f"{options.name}.json"
     written = {"machine": machine, "began": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "arguments": arguments}
     results: list[dict[str, Any]] = []
     print(table.machine(machine), flush=True)
     for case in selected:
-        left = options.budget - (time.monotonic() - began)
-        if left <= 0:
+        remaining = options.budget - (time.monotonic() - start)
+        if remaining <= 0:
             results.append(_result(case, Outcome(), "not started", "the budget is spent", 0.0))
             continue
-        results.append(_one(base, case, min(left, options.case_timeout)))
+        results.append(_run_case(base, case, options.rounds, min(remaining, options.case_timeout)))
         print(table.render(results[-1:]), end="\n\n", flush=True)
         _write(file, {**written, "cases": results})
     print(table.summary(results))
@@ -67,15 +72,20 @@ def _run(arguments: list[str]) -> int:
     return int(any(result["status"] == "failed" for result in results))
 
 
-def _one(base: Bench, case: cases.Case, seconds: float) -> dict[str, Any]:
-    """Run one case; whatever happens in it, its result."""
-    outcome, began = Outcome(judged=base.scale * case.scale == 1), time.monotonic()
+def _run_case(base: Bench, case: cases.Case, rounds: int | None, seconds: float) -> dict[str, Any]:
+    """Run one case, for so many seconds at most; its result, even where it fails."""
+    outcome, start = Outcome(judged=base.scale * case.scale == 1), time.monotonic()
     status, why = "done", ""
     if case.gpus > base.gpus:
         return _result(case, outcome, "skipped", f"needs {case.gpus} GPUs, there are {base.gpus}", 0.0)
     with ExitStack() as stack:
         bench = replace(
-            base, stack=stack, on_gpu=case.gpus > 0, scale=base.scale * case.scale, deadline=began + seconds
+            base,
+            stack=stack,
+            rounds=rounds or case.rounds,
+            on_gpu=case.gpus > 0,
+            scale=base.scale * case.scale,
+            deadline=start + seconds,
         )
         try:
             case.run(bench, outcome)
@@ -84,9 +94,9 @@ def _one(base: Bench, case: cases.Case, seconds: float) -> dict[str, Any]:
         except (Failed, Lost) as error:
             late = time.monotonic() >= bench.deadline
             status, why = ("cut off", "its time was over") if late else ("failed", str(error))
-        except Exception:  # a mistake of ours in one case must not cost the others
+        except Exception:  # a bug in one case must not keep the others from running
             status, why = "failed", traceback.format_exc()
-    return _result(case, outcome, status, why, time.monotonic() - began)
+    return _result(case, outcome, status, why, time.monotonic() - start)
 
 
 def _result(case: cases.Case, outcome: Outcome, status: str, why: str, seconds: float) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def _result(case: cases.Case, outcome: Outcome, status: str, why: str, seconds: 
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """At once and whole: a run that is cut off keeps what it had."""
+    """Replace the file in one step, so that a run that is cut off leaves the cases that it had finished."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1))
@@ -119,12 +129,17 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("cases", nargs="*", help="names, patterns or groups; by default all that this machine can do")
     add("--out", type=Path, default=OUT, help="folder of the JSON (default: %(default)s)")
     add("--name", default="results", help="name of the JSON file, without .json")
-    add("--rounds", type=int, default=5, help="interleaved rounds (default: %(default)s)")
+    add("--rounds", type=int, help="interleaved rounds (default: 5; imports: 7)")
     add("--cold", type=int, default=3, help="fresh processes for each kind of cold fork (default: %(default)s)")
     add("--seconds", type=float, default=8.0, help="of steps in each phase of a disturbance (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="factor for the models' sizes (default: %(default)s)")
     add("--isolate", action="store_true", help="the seed and the fork each see one GPU only")
-    add("--budget", type=float, default=float("inf"), help="seconds after which no case is started, nor goes on")
+    add(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        help="seconds after which no case is started and the running one is cut off",
+    )
     add("--timeout", type=float, default=120.0, help="seconds of any one step (default: %(default)s)")
     add("--case-timeout", type=float, default=600.0, help="seconds of one case (default: %(default)s)")
     return parser.parse_args(arguments)

@@ -6,22 +6,22 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from benchmarks import disturbance, fork, limits, small
+from benchmarks import digest, disturbance, fork, imports, limits, publish, settings
 from benchmarks.bench import Bench
 from benchmarks.measure import Outcome
 
 Run = Callable[[Bench, Outcome], None]
-NVLINK = {("arena", "arena"): 0.98, ("placed", "arena"): 0.95, ("placed", "placed"): 0.95}
+NVLINK_GOALS = {("arena", "arena"): 0.98, ("placed", "arena"): 0.95, ("placed", "placed"): 0.95}
 TRANSPORTS: dict[str, dict[str, Any]] = {
-    "cuda_ipc": {"goals": NVLINK},
-    "transfer_engine:nvlink": {"goals": NVLINK},
+    "cuda_ipc": {"goals": NVLINK_GOALS},
+    "transfer_engine:nvlink": {"goals": NVLINK_GOALS},
     "nccl": {"goals": {("placed", "arena"): 0.95, ("placed", "placed"): 0.95}, "limit": limits.SEND},
     "zeromq": {"goals": {("placed", "arena"): 3.0}, "into": ("arena",), "limit": limits.TCP},
 }
 SLOW = "zeromq"
-"""A quarter of the model is enough to measure it by."""
-EXPERTS = {"cuda_ipc": 0.90, "transfer_engine:nvlink": 0.90, "nccl": 0.80}
-GENTLE = (
+"""Measured with a quarter of the model."""
+EXPERTS_GOALS = {"cuda_ipc": 0.90, "transfer_engine:nvlink": 0.90, "nccl": 0.80}
+GENTLE_SETTINGS = (
     "cuda_ipc,rate_limit=100e9",
     "cuda_ipc,rate_limit=50e9",
     "cuda_ipc,rate_limit=25e9",
@@ -35,35 +35,45 @@ GENTLE = (
 
 @dataclass(frozen=True)
 class Case:
-    """One case: its name, the groups it is in, the GPUs it needs, and what it does."""
+    """One case.
+
+    Attributes:
+        name: its name, which the command line and the results use.
+        groups: other words that select it.
+        run: what it does.
+        gpus: how many GPUs it needs.
+        scale: factor for the size of its models, beside that of the run.
+        rounds: interleaved rounds, where the command line does not say.
+    """
 
     name: str
     groups: frozenset[str]
     run: Run
     gpus: int = 0
     scale: float = 1.0
+    rounds: int = 5
 
     @property
     def about(self) -> str:
-        """In a line."""
-        what = self.run.func if isinstance(self.run, partial) else self.run
-        return (what.__doc__ or "").partition("\n")[0]
+        """What it does, in a line."""
+        function = self.run.func if isinstance(self.run, partial) else self.run
+        return (function.__doc__ or "").partition("\n")[0]
 
 
 def cases() -> list[Case]:
-    """All of them, in the order in which they run."""
-    return [*_on_cpus(), *_on_gpus(), *_disturbances()]
+    """All cases, in the order in which they run."""
+    return [*_on_cpus(), *_on_gpus(), *_disturbances(), *_process_settings()]
 
 
-def select(wanted: Sequence[str]) -> list[Case]:
-    """The cases that are named, by name, pattern or group; raises `ValueError` for a word that names none."""
-    found: dict[str, Case] = {}
-    for word in wanted:
+def select(words: Sequence[str]) -> list[Case]:
+    """The cases with these names, patterns or groups; raises `ValueError` for a word that selects none."""
+    selected: dict[str, Case] = {}
+    for word in words:
         named = [case for case in cases() if word in case.groups or fnmatchcase(case.name, word)]
         if not named:
             raise ValueError(f"{word!r} names no case and no group; `python -m benchmarks list` shows them")
-        found |= {case.name: case for case in named}
-    return list(found.values())
+        selected |= {case.name: case for case in named}
+    return list(selected.values())
 
 
 def _on_cpus() -> Iterator[Case]:
@@ -79,36 +89,41 @@ def _on_cpus() -> Iterator[Case]:
         run = partial(fork.cpu_case, shape="1GiB/300", transport=transport, goal=goal)
         yield Case(f"cpu-1GiB-{transport}", cpu | {"transports"}, run)
     for shape in ("300x4KiB", "20000x4KiB"):
-        yield Case(f"cpu-publish-{shape}", cpu | {"publish"}, partial(small.publish_case, shape=shape))
-    yield Case("cpu-digest", cpu, partial(small.digest_case, shape="256MiB/300", goal=small.DIGEST_CPU))
+        yield Case(f"cpu-publish-{shape}", cpu | {"publish"}, partial(publish.case, shape=shape))
+    yield Case("cpu-digest", cpu, partial(digest.case, shape="256MiB/300", goal=digest.CPU_GOAL))
+    yield Case("import", cpu, imports.case, rounds=7)
     quick = frozenset({"quick"})
     yield Case("quick-cpu", quick, partial(fork.cpu_case, shape="64MiB/100"))
-    yield Case("quick-publish", quick, partial(small.publish_case, shape="300x4KiB"))
+    yield Case("quick-publish", quick, partial(publish.case, shape="300x4KiB"))
 
 
 def _on_gpus() -> Iterator[Case]:
     gpu, forks = frozenset({"gpu"}), frozenset({"gpu", "gpu-forks"})
     yield Case("gpu-limits", gpu | {"gpu-first"}, limits.gpu_case, 1)
-    for transport, how in TRANSPORTS.items():
-        run = partial(fork.gpu_case, shape="llama", transport=transport, **how | {"into": ("arena",)})
+    for transport, options in TRANSPORTS.items():
+        run = partial(fork.gpu_case, shape="llama", transport=transport, **options | {"into": ("arena",)})
         yield Case(f"quick-gpu-{transport}", frozenset({"quick"}), run, 1, 1 / 16)
-    for transport, how in TRANSPORTS.items():
-        run = partial(fork.gpu_case, shape=_size("llama", transport), transport=transport, **how)
+    for transport, options in TRANSPORTS.items():
+        run = partial(fork.gpu_case, shape=_size("llama", transport), transport=transport, **options)
         yield Case(f"gpu-llama-{transport}", forks | {"gpu-first"}, run, 1)
     for shape, goal in (("llama", 0.45), ("experts", 0.30)):
-        run = partial(small.digest_case, shape=shape, goal=goal)
+        run = partial(digest.case, shape=shape, goal=goal)
         yield Case(f"gpu-digest-{shape}", gpu | {"gpu-first"}, run, 1)
-    for transport, how in TRANSPORTS.items():
-        goals = {("placed", "placed"): EXPERTS[transport]} if transport in EXPERTS else {}
-        run = partial(fork.gpu_case, shape=_size("experts", transport), transport=transport, **how | {"goals": goals})
+    for transport, options in TRANSPORTS.items():
+        goals = {("placed", "placed"): EXPERTS_GOALS[transport]} if transport in EXPERTS_GOALS else {}
+        run = partial(
+            fork.gpu_case, shape=_size("experts", transport), transport=transport, **options | {"goals": goals}
+        )
         yield Case(f"gpu-experts-{transport}", forks | {"gpu-experts"}, run, 1)
     for shape in ("llama", "experts"):
-        yield Case(f"gpu-peers-{shape}", gpu | {"gpu-peers"}, partial(limits.peers_case, shape=shape), 1)
+        yield Case(f"gpu-baselines-{shape}", gpu | {"gpu-baselines"}, partial(limits.baselines_case, shape=shape), 1)
     for transport in ("cuda_ipc", "transfer_engine:nvlink", "nccl"):
-        how = TRANSPORTS[transport] | {"seed": "arena", "into": ("arena",), "transport": transport}
+        options = TRANSPORTS[transport] | {"seed": "arena", "into": ("arena",), "transport": transport}
         for name, shape in (("llama-arena", "llama"), ("experts-arena", "experts"), ("one", "16GB/1")):
-            yield Case(f"gpu-{name}-{transport}", forks | {"gpu-arena"}, partial(fork.gpu_case, shape=shape, **how), 1)
-        run = partial(fork.gpu_case, shape="60GB/1", **how)
+            yield Case(
+                f"gpu-{name}-{transport}", forks | {"gpu-arena"}, partial(fork.gpu_case, shape=shape, **options), 1
+            )
+        run = partial(fork.gpu_case, shape="60GB/1", **options)
         yield Case(f"gpu-60GB-{transport}", frozenset({"gpu-large"}), run, 2)
 
 
@@ -121,10 +136,18 @@ def _disturbances() -> Iterator[Case]:
     for transport in ("zeromq", "gloo", "transfer_engine:tcp"):
         run = partial(disturbance.case, load="loop", shape="256MiB/100", transport=transport)
         yield Case(f"cpu-disturbance-{transport}", cpu, run)
-    for transport in (*TRANSPORTS, *GENTLE):
+    for transport in (*TRANSPORTS, *GENTLE_SETTINGS):
         run = partial(disturbance.case, load="gemm", shape="llama", transport=transport)
-        group = "gpu-gentle" if transport in GENTLE else "gpu-disturbance"
+        group = "gpu-gentle" if transport in GENTLE_SETTINGS else "gpu-disturbance"
         yield Case(f"gpu-disturbance-{transport}", frozenset({"gpu", group}), run, 1)
     for transport in TRANSPORTS:
         run = partial(disturbance.case, load="llama", shape=None, transport=transport)
         yield Case(f"gpu-generating-{transport}", frozenset({"gpu", "gpu-generating"}), run, 1)
+
+
+def _process_settings() -> Iterator[Case]:
+    run = partial(settings.case, shape="20000x4KiB", transport="zeromq")
+    yield Case("settings", frozenset({"cpu"}), run)
+    for shape in ("20000x4KiB", "llama", "experts"):
+        run = partial(settings.case, shape=shape, transport="cuda_ipc")
+        yield Case(f"gpu-settings-{shape}", frozenset({"gpu", "gpu-settings"}), run, 1)

@@ -14,11 +14,11 @@ Case = dict[str, Any]
 
 
 class NoMatplotlib(Exception):
-    """There is no matplotlib; the message says how to get it."""
+    """matplotlib is not installed; the message says how to install it."""
 
 
 def draw(contents: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw what there is to draw; the files. Where a case is in several results, the last one counts.
+    """Draw every chart that these results have figures for; the files. Of a case in several results, the last counts.
 
     Raises `NoMatplotlib`.
     """
@@ -42,18 +42,18 @@ def draw(contents: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     if contents and contents[-1]["machine"]["gpus"]:
         machine = f"{len(contents[-1]['machine']['gpus'])} x {contents[-1]['machine']['gpus'][0]}"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for where in ("cpu", "gpu"):
-        here = [case for name, case in cases.items() if where in name]
+    files = []
+    for device in ("cpu", "gpu"):
+        selected = [case for name, case in cases.items() if device in name]
         for name, chart in CHARTS.items():
-            file = folder / f"{where}-{name}.svg"
-            if chart(here, file, machine):
-                drawn.append(file)
-    return drawn
+            file = folder / f"{device}-{name}.svg"
+            if chart(selected, file, machine):
+                files.append(file)
+    return files
 
 
 def speeds(cases: Sequence[Case], file: Path, machine: str) -> bool:
-    """A bar for every transfer, over a wider one for its limit."""
+    """A bar for every transfer, over a wider one for its limit; whether there was any."""
     rows = [
         (case["case"], row)
         for case in cases
@@ -63,32 +63,32 @@ def speeds(cases: Sequence[Case], file: Path, machine: str) -> bool:
     if not rows:
         return False
     figure, axes = _figure(len(rows), "GB/s (wide, grey: the limit measured beside it)", f"Transfers: {machine}")
-    for at, (_, row) in enumerate(rows):
-        axes.barh(at, row.get("limit_value", 0), height=0.8, color=LIMIT)
+    for y, (_, row) in enumerate(rows):
+        axes.barh(y, row.get("limit_value", 0), height=0.8, color=LIMIT)
         colour = COLOURS[0 if "unverified" in row["what"] else 2]
-        axes.barh(at, row["value"], height=0.45, color=colour)
+        axes.barh(y, row["value"], height=0.45, color=colour)
         ratio = f" ({row['ratio']:.2f} of {row['limit']})" if "ratio" in row else ""
-        axes.text(row["value"], at, f" {row['value']:.3g}{ratio}", va="center", fontsize=7)
+        axes.text(row["value"], y, f" {row['value']:.3g}{ratio}", va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [f"{case}  {row['what']}" for case, row in rows], fontsize=7)
     return _save(figure, file)
 
 
 def phases(cases: Sequence[Case], file: Path, machine: str) -> bool:
-    """Where the time of a cold fork goes."""
+    """The phases of cold forks; whether there was any."""
     bars = [
-        (f"{case['case']}  {what.removeprefix('cold ')}, {how}", table.medians(forks))
+        (f"{case['case']}  {what.removeprefix('cold ')}, {mode}", table.medians(forks))
         for case in cases
-        for what, found in case["detail"].items()
+        for what, modes in case["detail"].items()
         if what.startswith("cold ")
-        for how, forks in found.items()
+        for mode, forks in modes.items()
         if forks
     ]
     if not bars:
         return False
     figure, axes = _figure(len(bars), "ms", f"Whole cold forks, by phase: {machine}")
     lefts = [0.0] * len(bars)
-    for phase, colour in zip(max((spent for _, spent in bars), key=len), cycle(COLOURS), strict=False):
-        widths = [1e3 * spent.get(phase, 0.0) for _, spent in bars]
+    for phase, colour in zip(max((seconds for _, seconds in bars), key=len), cycle(COLOURS), strict=False):
+        widths = [1e3 * seconds.get(phase, 0.0) for _, seconds in bars]
         axes.barh(range(len(bars)), widths, left=lefts, height=0.7, color=colour, label=phase)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
@@ -97,7 +97,7 @@ def phases(cases: Sequence[Case], file: Path, machine: str) -> bool:
 
 
 def steps(cases: Sequence[Case], file: Path, machine: str) -> bool:
-    """How many of the seed's steps took longer than so much, idle and during forks. No settings: see `gentle`."""
+    """The share of the seed's steps that took longer than x ms, idle and during forks; for transports as they are."""
     loads: dict[str, list[Case]] = {}
     for case in cases:
         if "steps" in case["detail"] and "," not in case["detail"]["transport"]:
@@ -121,17 +121,17 @@ def steps(cases: Sequence[Case], file: Path, machine: str) -> bool:
 
 
 def gentle(cases: Sequence[Case], file: Path, machine: str) -> bool:
-    """The speed of a transfer, against what it does to the seed's steps."""
-    found = [
+    """The speed of transfers against what they do to the seed's steps, by transport and its options."""
+    selected = [
         case for case in cases if "transfers" in case["detail"].get("steps", ()) and case["detail"]["load"] != "llama"
     ]
-    if len(found) < 2:
+    if len(selected) < 2:
         return False
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     lines: dict[str, list[tuple[float, float, str]]] = {}
-    for case in found:
+    for case in selected:
         transport, steps = case["detail"]["transport"], case["detail"]["steps"]
         name, _, options = transport.partition(",")
         speed = statistics.median(one for forked in case["detail"]["forks"] for one in forked["transfers"])
@@ -168,7 +168,7 @@ def _figure(bars: int, unit: str, title: str) -> Any:
 
 
 def _tail(histogram: Sequence[tuple[float, int]]) -> tuple[list[float], list[float]]:
-    """Bounds, and the share of what lies beyond each; without the last, beyond which there is nothing."""
+    """The bounds but the last, and the share of the steps that lie above each."""
     total = sum(count for _, count in histogram)
     below = list(accumulate(count for _, count in histogram))
     return [bound for bound, _ in histogram][:-1], [1 - count / total for count in below][:-1]

@@ -1,4 +1,4 @@
-"""Rounds, medians, ratios and goals."""
+"""Interleaved rounds, medians, ratios and goals."""
 
 import math
 import statistics
@@ -11,18 +11,18 @@ from benchmarks.process import Failed, Skipped
 
 Measure = Callable[[], Any]
 BIN = 1.01
-"""Each bin of a distribution reaches one percent further than the one before it."""
+"""Upper bound of a histogram's bin, relative to the one before."""
 
 
 @dataclass
 class Outcome:
-    """What a case has found so far; it is kept when the case then fails.
+    """What a case has measured so far; it is kept when the case fails later.
 
     Attributes:
         rows: lines of the table; see `add`.
-        detail: whatever else is worth keeping: phases, distributions.
+        detail: what else goes into the JSON, such as phases and distributions.
         skipped: what could not be measured, and why.
-        judged: whether goals apply; they do not to a model of another size than they were set for.
+        judged: whether goals are judged: only for the model size that they were set for.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -41,16 +41,16 @@ class Outcome:
         goal: float | None = None,
         less: bool = False,
     ) -> None:
-        """One line: the median of the samples and, where there is a limit, its ratio to the median of that.
+        """Add a line: the median of the samples and, where there is a limit, its ratio to the limit's median.
 
         Args:
             what: what was measured.
-            samples: one for each round.
+            samples: one value a round; without any, no line is added.
             unit: GB/s (1e9 bytes a second), ms, s, MiB.
-            limit: what it is compared with.
+            limit: the name of what it is compared with.
             against: the limit's samples.
-            goal: for the ratio where there is a limit, else for the median itself.
-            less: whether the goal is to stay below it; above it, otherwise.
+            goal: for the ratio where there is a limit, and else for the median.
+            less: whether the goal is an upper bound rather than a lower one.
         """
         if not samples:
             return
@@ -67,44 +67,46 @@ class Outcome:
         self.rows.append(row)
 
 
-def interleave(measures: Mapping[str, Measure], rounds: int, outcome: Outcome, warm: int = 1) -> dict[str, list[Any]]:
-    """Do each once in every round, each round beginning with another one; what they returned, in order.
+def interleave(
+    measures: Mapping[str, Measure], rounds: int, outcome: Outcome, warm_up: int = 1
+) -> dict[str, list[Any]]:
+    """Call each measure once a round, in an order that is rotated by one from round to round; their return values.
 
-    The first `warm` rounds do not count. What raises `Skipped` or `Failed` is left out from then on, and the reason
-    kept in the outcome.
+    The first `warm_up` rounds are not returned. A measure that raises `Skipped` or `Failed` is not called again; it
+    has no values then, and the reason goes to `outcome.skipped`.
     """
-    found: dict[str, list[Any]] = {name: [] for name in measures}
+    values: dict[str, list[Any]] = {name: [] for name in measures}
     names = list(measures)
-    for turn in range(warm + rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
+    for number in range(warm_up + rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)] if names else []:
             try:
                 value = measures[name]()
             except (Skipped, Failed) as error:
                 outcome.skipped[name] = str(error) if isinstance(error, Skipped) else f"failed: {error}"
-                found[name].clear()
+                values[name].clear()
                 names = [other for other in names if other != name]
             else:
-                if turn >= warm:
-                    found[name].append(value)
-    return found
+                if number >= warm_up:
+                    values[name].append(value)
+    return values
 
 
 def best(samples: Mapping[str, Sequence[float]]) -> tuple[str | None, Sequence[float]]:
-    """The name and the samples with the highest median."""
-    there = {name: values for name, values in samples.items() if values}
-    if not there:
+    """The name and the samples with the highest median; None and no samples where there are none."""
+    present = {name: values for name, values in samples.items() if values}
+    if not present:
         return None, ()
-    name = max(there, key=lambda name: statistics.median(there[name]))
-    return name, there[name]
+    name = max(present, key=lambda name: statistics.median(present[name]))
+    return name, present[name]
 
 
-def distribution(spent: list[float]) -> dict[str, Any]:
-    """Percentiles, and a histogram: how many steps took less than each bound and more than the one before, in ms."""
-    ordered = sorted(spent)
-    found: dict[str, Any] = {
+def distribution(durations: list[float]) -> dict[str, Any]:
+    """Percentiles in ms, and a histogram: how many steps took up to each bound and more than the one before it."""
+    ordered = sorted(durations)
+    percentiles: dict[str, Any] = {
         name: ordered[min(len(ordered) - 1, math.ceil(len(ordered) * share) - 1)]
         for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999))
     }
     bins = Counter(math.ceil(math.log(max(value, 1e-3), BIN)) for value in ordered)
-    found |= {"steps": len(ordered), "mean": sum(ordered) / len(ordered), "max": ordered[-1]}
-    return found | {"histogram": [[round(BIN**number, 5), count] for number, count in sorted(bins.items())]}
+    percentiles |= {"steps": len(ordered), "mean": sum(ordered) / len(ordered), "max": ordered[-1]}
+    return percentiles | {"histogram": [[round(BIN**number, 5), count] for number, count in sorted(bins.items())]}

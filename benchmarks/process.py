@@ -1,4 +1,4 @@
-"""Workers: the subprocesses that measure, as the process that asks sees them."""
+"""Workers: the subprocesses that measure, as the process that calls them sees them."""
 
 import json
 import os
@@ -15,26 +15,26 @@ from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
-STACKS = 2.0
-"""Seconds a worker that hangs gets to print the stacks of its threads."""
+STACK_SECONDS = 2.0
+"""Seconds that a worker that hangs gets to print the stacks of its threads."""
 
 
 class Skipped(Exception):
-    """It cannot be measured here; the message says why."""
+    """This machine cannot measure it; the message says why."""
 
 
 class Failed(Exception):
-    """The worker raised, and lives."""
+    """The call raised an error; the worker goes on."""
 
 
 class Lost(Exception):
-    """The worker died, or hung and was killed; the message has the end of what it printed."""
+    """The worker died, or hung and was killed; the message has the end of its output."""
 
 
 class Worker:
-    """A subprocess that does what it is asked, one call at a time. Nothing of it is left after `close`.
+    """A subprocess that runs one call at a time. `close` leaves nothing of it behind.
 
-    A call is the name of a function in `benchmarks.worker`, such as ``sides.publish``, and its keyword arguments.
+    A call is the name of a function in `benchmarks.worker`, such as ``api.publish``, and its keyword arguments.
     """
 
     def __init__(self, name: str, *, device: str = "cpu", env: Mapping[str, str] | None = None) -> None:
@@ -54,23 +54,24 @@ class Worker:
             )
 
     def ask(self, call: str, *, timeout: float, **arguments: Any) -> Any:
-        """Have it done, and wait for the result."""
+        """Run a call and wait for its result; see `result` for what is raised."""
         self.post(call, **arguments)
         return self.result(timeout)
 
     def post(self, call: str, **arguments: Any) -> None:
-        """Have it done, and go on; `result` takes the result."""
+        """Begin a call without waiting; `result` waits for it."""
         try:
             self._socket.sendall(json.dumps({"call": call, "arguments": arguments}).encode() + b"\n")
         except OSError as error:
-            raise Lost(f"the worker {self.name} died: {self._printed()}") from error
+            raise Lost(f"the worker {self.name} died: {self._output()}") from error
 
     def result(self, timeout: float) -> Any:
-        """What the call before returned.
+        """Wait for what the posted call returns.
 
-        Raises `Skipped` or `Failed` where it raised, and `Lost` where it died, or took more than `timeout` seconds.
+        Raises `Skipped` or `Failed` where the call raised, and `Lost` where the worker died or took more than `timeout`
+        seconds; it is killed then.
         """
-        reply = json.loads(self._line(time.monotonic() + timeout, timeout))
+        reply = json.loads(self._read_line(time.monotonic() + timeout, timeout))
         if "skipped" in reply:
             raise Skipped(reply["skipped"])
         if "failed" in reply:
@@ -78,7 +79,7 @@ class Worker:
         return reply["value"]
 
     def close(self) -> None:
-        """End it, if need be by force."""
+        """Have the worker exit; kill it where it does not."""
         self._socket.close()
         try:
             self._process.wait(5)
@@ -94,33 +95,34 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            self._process.kill()  # interrupted: it may be in the middle of a call
+            self._process.kill()  # this process is interrupted, and the worker may be busy with a call
         self.close()
 
-    def _line(self, deadline: float, timeout: float) -> bytes:
+    def _read_line(self, deadline: float, timeout: float) -> bytes:
         while b"\n" not in self._received:
             if not select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise Lost(f"the worker {self.name} hung for {timeout:g} s and was killed:\n{self._stacks()}")
+                raise Lost(f"the worker {self.name} hung for {timeout:g} s and was killed:\n{self._kill_with_stacks()}")
             try:
                 data = self._socket.recv(1 << 20)
             except ConnectionError:
                 data = b""
             if not data:
                 self._process.wait(5)
-                raise Lost(f"the worker {self.name} died with {self._process.returncode}:\n{self._printed()}")
+                raise Lost(f"the worker {self.name} died with {self._process.returncode}:\n{self._output()}")
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
         return line
 
-    def _stacks(self) -> str:
-        """Have it print its stacks, and kill it."""
+    def _kill_with_stacks(self) -> str:
+        """Have the worker print its stacks, kill it, and return its output."""
         self._process.send_signal(signal.SIGUSR1)
-        time.sleep(STACKS)
+        time.sleep(STACK_SECONDS)
         self._process.kill()
         self._process.wait()
-        return self._printed()
+        return self._output()
 
-    def _printed(self) -> str:
+    def _output(self) -> str:
+        """The end of what the worker has printed."""
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - 8000))
         return self._log.read().decode(errors="replace").strip()

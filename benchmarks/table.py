@@ -9,7 +9,7 @@ HEAD = ("case", "what", "value", "limit", "ratio", "goal", "")
 
 
 def render(results: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
-    """A table of every row of the cases, then what was skipped and what failed."""
+    """A table with every row of the cases, and below it what was skipped, what failed, and cold forks by phase."""
     lines = [HEAD, *(line for result in results for line in _lines(result))]
     text = _markdown(lines) if markdown else _columns(lines)
     notes = [note for result in results for note in _notes(result)]
@@ -41,16 +41,15 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
 
 
 def phases(forks: Sequence[dict[str, Any]]) -> str:
-    """The median of every phase, and of what is outside them."""
-    found = medians(forks)
-    return ", ".join(f"{name} {1e3 * spent:.1f} ms" for name, spent in found.items())
+    """The median of every phase, and of the time outside them, as text."""
+    return ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians(forks).items())
 
 
 def medians(forks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds in every phase, and in none of them."""
-    found = {name: statistics.median(one["seconds"].get(name, 0.0) for one in forks) for name in forks[0]["seconds"]}
-    found["outside"] = statistics.median(one["whole"] - sum(one["seconds"].values()) for one in forks)
-    return found
+    """Median seconds of every phase, and of the time outside them."""
+    phases = {name: statistics.median(one["seconds"].get(name, 0.0) for one in forks) for name in forks[0]["seconds"]}
+    phases["outside"] = statistics.median(one["whole"] - sum(one["seconds"].values()) for one in forks)
+    return phases
 
 
 def _number(value: float) -> str:
@@ -69,20 +68,21 @@ def _markdown(lines: Sequence[tuple[str, ...]]) -> list[str]:
     return [rows[0], "|" + "---|" * len(HEAD), *rows[1:]]
 
 
-def machine(found: dict[str, Any]) -> str:
-    """What the figures were measured on, in a line."""
-    gpus = f"{len(found['gpus'])} x {found['gpus'][0]}" if found["gpus"] else "no GPU"
+def machine(description: dict[str, Any]) -> str:
+    """The machine that the figures were measured on, in a line."""
+    names = description["gpus"]
+    gpus = f"{len(names)} x {names[0]}" if names else "no GPU"
     return (
-        f"{found['processor']}, {found['cores']} cores, {found['memory_gb']} GB, load {found['load']:.1f}; {gpus}; "
-        f"Python {found['python']}, torch {found['torch']}"
+        f"{description['processor']}, {description['cores']} cores, {description['memory_gb']} GB, load "
+        f"{description['load']:.1f}; {gpus}; Python {description['python']}, torch {description['torch']}"
     )
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
-    """How it went, and what lost."""
+    """How many cases ran and how many goals were met, and the goals that were missed."""
     goals = [(result["case"], row) for result in results for row in result["rows"] if "met" in row]
     missed = [f"  {case}: {row['what']}" for case, row in goals if not row["met"]]
     count = Counter(result["status"] for result in results)
-    how = ", ".join(f"{number} {status}" for status, number in count.items())
-    met = f"{len(results)} cases: {how}; {len(goals) - len(missed)} of {len(goals)} goals met"
+    statuses = ", ".join(f"{number} {status}" for status, number in count.items())
+    met = f"{len(results)} cases: {statuses}; {len(goals) - len(missed)} of {len(goals)} goals met"
     return "\n".join([met, *(["missed:", *missed] if missed else [])])

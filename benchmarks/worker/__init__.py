@@ -1,1 +1,1 @@
-"""What runs in the workers. Each function takes the worker's `State` first, and returns what JSON can carry."""
+"""What runs in the workers. Each public function takes the `WorkerState` first, and returns what JSON can carry."""

@@ -1,4 +1,4 @@
-"""What the figures were measured on."""
+"""The machine that the figures were measured on."""
 
 import importlib.metadata
 import os
@@ -10,13 +10,19 @@ from typing import Any
 import torch
 
 import tensorfork
-from benchmarks.worker.state import State
+from benchmarks.worker.state import WorkerState
 
-PACKAGES = ("pyzmq", "safetensors", "transformers", "mooncake-transfer-engine", "mooncake-transfer-engine-cuda13")
-OTHERS = ("mooncake-transfer-engine-non-cuda",)
+PACKAGES = (
+    "pyzmq",
+    "safetensors",
+    "transformers",
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-cuda13",
+    "mooncake-transfer-engine-non-cuda",
+)
 
 
-def describe(state: State) -> dict[str, Any]:
+def describe(state: WorkerState) -> dict[str, Any]:
     """Processor, memory, GPUs and versions."""
     found = {
         "processor": _processor(),
@@ -27,7 +33,7 @@ def describe(state: State) -> dict[str, Any]:
         "python": platform.python_version(),
         "tensorfork": tensorfork.__version__,
         "torch": torch.__version__,
-        "packages": dict(filter(None, map(_version, PACKAGES + OTHERS))),
+        "packages": dict(filter(None, map(_version, PACKAGES))),
         "gpus": [],
     }
     if torch.cuda.is_available():

@@ -7,34 +7,34 @@ from typing import Any
 
 import torch
 
-from benchmarks.worker.state import State
+from benchmarks.worker.state import WorkerState
 
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def begin(state: State) -> None:
-    """From here on."""
+def start_recording(state: WorkerState) -> None:
+    """Note the memory in use, and begin to record the peaks."""
     state.sync()
-    found: dict[str, Any] = {"host": _resident("VmRSS"), "reset": _reset_peak()}
+    before: dict[str, Any] = {"host": _resident("VmRSS"), "reset": _reset_peak()}
     if state.on_gpu:
         torch.cuda.reset_peak_memory_stats(state.device)
-        found["torch"] = torch.cuda.memory_allocated(state.device)
-        found["watch"] = _Watch(state.device)
-    state.kept["memory"] = found
+        before["torch"] = torch.cuda.memory_allocated(state.device)
+        before["monitor"] = _FreeMemoryMonitor(state.device)
+    state.resources["memory"] = before
 
 
-def end(state: State) -> dict[str, float | None]:
-    """To here: MiB beyond what was there. None where this machine does not tell.
+def stop_recording(state: WorkerState) -> dict[str, float | None]:
+    """The peaks since `start_recording`, in MiB above what was in use then.
 
-    `gpu` is what torch's allocator handed out at most; `device`, what the driver did, everybody's use of that GPU
-    taken together.
+    `host` is the process's resident memory, None where this machine does not tell it. `gpu` is what torch's allocator
+    handed out; `device` is what the driver handed out to all processes that use the GPU.
     """
-    before = state.kept.pop("memory")
-    found = {"host": (_resident("VmHWM") - before["host"]) / 2**20 if before["reset"] else None}
+    before = state.resources.pop("memory")
+    peaks = {"host": (_resident("VmHWM") - before["host"]) / 2**20 if before["reset"] else None}
     if state.on_gpu:
-        found["gpu"] = (torch.cuda.max_memory_allocated(state.device) - before["torch"]) / 2**20
-        found["device"] = before["watch"].stop() / 2**20
-    return found
+        peaks["gpu"] = (torch.cuda.max_memory_allocated(state.device) - before["torch"]) / 2**20
+        peaks["device"] = before["monitor"].stop() / 2**20
+    return peaks
 
 
 def _resident(field: str) -> int:
@@ -45,7 +45,7 @@ def _resident(field: str) -> int:
 
 
 def _reset_peak() -> bool:
-    """Let VmHWM begin anew; not every container allows it."""
+    """Reset VmHWM, the peak of resident memory; whether it worked, since not every container allows it."""
     try:
         REFERENCES.write_text("5")
     except OSError:
@@ -53,20 +53,21 @@ def _reset_peak() -> bool:
     return _resident("VmHWM") <= _resident("VmRSS") + (4 << 20)
 
 
-class _Watch:
-    """The least free memory of a GPU, looked at every 2 ms."""
+class _FreeMemoryMonitor:
+    """Polls a GPU's free memory every 2 ms for its minimum, in a thread."""
 
     def __init__(self, device: str) -> None:
-        self._device, self._ended = device, threading.Event()
-        self._before = self._least = torch.cuda.mem_get_info(device)[0]
+        self._device, self._stopped = device, threading.Event()
+        self._before = self._minimum = torch.cuda.mem_get_info(device)[0]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self) -> int:
-        self._ended.set()
+        """Stop polling; by how many bytes the free memory fell."""
+        self._stopped.set()
         self._thread.join()
-        return self._before - self._least
+        return self._before - self._minimum
 
     def _run(self) -> None:
-        while not self._ended.wait(0.002):
-            self._least = min(self._least, torch.cuda.mem_get_info(self._device)[0])
+        while not self._stopped.wait(0.002):
+            self._minimum = min(self._minimum, torch.cuda.mem_get_info(self._device)[0])

@@ -1,4 +1,4 @@
-"""What a worker holds between two calls."""
+"""What a worker keeps between two calls."""
 
 import ctypes
 from dataclasses import dataclass, field
@@ -8,20 +8,20 @@ import torch
 
 
 class Skip(Exception):
-    """It cannot be measured here; the message says why."""
+    """This machine cannot measure it; the message says why."""
 
 
 @dataclass
-class State:
-    """One worker's.
+class WorkerState:
+    """The state of one worker.
 
     Attributes:
-        name: its name.
+        name: the worker's name.
         device: where its tensors are.
-        model: what it publishes or fills, if it has built one.
+        model: what it publishes or fills, once it has built one.
         tensors: the model's tensors by name.
         seed: what `publish` returned.
-        kept: what the functions of one module leave for each other: sockets, groups, engines.
+        resources: objects that one call makes and later ones use, by name: sockets, transports, buffers, engines.
     """
 
     name: str
@@ -29,7 +29,7 @@ class State:
     model: Any = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     seed: Any = None
-    kept: dict[str, Any] = field(default_factory=dict)
+    resources: dict[str, Any] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -42,7 +42,7 @@ class State:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def sync(self) -> None:
-        """Wait for the GPU, if it is on one."""
+        """Wait for the GPU's work to finish; on a CPU, do nothing."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 

@@ -5,20 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from benchmarks import cases, disturbance, table
+from benchmarks import cases, disturbance, imports, settings, table
 from benchmarks.bench import Bench
 from benchmarks.measure import Outcome, distribution, interleave
 from benchmarks.process import ROOT, Failed, Lost, Skipped, Worker
 from benchmarks.worker import models
-from benchmarks.worker.state import State
+from benchmarks.worker.state import WorkerState
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Of the command, on a machine that hides its GPUs."""
+    """Run the command, with the machine's GPUs hidden."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
         cwd=ROOT,
@@ -39,9 +43,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "results.json"
 
 
+def case_of(results: Path, name: str) -> dict[str, Any]:
+    case: dict[str, Any] = next(one for one in json.loads(results.read_text())["cases"] if one["case"] == name)
+    return case
+
+
 def test_a_run_writes_speeds_limits_memory_and_phases(results: Path) -> None:
-    written = json.loads(results.read_text())
-    case = next(one for one in written["cases"] if one["case"] == "quick-cpu")
+    written, case = json.loads(results.read_text()), case_of(results, "quick-cpu")
     rows = {row["what"]: row for row in case["rows"]}
     assert case["status"] == "done"
     assert case["skipped"] == {}
@@ -57,9 +65,79 @@ def test_a_run_writes_speeds_limits_memory_and_phases(results: Path) -> None:
 
 
 def test_a_case_that_cannot_run_here_is_skipped_with_the_reason(results: Path) -> None:
-    case = next(one for one in json.loads(results.read_text())["cases"] if one["case"] == "gpu-60GB-nccl")
+    case = case_of(results, "gpu-60GB-nccl")
     assert case["status"] == "skipped"
     assert "needs 2 GPUs, there are 0" in case["why"]
+
+
+class FakeInterpreters(Bench):
+    """Starts no process. Each import takes as many seconds as `seconds` says, for the modules that are imported."""
+
+    def __init__(self, seconds: dict[str, list[float]], **options: Any) -> None:
+        super().__init__({"gpus": []}, **options)
+        self.seconds = {names: iter(values) for names, values in seconds.items()}
+        self.log: list[str] = []
+
+    def start(self, name: str, device: str, *, own_gpu: bool = False, env: Mapping[str, str] | None = None) -> Any:
+        assert device == "cpu"
+        assert env == {"PYTHONDONTWRITEBYTECODE": ""}
+        return SimpleNamespace(name=name, close=lambda: self.log.append("close"))
+
+    def ask(self, worker: Any, call: str, *, timeout: float | None = None, **arguments: Any) -> Any:
+        assert call == "imports.import_modules"
+        names = " ".join(arguments["names"])
+        self.log.append(names)
+        return {"seconds": next(self.seconds[names]), "modules": len(names)}
+
+
+def test_imports_are_timed_in_fresh_interpreters_beside_the_goal_and_the_dependencies() -> None:
+    dependencies, outcome = "attrs cattrs msgpack zmq", Outcome()
+    bench = FakeInterpreters({"tensorfork": [9.0, 0.2, 0.4], dependencies: [9.0, 0.1, 0.05]}, rounds=2)
+    imports.case(bench, outcome)
+    in_order = ["tensorfork", dependencies, dependencies, "tensorfork", "tensorfork", dependencies]
+    assert bench.log == [entry for names in in_order for entry in (names, "close")]
+    to_goal, to_dependencies, alone = outcome.rows
+    assert to_goal["samples"] == to_dependencies["samples"] == [200.0, 400.0]  # without the round that writes bytecode
+    assert (to_goal["value"], to_goal["limit_value"], to_goal["ratio"]) == pytest.approx((300, 100, 3))
+    assert to_goal["met"] is False
+    assert (to_dependencies["limit_value"], to_dependencies["ratio"]) == pytest.approx((75, 4))
+    assert alone["value"] == pytest.approx(75)
+
+
+def test_modules_that_are_imported_already_are_not_timed() -> None:
+    with Worker("importer") as worker:
+        first = worker.ask("imports.import_modules", names=imports.MODULES["tensorfork"], timeout=60)
+        assert first["seconds"] > 0
+        assert first["modules"] > 5
+        for names in imports.MODULES.values():
+            with pytest.raises(Failed, match=f"imported already: {', '.join(names)}"):
+                worker.ask("imports.import_modules", names=["wave", *names], timeout=60)
+
+
+def test_publishes_and_forks_are_compared_with_process_settings_forbidden_and_allowed() -> None:
+    outcome = Outcome()
+    with ExitStack() as stack:
+        bench = Bench({"gpus": []}, rounds=2, cold=1, stack=stack)
+        settings.case(bench, outcome, shape="50x4KiB", transport="zeromq")
+    assert outcome.skipped == {}
+    rows = {row["what"]: row for row in outcome.rows}
+    for what, samples in (("publish", 2), ("whole, cold, verified", 1)):
+        forbidden, allowed = rows[f"{what}, settings forbidden"], rows[f"{what}, settings allowed"]
+        assert len(forbidden["samples"]) == len(allowed["samples"]) == samples
+        assert forbidden["limit_value"] == allowed["value"] > 0
+        assert forbidden["ratio"] == pytest.approx(forbidden["value"] / allowed["value"])
+    forks = outcome.detail["cold into arena"]
+    assert list(forks) == ["settings allowed", "settings forbidden"]
+    for (fork,) in forks.values():
+        assert (fork["verified"], fork["transport"], fork["nbytes"]) == (True, "zeromq", 50 * 4096)
+
+
+def test_a_worker_in_which_process_settings_are_not_as_they_should_be_is_a_failure() -> None:
+    bench = Bench({"gpus": []})
+    with Worker("strict", env=settings.ENVIRONMENTS["forbidden"]) as worker:
+        settings.check_mode(bench, worker, "forbidden")
+        with pytest.raises(Failed, match="did not make process-wide settings allowed"):
+            settings.check_mode(bench, worker, "allowed")
 
 
 def test_charts_are_drawn_from_the_json_or_the_remedy_is_named(results: Path, tmp_path: Path) -> None:
@@ -74,9 +152,9 @@ def test_charts_are_drawn_from_the_json_or_the_remedy_is_named(results: Path, tm
 
 def test_a_worker_that_hangs_is_ended_and_its_stacks_are_shown() -> None:
     with Worker("sleeper") as worker:
-        worker.ask("timing.rest", seconds=0, timeout=60)
-        with pytest.raises(Lost, match=r"(?s)hung for 0\.2 s.*in rest"):
-            worker.ask("timing.rest", seconds=60, timeout=0.2)
+        worker.ask("interpreter.sleep", seconds=0, timeout=60)
+        with pytest.raises(Lost, match=r"(?s)hung for 0\.2 s.*in sleep"):
+            worker.ask("interpreter.sleep", seconds=60, timeout=0.2)
         assert worker._process.poll() is not None
 
 
@@ -126,12 +204,12 @@ def test_a_distribution_has_the_percentiles_and_counts_every_step() -> None:
     ],
 )
 def test_shapes_are_what_their_names_say(word: str, tensors: int, nbytes: int) -> None:
-    state = State("shape", "cpu")
+    state = WorkerState("shape", "cpu")
     assert models.build(state, shape=word, placement="meta") == {"tensors": tensors, "nbytes": nbytes}
 
 
 def test_an_arena_is_one_allocation_with_every_tensor_filled() -> None:
-    state = State("shape", "cpu")
+    state = WorkerState("shape", "cpu")
     models.build(state, shape="5x64KiB", placement="arena", fill=True)
     assert len({tensor.untyped_storage().data_ptr() for tensor in state.tensors.values()}) == 1
     assert len(set(models.sums(state))) == 5
@@ -165,6 +243,6 @@ def test_the_table_says_what_was_missed() -> None:
 
 def test_a_step_meets_a_transfer_if_bytes_move_for_some_of_it() -> None:
     steps = [(10.0, 1.0), (10.001, 2.0), (10.003, 3.0), (10.006, 4.0)]
-    assert list(disturbance.meeting(steps, [(10.0005, 10.0007), (10.0055, 10.0061)])) == [1.0, 3.0, 4.0]
-    assert list(disturbance.meeting(steps, [(9.0, 9.9), (10.2, 11.0)])) == []
-    assert list(disturbance.meeting(steps, [])) == []
+    assert list(disturbance.overlapping(steps, [(10.0005, 10.0007), (10.0055, 10.0061)])) == [1.0, 3.0, 4.0]
+    assert list(disturbance.overlapping(steps, [(9.0, 9.9), (10.2, 11.0)])) == []
+    assert list(disturbance.overlapping(steps, [])) == []
