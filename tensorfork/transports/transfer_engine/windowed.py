@@ -53,24 +53,13 @@ class WindowedReader:
             check_going_on(deadline, cancel)
             arrived, failed = self._poll(in_flight)
             bytes_in_flight -= sum(read.nbytes for read in arrived)
-            while (
-                to_start
-                and not failed
-                and len(in_flight) < self._window.count
-                and bytes_in_flight < self._window.nbytes
-            ):
-                now = time.monotonic()
-                if limiter.wait(now) or now >= deadline:
-                    break
-                read = to_start.popleft()
-                bytes_in_flight += read.nbytes
-                limiter.spend(read.nbytes, now)
-                self._start(read, in_flight, deadline)
+            if not failed:
+                bytes_in_flight = self._fill_window(to_start, in_flight, bytes_in_flight, limiter, deadline)
             if arrived and self._engine.fabric == "tcp":  # it reports reads before their copies to GPUs have ended
                 self._engine.synchronize(self._gpus)
-            for over in arrived:
+            for read in arrived:
                 check_going_on(deadline, cancel)
-                pending.read_arrived(over.copy)
+                pending.read_arrived(read.copy)
             if failed:
                 raise TransferFailed(
                     f"reading from {self._address} failed over {self._engine.fabric}: its process died or is stopped, "
@@ -81,6 +70,25 @@ class WindowedReader:
                 cancel.wait(self._window.poll_interval)
             elif not in_flight and to_start:
                 cancel.wait(min(0.1, max(self._window.poll_interval, limiter.wait(time.monotonic()))))
+
+    def _fill_window(
+        self,
+        to_start: deque[Read],
+        in_flight: deque[InFlightRead],
+        bytes_in_flight: int,
+        limiter: RateLimiter,
+        deadline: float,
+    ) -> int:
+        """Start reads until the window is full or the rate limit is reached. Returns the bytes then in flight."""
+        while to_start and len(in_flight) < self._window.count and bytes_in_flight < self._window.nbytes:
+            now = time.monotonic()
+            if limiter.wait(now) or now >= deadline:
+                break
+            read = to_start.popleft()
+            bytes_in_flight += read.nbytes
+            limiter.spend(read.nbytes, now)
+            self._start(read, in_flight, deadline)
+        return bytes_in_flight
 
     def drain(self, running: list[InFlightRead], until: float) -> None:
         """Poll reads, and remove from the list those that are over, until it is empty or the time has come."""

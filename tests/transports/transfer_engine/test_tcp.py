@@ -165,7 +165,7 @@ def test_memory_that_reads_from_a_stopped_seed_may_still_write_is_kept_alive_unt
     assert undrained
     assert all(start <= address and address + nbytes <= start + BIG for address, nbytes in undrained)
     assert set(undrained_reads.ranges()) <= undrained
-    kept = [memory for ward in undrained_reads._wards for owner in ward.keep for memory in owner.storages]
+    kept = [memory for one in undrained_reads._pending for owner in one.keep_alive for memory in owner.storages]
     assert [one.data_ptr() for one in kept] == [storage.data_ptr()]
     seed.resume()
     wait_until(lambda: not undrained_reads.ranges())
