@@ -135,7 +135,7 @@ class EngineSession(Session):
                 self._nvlink.stop_opening()
                 now = time.monotonic()
                 self._handshake.wait_finished(min(max(deadline, now + DRAIN_AFTER_DEADLINE), now + DRAIN_TIMEOUT))
-        except Exception as error:  # the lease is over, so its failure matters to nobody
+        except Exception as error:  # not raised: the lease is over
             log.info("opening handles over nvlink failed: %s", error)
             self._may_still_read = self._engine.broken
         finally:
