@@ -15,8 +15,8 @@ class _CanBreak(Protocol):
 class Handshake:
     """Runs `work`, which reads from a peer for the first time, on another thread.
 
-    Mooncake fetches the peer's description inside that first read, and waits 60 s for a peer that is stopped. The caller
-    waits for the thread with `wait_finished`; `wait_connected` returns earlier, once the peer has answered.
+    Mooncake fetches the peer's description inside that first read, and waits 60 s for a peer that is stopped. The
+    caller waits for the thread with `wait_finished`; `wait_connected` returns earlier, once the peer has answered.
 
     Args:
         engine: its `broken` is set when a wait ends before the handshake does.
