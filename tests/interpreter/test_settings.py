@@ -156,6 +156,18 @@ def test_transfer_engine_says_which_variable_its_fabric_needs(side: str, monkeyp
     assert made.why_not(usual, usual) is None
 
 
+@needs_mooncake
+def test_transfer_engine_names_a_variable_that_would_abort_the_import_of_mooncake(
+    forbidden: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MC_FORCE_TCP", "1")
+    monkeypatch.setenv("MC_LOG_DIR", "/nowhere")
+    made = TransferEngine(fabric="tcp")
+    assert "forbidden" not in made.facts(regions("cpu"))
+    monkeypatch.delitem(sys.modules, "mooncake.engine")
+    assert "no MC_LOG_DIR" in made.facts(regions("cpu"))["forbidden"]["tcp"]
+
+
 PROGRAM = """
     import gc, os, sys
     import torch, tensorfork

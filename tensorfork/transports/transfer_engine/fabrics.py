@@ -35,7 +35,7 @@ def facts(
         "nics": [name for name in rdma_nics() if not nics or name in nics],
         "closed": why_not_exportable(allocations),
     }
-    if forbidden := {one: why for one in fabrics if (why := forbidden_changes(library.ENVIRONMENT[one]))}:
+    if forbidden := {one: why for one in fabrics if (why := forbidden_changes(library.needed_environment(one)))}:
         found["forbidden"] = forbidden
     return found
 

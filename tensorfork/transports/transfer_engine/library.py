@@ -106,6 +106,12 @@ seed's steps each time.
 """
 
 
+def needed_environment(fabric: str) -> dict[str, str | None]:
+    """What must stand in the environment until an engine for a fabric is there: MC_LOG_DIR aborts Mooncake's import."""
+    importing = {} if "mooncake.engine" in sys.modules else {"MC_LOG_DIR": None}
+    return ENVIRONMENT[fabric] | importing
+
+
 def load() -> Any:
     """Import the module `mooncake.engine`, unless it is imported already, and silence its log.
 
