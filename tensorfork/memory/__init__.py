@@ -1,1 +1,1 @@
-"""Memory of this process: the CUDA driver, allocations and whether they can be exported, pinned staging, raw bytes."""
+"""The memory of this process: the CUDA driver and its allocations, streams, kernels, pinned staging, raw bytes."""

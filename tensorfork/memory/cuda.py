@@ -1,8 +1,8 @@
-"""The CUDA driver, by ctypes: what torch does not tell of memory, and what must not wait for an allocation.
+"""The CUDA driver, by ctypes, for what torch does not offer.
 
-Handles by which another process opens memory, copies between raw addresses, kernels, streams, contexts.
-torch stays in charge of devices, contexts and streams: nothing here creates a context, and an address is only ever one
-that torch, or somebody else in this process, allocated. Names and numbers are those of the CUDA driver API.
+IPC handles by which another process opens memory, copies between raw addresses that allocate nothing, contexts, stream
+capture. torch stays in charge of devices and memory: nothing here creates a context of its own or allocates device
+memory. Names and numbers are those of the CUDA driver API.
 """
 
 import ctypes
@@ -19,31 +19,28 @@ from tensorfork.errors import TransportUnavailable
 HANDLE_BYTES = 64
 """Bytes of a CUDA IPC handle."""
 
-_LAZY_PEER_ACCESS = 1
+STREAM_NON_BLOCKING = 1
 
-NON_BLOCKING = 1
-
-_RELAXED = 2
-
-_IN_STREAM_ORDER = 1
-
+_IPC_LAZY_PEER_ACCESS = 1
+_CAPTURE_RELAXED = 2
+_ACCESS_IN_STREAM_ORDER = 1
 _INVALID_VALUE, _NOT_SUPPORTED = 1, 801
 
 
-class _Handle(ctypes.Structure):
+class _IpcHandle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
 
 
 @cache
 def driver() -> ctypes.CDLL:
-    """The driver's library. Raises `TransportUnavailable` where there is none."""
+    """The driver's library. Raises `TransportUnavailable` if this machine has none."""
     try:
         found = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise TransportUnavailable(f"there is no NVIDIA driver here ({error}); this needs one") from error
     found.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    found.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _Handle, ctypes.c_uint]
-    found.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_Handle), ctypes.c_uint64]
+    found.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _IpcHandle, ctypes.c_uint]
+    found.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_IpcHandle), ctypes.c_uint64]
     found.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
     found.cuPointerGetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
     found.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
@@ -62,32 +59,41 @@ class DriverError(Exception):
     """A call of the driver failed."""
 
 
-def check(code: int, what: str) -> None:
+def raise_on_error(code: int, call: str) -> None:
+    """Raise `DriverError` if the driver's call returned an error code."""
     if code:
         name = ctypes.c_char_p()
         driver().cuGetErrorName(code, ctypes.byref(name))
-        raise DriverError(f"{what}: {(name.value or b'unknown error').decode()} ({code})")
+        raise DriverError(f"{call}: {(name.value or b'unknown error').decode()} ({code})")
 
 
 def export_ipc_handle(address: int, device: int) -> bytes:
-    """A handle by which another process of this host can open the block that begins there."""
-    handle = _Handle()
+    """A handle by which another process of this host can open the allocation that begins at an address.
+
+    Raises `DriverError`.
+    """
+    handle = _IpcHandle()
     with current_context(device), relaxed_capture():
-        check(driver().cuIpcGetMemHandle(ctypes.byref(handle), address), "cuIpcGetMemHandle")
+        raise_on_error(driver().cuIpcGetMemHandle(ctypes.byref(handle), address), "cuIpcGetMemHandle")
     return bytes(handle)
 
 
 def open_ipc_handle(handle: bytes) -> int:
-    """The address, for the GPU that is `current_context`, of another process's block. Raises `DriverError`."""
+    """Open another process's allocation in the current context (see `current_context`), and return its address there.
+
+    Raises `DriverError`.
+    """
     address = ctypes.c_uint64()
-    opened = driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
-    check(opened, "cuIpcOpenMemHandle")
+    opened = driver().cuIpcOpenMemHandle_v2(
+        ctypes.byref(address), _IpcHandle.from_buffer_copy(handle), _IPC_LAZY_PEER_ACCESS
+    )
+    raise_on_error(opened, "cuIpcOpenMemHandle")
     return address.value
 
 
 def close_ipc_handle(address: int) -> None:
-    """Let go of what `open_ipc_handle` gave for the GPU that is `current_context`. Nothing may be reading it any more."""
-    check(driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
+    """Close what `open_ipc_handle` opened in the current context. Nothing may still be reading it."""
+    raise_on_error(driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
 
 
 def copy_one_by_one(stream: "torch.cuda.Stream", copies: Iterable[tuple[int, int, int]]) -> None:
@@ -97,11 +103,11 @@ def copy_one_by_one(stream: "torch.cuda.Stream", copies: Iterable[tuple[int, int
         for to, source, nbytes in copies:
             code = memcpy(to, source, nbytes, handle)
             if code:
-                check(code, "cuMemcpyAsync")
+                raise_on_error(code, "cuMemcpyAsync")
 
 
-class _Order(ctypes.Structure):
-    """CUmemcpyAttributes: from when on a source may be read, and hints where it is."""
+class _CopyAttributes(ctypes.Structure):
+    """CUmemcpyAttributes: when the sources may be read, and hints where the memory is."""
 
     _fields_ = [
         ("source_access", ctypes.c_int),
@@ -115,28 +121,28 @@ def copy_batch(stream: "torch.cuda.Stream", copies: Sequence[tuple[int, int, int
     """Enqueue copies of (to, from, bytes) between addresses on a stream, in any order among themselves.
 
     Where the driver has one call for all of them, its copy engines go from one to the next without a pause: 396 instead
-    of 366 GB/s for stretches of 20 MB between two H200. Raises `DriverError`.
+    of 366 GB/s for copies of 20 MB between two H200. Raises `DriverError`.
     """
-    copies = [copy for copy in copies if copy[2]]  # the call takes none of no bytes
-    batch, failed = _batch()
-    if batch is None or len(copies) < 2:
+    copies = [copy for copy in copies if copy[2]]  # the call refuses copies of no bytes
+    call, failed_index = _batch_call()
+    if call is None or len(copies) < 2:
         copy_one_by_one(stream, copies)
         return
-    numbers = ctypes.c_uint64 * len(copies)
-    to, sources, sizes = (numbers(*column) for column in zip(*copies, strict=True))
-    order, from_first = _Order(_IN_STREAM_ORDER), ctypes.c_size_t(0)
-    orders = ctypes.byref(order), ctypes.byref(from_first), 1
+    array = ctypes.c_uint64 * len(copies)
+    to, sources, sizes = (array(*column) for column in zip(*copies, strict=True))
+    same_for_all, first_copy = _CopyAttributes(_ACCESS_IN_STREAM_ORDER), ctypes.c_size_t(0)
+    attributes = ctypes.byref(same_for_all), ctypes.byref(first_copy), 1
     with current_context(stream.device.index), relaxed_capture():
-        code = batch(to, sources, sizes, len(copies), *orders, *failed, stream.cuda_stream)
-    if code in (_INVALID_VALUE, _NOT_SUPPORTED):  # of this memory, or by this driver; it says better what it is
+        code = call(to, sources, sizes, len(copies), *attributes, *failed_index, stream.cuda_stream)
+    if code in (_INVALID_VALUE, _NOT_SUPPORTED):  # this memory or driver; single copies work, or give a better error
         copy_one_by_one(stream, copies)
         return
-    check(code, "cuMemcpyBatchAsync")
+    raise_on_error(code, "cuMemcpyBatchAsync")
 
 
 @cache
-def _batch() -> tuple[Any, Sequence[Any]]:
-    """The driver's call for many copies at once, or None, and what it takes beyond that of 13.0."""
+def _batch_call() -> tuple[Any, Sequence[Any]]:
+    """The driver's call for many copies at once, or None; and the argument that only CUDA 12's version of it takes."""
     if hasattr(driver(), "cuMemcpyBatchAsync_v2"):
         return driver().cuMemcpyBatchAsync_v2, ()
     return getattr(driver(), "cuMemcpyBatchAsync", None), (ctypes.byref(ctypes.c_size_t()),)
@@ -144,8 +150,8 @@ def _batch() -> tuple[Any, Sequence[Any]]:
 
 @contextmanager
 def relaxed_capture() -> Iterator[None]:
-    """Inside, this thread's calls do not break a graph that another thread is capturing."""
-    mode = ctypes.c_int(_RELAXED)
+    """Inside, this thread's calls do not invalidate a CUDA graph that another thread is capturing."""
+    mode = ctypes.c_int(_CAPTURE_RELAXED)
     driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         yield
@@ -154,19 +160,19 @@ def relaxed_capture() -> Iterator[None]:
 
 
 def relax_capture() -> None:
-    """For the rest of its life, this thread breaks no graph that another captures. Nothing while no GPU is in use."""
+    """The same for the rest of this thread's life. Does nothing while torch uses no GPU."""
     if torch.cuda.is_initialized():
-        mode = ctypes.c_int(_RELAXED)
+        mode = ctypes.c_int(_CAPTURE_RELAXED)
         driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def device_index(device: str) -> int:
-    """The ordinal in ``cuda:1``."""
+    """The device's ordinal in this process: 1 for ``cuda:1``."""
     return int(device.removeprefix("cuda:"))
 
 
 def device_uuid(device: str) -> str:
-    """The GPU's identity, the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
+    """The GPU's UUID, which is the same in every process, whatever CUDA_VISIBLE_DEVICES says."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
@@ -177,15 +183,15 @@ _contexts_lock = threading.Lock()
 
 @contextmanager
 def current_context(device: int) -> Iterator[None]:
-    """The device's primary context, which torch uses too, as this thread's current one."""
+    """Inside, the device's primary context, which torch uses too, is this thread's current one."""
     with _contexts_lock:
         if device not in _contexts:
             torch.cuda.init()
             context, handle = ctypes.c_void_p(), ctypes.c_int()
-            check(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
-            check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+            raise_on_error(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+            raise_on_error(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
             _contexts[device] = context
-    check(driver().cuCtxPushCurrent_v2(_contexts[device]), "cuCtxPushCurrent")
+    raise_on_error(driver().cuCtxPushCurrent_v2(_contexts[device]), "cuCtxPushCurrent")
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A CUDA kernel of our own: loaded through the driver, and launched."""
+"""CUDA kernels of our own: loading and launching them through the driver."""
 
 import ctypes
 import threading
@@ -6,59 +6,60 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from tensorfork.memory.cuda import check, current_context, driver, relaxed_capture
+from tensorfork.memory.cuda import current_context, driver, raise_on_error, relaxed_capture
 
 
 class Kernel:
-    """A kernel of our own.
+    """One kernel.
 
     Args:
-        name: the kernel's.
-        cubins: machine code, by the compute capability it was made for, as in ``90`` for 9.0; it also runs on later
+        name: of the function in the code.
+        cubins: machine code, by the compute capability it was compiled for, as in ``90`` for 9.0; it also runs on later
             ones of the same major number.
-        ptx: for GPUs that none of it fits: the driver makes machine code of it, which takes a tenth of a second.
+        ptx: for GPUs that no cubin is for: the driver compiles it, which takes a tenth of a second.
     """
 
     def __init__(self, name: str, cubins: Mapping[int, bytes], ptx: bytes) -> None:
         self._name, self._cubins, self._ptx = name, cubins, ptx
         self._functions: dict[int, ctypes.c_void_p] = {}
-        self._loading = threading.Lock()
+        self._load_lock = threading.Lock()
 
     def load(self, device: int) -> ctypes.c_void_p:
-        """Have it ready on a GPU. Raises `DriverError` where it cannot be."""
-        with self._loading:
+        """Load it on a GPU, once. Raises `DriverError`."""
+        with self._load_lock:
             if device not in self._functions:
                 module, function = ctypes.c_void_p(), ctypes.c_void_p()
                 with current_context(device), relaxed_capture():
                     for image in self._images(device):
                         if not (code := driver().cuModuleLoadData(ctypes.byref(module), image)):
                             break
-                    check(code, "cuModuleLoadData")
-                    found = driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
-                    check(found, "cuModuleGetFunction")
+                    raise_on_error(code, "cuModuleLoadData")
+                    code = driver().cuModuleGetFunction(ctypes.byref(function), module, self._name.encode())
+                    raise_on_error(code, "cuModuleGetFunction")
                 self._functions[device] = function
             return self._functions[device]
 
     def _images(self, device: int) -> Iterator[bytes]:
+        """The code to try on this GPU, best first."""
         major, minor = torch.cuda.get_device_capability(device)
-        fitting = [made for made in self._cubins if made // 10 == major and made % 10 <= minor]
+        fitting = [built_for for built_for in self._cubins if built_for // 10 == major and built_for % 10 <= minor]
         if fitting:
             yield self._cubins[max(fitting)]
         yield self._ptx
 
     def launch(
-        self, stream: "torch.cuda.Stream", blocks: int, threads: int, *values: "ctypes._SimpleCData[int]"
+        self, stream: "torch.cuda.Stream", blocks: int, threads: int, *arguments: "ctypes._SimpleCData[int]"
     ) -> None:
-        """Enqueue it, so many blocks of so many threads, with these arguments."""
+        """Enqueue it on a stream, with these arguments. Raises `DriverError`."""
         function = self.load(stream.device.index)
-        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         with current_context(stream.device.index):
-            code = driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream.cuda_stream, places, None)
-        check(code, "cuLaunchKernel")
+            code = driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream.cuda_stream, pointers, None)
+        raise_on_error(code, "cuLaunchKernel")
 
 
 def fill_zeros(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> None:
-    """Enqueue zeros for a dense tensor, without a kernel."""
+    """Enqueue filling a dense tensor with zeros, without a kernel. Raises `DriverError`."""
     with current_context(stream.device.index):
         code = driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, stream.cuda_stream)
-    check(code, "cuMemsetD8Async")
+    raise_on_error(code, "cuMemsetD8Async")

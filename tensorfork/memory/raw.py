@@ -1,6 +1,6 @@
-"""Raw memory as tensors.
+"""Raw memory as tensors, through DLPack, the exchange protocol for arrays.
 
-Through DLPack, the exchange protocol for arrays, by ctypes: it serves CPU and CUDA alike, and needs no numpy.
+By ctypes: that works for CPU and CUDA alike, and needs no numpy.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ _CPU, _CUDA = 1, 2
 _UINT = 1
 
 
-class _Tensor(ctypes.Structure):
+class _DLTensor(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
@@ -31,19 +31,19 @@ class _Tensor(ctypes.Structure):
     ]
 
 
-class _ManagedTensor(ctypes.Structure):
-    _fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
-_lent: dict[int, Any] = {}
-"""Descriptions that torch still holds, by address."""
+_exported: dict[int, Any] = {}
+"""By address, the structures that torch still refers to."""
 
 
-def _give_back(address: int) -> None:
-    _lent.pop(address, None)
+def _delete(address: int) -> None:
+    _exported.pop(address, None)
 
 
-_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_give_back)
+_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_delete)
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 
@@ -51,18 +51,18 @@ _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p
 
 
 def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory of this process as a uint8 tensor [nbytes] that does not own it: its user keeps the memory alive."""
+    """Memory of this process as a uint8 tensor [nbytes]. The tensor does not own it; the caller keeps it alive."""
     shape = (ctypes.c_int64 * 1)(nbytes)
-    managed = _ManagedTensor()
+    managed = _DLManagedTensor()
     managed.tensor.data = address
     managed.tensor.device_type = _CPU if device.type == "cpu" else _CUDA
     managed.tensor.device_id = device.index or 0
     managed.tensor.ndim, managed.tensor.code, managed.tensor.bits, managed.tensor.lanes = 1, _UINT, 8, 1
     managed.tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
     managed.deleter = ctypes.cast(_deleter, ctypes.c_void_p)
-    where = ctypes.addressof(managed)
-    _lent[where] = managed, shape
-    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(where, b"dltensor", None))
+    at = ctypes.addressof(managed)
+    _exported[at] = managed, shape
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(at, b"dltensor", None))
     return tensor
 
 

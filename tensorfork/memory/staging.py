@@ -1,5 +1,5 @@
-"""Regions for transports that send and receive from the host: those of the CPU in place, those of GPUs through pinned
-memory, which is bounded, taken once, and used again and again.
+"""Host access to regions, for transports that send and receive from the host: regions on the CPU are accessed in place,
+those on GPUs through pinned memory, which is bounded, allocated once, and reused.
 """
 
 import ctypes
@@ -13,9 +13,9 @@ from tensorfork.memory import cuda, streams
 from tensorfork.regions import Region
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class PinnedBuffer:
-    """One stretch of pinned memory. `free` says when whatever used it last is through with it."""
+    """One range of pinned memory. Its event says when the last copy out of it to a GPU is done."""
 
     tensor: torch.Tensor
     address: int
@@ -23,38 +23,45 @@ class PinnedBuffer:
     event: "torch.cuda.Event | None" = field(default=None)
 
     def wait(self) -> None:
-        """Until the GPU has read what was in it."""
+        """Wait until the GPU has read what was in it."""
         if self.event is not None:
             self.event.synchronize()
             self.event = None
 
 
 class PinnedRing:
-    """A ring of slots, and a stream of its own for each GPU.
+    """Pinned buffers that are used in turn, and a stream of its own for each GPU.
 
-    All memory is taken when this is made, on a thread that has relaxed its capture mode (`cuda.relax_capture`) where a
-    graph may be captured meanwhile.
+    Allocates everything when it is made. Where CUDA graphs may be captured meanwhile, make it on a thread that has
+    relaxed its capture mode (`cuda.relax_capture`).
     """
 
-    def __init__(self, devices: Iterable[str], slots: int, nbytes: int) -> None:
+    def __init__(self, devices: Iterable[str], count: int, nbytes: int) -> None:
         self._streams = {device: streams.acquire_stream(cuda.device_index(device)) for device in sorted(set(devices))}
-        self.slots: deque[PinnedBuffer] = deque()
-        for _ in range(slots):
+        self._buffers: deque[PinnedBuffer] = deque()
+        for _ in range(count):
             tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
             address = tensor.data_ptr()
-            self.slots.append(PinnedBuffer(tensor, address, _view(address, nbytes)))
+            self._buffers.append(PinnedBuffer(tensor, address, _view(address, nbytes)))
 
-    def wait_for_callers(self) -> None:
-        """Let what this thread's current streams still do to the memory finish before any copy from here on."""
+    def next_buffer(self) -> PinnedBuffer:
+        """The buffer that was used longest ago, once the GPU has read what was in it."""
+        buffer = self._buffers.popleft()
+        self._buffers.append(buffer)
+        buffer.wait()
+        return buffer
+
+    def wait_for_current_streams(self) -> None:
+        """Copies enqueued from here on wait for what this thread's current streams have been given so far."""
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
 
-    def fetch(self, device: str, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Copies of (to, from, bytes) between a GPU and pinned memory; waits until they are done."""
-        self.begin(device, copies).synchronize()
+    def copy(self, device: str, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy (to, from, bytes) between a GPU and pinned memory; wait until that is done."""
+        self.enqueue_copies(device, copies).synchronize()
 
-    def begin(self, device: str, copies: Iterable[tuple[int, int, int]]) -> "torch.cuda.Event":
-        """Enqueue such copies; the event says when they are done."""
+    def enqueue_copies(self, device: str, copies: Iterable[tuple[int, int, int]]) -> "torch.cuda.Event":
+        """Enqueue such copies. The event says when they are done."""
         stream = self._streams[device]
         cuda.copy_one_by_one(stream, copies)
         event = torch.cuda.Event()
@@ -62,96 +69,99 @@ class PinnedRing:
         return event
 
     def synchronize(self) -> None:
-        """Until nothing is under way."""
+        """Wait until all enqueued copies are done."""
         for stream in self._streams.values():
             stream.synchronize()
 
     def close(self) -> None:
-        """Give the streams back; nothing is to be begun any more."""
+        """Return the streams to the pool. Nothing may be enqueued afterwards."""
         while self._streams:
             streams.release_stream(self._streams.popitem()[1])
 
 
 class HostAccess:
-    """Our regions: those of the CPU as views, those of GPUs through staging."""
+    """Reads and writes regions of ours from the host. A range of bytes is (region id, offset, bytes).
 
-    def __init__(self, regions: Sequence[Region], slots: int, nbytes: int) -> None:
+    Args:
+        regions: on the CPU, on GPUs, or both.
+        buffers: how many pinned buffers to allocate, if there are regions on GPUs.
+        nbytes: the size of each.
+    """
+
+    def __init__(self, regions: Sequence[Region], buffers: int, nbytes: int) -> None:
         self._regions = {region.id: region for region in regions}
         gpus = {region.device for region in regions if region.device != "cpu"}
-        self._staging = PinnedRing(gpus, slots, nbytes) if gpus else None
+        self._ring = PinnedRing(gpus, buffers, nbytes) if gpus else None
 
-    def holds(self, stretches: Sequence[tuple[int, int, int]], most: int) -> bool:
-        """Whether all of (region, offset, bytes) lie inside, and together are no more than so many bytes."""
+    def contains(self, ranges: Sequence[tuple[int, int, int]], most: int) -> bool:
+        """Whether all ranges lie within our regions, and have `most` bytes together at most."""
         total = 0
-        for id, offset, nbytes in stretches:
+        for id, offset, nbytes in ranges:
             region = self._regions.get(id)
             if region is None or offset + nbytes > region.nbytes:
                 return False
             total += nbytes
         return total <= most
 
-    def staged(self, stretches: Sequence[tuple[int, int, int]]) -> bool:
-        """Whether any of them is a GPU's."""
-        return self._staging is not None and any(self._regions[id].device != "cpu" for id, _, _ in stretches)
+    def any_on_gpu(self, ranges: Sequence[tuple[int, int, int]]) -> bool:
+        """Whether any of the ranges is on a GPU, so that reading them takes a buffer."""
+        return self._ring is not None and any(self._regions[id].device != "cpu" for id, _, _ in ranges)
 
-    def addresses(self, stretches: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-        """The (address, bytes) of each of them, none of them a GPU's."""
-        return [(self._regions[id].address + offset, nbytes) for id, offset, nbytes in stretches]
+    def addresses(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """The (address, bytes) of each range. All of them must be on the CPU."""
+        return [(self._regions[id].address + offset, nbytes) for id, offset, nbytes in ranges]
 
-    def read(self, stretches: Sequence[tuple[int, int, int]], slot: PinnedBuffer) -> list[memoryview]:
-        """Their bytes: in place, or, of GPUs, in the slot."""
+    def read(self, ranges: Sequence[tuple[int, int, int]], buffer: PinnedBuffer) -> list[memoryview]:
+        """The bytes of each range: of regions on the CPU in place; those on GPUs are copied to the buffer first."""
         frames: list[memoryview] = []
-        fetched: dict[str, list[tuple[int, int, int]]] = {}
+        copies: dict[str, list[tuple[int, int, int]]] = {}
         used = 0
-        for id, offset, nbytes in stretches:
+        for id, offset, nbytes in ranges:
             region = self._regions[id]
             if region.device == "cpu":
                 frames.append(_view(region.address + offset, nbytes))
                 continue
-            fetched.setdefault(region.device, []).append((slot.address + used, region.address + offset, nbytes))
-            frames.append(slot.view[used : used + nbytes])
+            copies.setdefault(region.device, []).append((buffer.address + used, region.address + offset, nbytes))
+            frames.append(buffer.view[used : used + nbytes])
             used += nbytes
-        for device, copies in fetched.items():
-            assert self._staging is not None
-            self._staging.fetch(device, copies)
+        for device, of_device in copies.items():
+            assert self._ring is not None
+            self._ring.copy(device, of_device)
         return frames
 
-    def view(self, id: int, at: int, nbytes: int) -> memoryview:
-        """A stretch of a region on the CPU, which holds it."""
-        return _view(self._regions[id].address + at, nbytes)
+    def view(self, id: int, offset: int, nbytes: int) -> memoryview:
+        """A range of a region on the CPU. The region must outlive the view."""
+        return _view(self._regions[id].address + offset, nbytes)
 
-    def next_slot(self) -> PinnedBuffer:
-        """The slot used longest ago; the GPU is through with it."""
-        assert self._staging is not None
-        slot = self._staging.slots.popleft()
-        self._staging.slots.append(slot)
-        slot.wait()
-        return slot
+    def next_buffer(self) -> PinnedBuffer:
+        """See `PinnedRing.next_buffer`. There must be regions on GPUs."""
+        assert self._ring is not None
+        return self._ring.next_buffer()
 
-    def slot_for(self, id: int) -> PinnedBuffer | None:
-        """A free slot for what goes to a GPU; None for the CPU, where it can be received in place."""
-        return None if self._regions[id].device == "cpu" else self.next_slot()
+    def buffer_for(self, id: int) -> PinnedBuffer | None:
+        """A buffer to receive what goes to a region on a GPU; None for the CPU, where it is received in place."""
+        return None if self._regions[id].device == "cpu" else self.next_buffer()
 
-    def land(self, slot: PinnedBuffer, id: int, at: int, nbytes: int) -> "torch.cuda.Event":
-        """Begin to copy a slot to where its bytes belong."""
-        assert self._staging is not None
+    def write(self, buffer: PinnedBuffer, id: int, offset: int, nbytes: int) -> "torch.cuda.Event":
+        """Enqueue the copy of a buffer's bytes to a region on a GPU. The event says when it is done."""
+        assert self._ring is not None
         region = self._regions[id]
-        return self._staging.begin(region.device, [(region.address + at, slot.address, nbytes)])
+        return self._ring.enqueue_copies(region.device, [(region.address + offset, buffer.address, nbytes)])
 
-    def wait_for_callers(self) -> None:
-        """See `PinnedRing.wait_for_callers`."""
-        if self._staging is not None:
-            self._staging.wait_for_callers()
+    def wait_for_current_streams(self) -> None:
+        """See `PinnedRing.wait_for_current_streams`."""
+        if self._ring is not None:
+            self._ring.wait_for_current_streams()
 
     def synchronize(self) -> None:
-        """Until no GPU is written to any more."""
-        if self._staging is not None:
-            self._staging.synchronize()
+        """Wait until nothing is written to a GPU any more."""
+        if self._ring is not None:
+            self._ring.synchronize()
 
     def close(self) -> None:
-        """Nothing is to be read or written any more."""
-        if self._staging is not None:
-            self._staging.close()
+        """Return the streams to the pool. Nothing may be read or written afterwards."""
+        if self._ring is not None:
+            self._ring.close()
 
 
 _from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
@@ -164,8 +174,10 @@ _WRITABLE = 0x200
 
 
 def _view(address: int, nbytes: int) -> memoryview:
-    """A stretch of memory, which whoever uses the view keeps alive. Made for each stretch when it is needed: a view of
-    each of 20,000 regions, made for each lease, has Python's collector stop the seed for a tenth of a second.
+    """A range of memory, which the caller keeps alive for as long as the view is used.
+
+    Views are made when they are needed. Making one of each of 20,000 regions for each lease was tried: Python's garbage
+    collector then stops the seed for a tenth of a second.
     """
     view: memoryview = _from_memory(address, nbytes, _WRITABLE)
     return view

@@ -1,4 +1,4 @@
-"""CUDA streams that torch's pool does not hand to anybody else."""
+"""CUDA streams of our own, which torch's pool does not give to anything else."""
 
 import ctypes
 from collections.abc import Iterable, Iterator
@@ -7,26 +7,28 @@ from functools import cache
 
 import torch
 
-from tensorfork.memory.cuda import NON_BLOCKING, check, current_context, driver, relaxed_capture
+from tensorfork.memory.cuda import STREAM_NON_BLOCKING, current_context, driver, raise_on_error, relaxed_capture
 
 
 def acquire_stream(device: int) -> torch.cuda.Stream:
-    """A stream that nobody else has until `release_stream`. torch's come from a pool of 32, which an engine captures and
-    computes on too, and which takes milliseconds to make.
+    """A stream that is the caller's alone until `release_stream`.
+
+    torch's own streams come from a pool of 32, on which an engine captures and computes too; making that pool takes
+    milliseconds.
     """
     idle = _idle_streams.setdefault(device, [])
     try:
         return idle.pop()
     except IndexError:
-        made = ctypes.c_void_p()
+        handle = ctypes.c_void_p()
         with current_context(device), relaxed_capture():
-            check(driver().cuStreamCreate(ctypes.byref(made), NON_BLOCKING), "cuStreamCreate")
-        assert made.value is not None
-        return torch.cuda.ExternalStream(made.value, torch.device("cuda", device))
+            raise_on_error(driver().cuStreamCreate(ctypes.byref(handle), STREAM_NON_BLOCKING), "cuStreamCreate")
+        assert handle.value is not None
+        return torch.cuda.ExternalStream(handle.value, torch.device("cuda", device))
 
 
 def release_stream(stream: torch.cuda.Stream) -> None:
-    """For the next who asks. It is never destroyed, as torch's allocator remembers it."""
+    """Keep the stream for the next `acquire_stream`. It is never destroyed, because torch's allocator remembers it."""
     _idle_streams[stream.device.index].append(stream)
 
 
@@ -40,8 +42,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Inside, torch's work goes to this stream. `torch.cuda.stream` alone returns to the GPU that was current before,
-    and if this process did not use that, makes a context there: 0.15 s, and half a gigabyte of somebody else's GPU.
+    """Inside, torch's work goes to this stream.
+
+    `torch.cuda.stream` alone would make the GPU that was current before current again, and if this process did not use
+    that yet, create a context there: 0.15 s, and half a gigabyte of a GPU that may be another process's.
     """
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):
         yield
@@ -49,8 +53,8 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 @contextmanager
 def on_side_streams(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Inside, torch's work on these GPUs goes to streams of our own, so that it neither waits for the model's nor makes
-    them wait. One stream a device for the whole process: its scratch is used again.
+    """Inside, torch's work on these GPUs goes to streams of our own; it neither waits for the model's nor delays that.
+    The process has one such stream for each device, so that torch's allocator reuses the scratch.
     """
     with ExitStack() as entered:
         for device in devices:

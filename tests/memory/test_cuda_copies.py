@@ -1,4 +1,4 @@
-"""Copies that go to the driver together: how its call is called, in either of its versions; the driver is a fake."""
+"""Many copies in one call of the driver, in either version of that call; the driver is a fake."""
 
 import ctypes
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ COPIES = [(1000, 5000, 10), (2000, 6000, 20), (3000, 7000, 30)]
 
 
 class Driver:
-    """Notes what it is asked to copy."""
+    """Records what it is asked to copy."""
 
     def __init__(self, *, first: bool = False, second: bool = False) -> None:
         self.batches: list[list[tuple[int, int, int]]] = []
@@ -54,9 +54,9 @@ class Driver:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "current_context", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "relaxed_capture", nullcontext)
-    cuda._batch.cache_clear()
+    cuda._batch_call.cache_clear()
     yield
-    cuda._batch.cache_clear()
+    cuda._batch_call.cache_clear()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
@@ -72,13 +72,13 @@ def test_many_copies_are_one_call(monkeypatch: pytest.MonkeyPatch, versions: dic
     assert not driver.single
 
 
-def test_a_driver_that_has_no_such_call_is_called_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_such_a_call_is_called_for_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = use(monkeypatch, Driver())
     cuda.copy_batch(STREAM, COPIES)
     assert driver.single == COPIES
 
 
-def test_a_copy_of_no_bytes_is_left_out_as_the_call_refuses_it_and_one_alone_goes_alone(
+def test_copies_of_no_bytes_are_left_out_and_a_single_copy_is_not_batched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = use(monkeypatch, Driver(second=True))
@@ -98,7 +98,7 @@ def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch, dr
 
 
 @pytest.mark.parametrize("code", [1, 801])
-def test_what_the_call_for_many_does_not_take_is_copied_one_by_one(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_what_the_call_for_many_refuses_is_copied_one_by_one(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     driver = use(monkeypatch, Driver(second=True))
     driver.batch_code = code
     cuda.copy_batch(STREAM, COPIES)

@@ -1,4 +1,4 @@
-"""The part of the CUDA driver that tells of memory, without a GPU."""
+"""A fake of the CUDA driver's queries about memory; needs no GPU."""
 
 import ctypes
 from typing import Any
@@ -8,29 +8,32 @@ from attrs import define, field
 
 @define
 class Driver:
-    """Allocations by their addresses: (bytes, buffer id, whether CUDA IPC can export them)."""
+    """Answers from `memory`: by address, (bytes, buffer id, whether CUDA IPC can export it).
+
+    `queries` records each query: for an "allocation", or a buffer "id".
+    """
 
     memory: dict[int, tuple[int, int, bool]]
-    asked: list[str] = field(factory=list)
+    queries: list[str] = field(factory=list)
 
     def find(self, address: int) -> tuple[int, tuple[int, int, bool]] | None:
-        return next(((at, it) for at, it in self.memory.items() if at <= address < at + it[0]), None)
+        return next(((start, it) for start, it in self.memory.items() if start <= address < start + it[0]), None)
 
     def cuPointerGetAttributes(self, count: int, kinds: Any, values: Any, address: int) -> int:  # noqa: N802
-        self.asked.append("block")
+        self.queries.append("allocation")
         found = self.find(address)
         if found is None:
             return 1
         start, (nbytes, id, exportable) = found
-        said = {7: id, 9: 0, 10: int(exportable), 11: start, 12: nbytes}
+        results = {7: id, 9: 0, 10: int(exportable), 11: start, 12: nbytes}
         for i in range(count):
             kind = ctypes.c_int if kinds[i] in (9, 10) else ctypes.c_uint64
-            kind.from_address(values[i]).value = said[kinds[i]]
+            kind.from_address(values[i]).value = results[kinds[i]]
         return 0
 
     def cuPointerGetAttribute(self, value: Any, kind: int, address: int) -> int:  # noqa: N802
         assert kind == 7
-        self.asked.append("id")
+        self.queries.append("id")
         found = self.find(address)
         if found is None:
             return 1

@@ -118,12 +118,12 @@ class ZeroMQExport(Export):
         if not secrets.compare_digest(token, self._token) or (len(request) - REQUEST_HEADER.size) % RANGE.size:
             return  # from a stranger, who learns nothing
         ranges = list(RANGE.iter_unpack(memoryview(request)[REQUEST_HEADER.size :]))
-        allowed = bool(ranges) and self._memory.holds(ranges, FRAME)
+        allowed = bool(ranges) and self._memory.contains(ranges, FRAME)
         answer = [peer, ANSWER_HEADER.pack(number, OK if allowed else OUT_OF_BOUNDS)]
         try:
             if not allowed:
                 self._socket.send_multipart(answer, zmq.NOBLOCK)
-            elif self._memory.staged(ranges):
+            elif self._memory.any_on_gpu(ranges):
                 buffer = self._next_buffer()
                 self._trackers[id(buffer)] = self._send_tracked([*answer, *self._memory.read(ranges, buffer)])
             else:
@@ -144,7 +144,7 @@ class ZeroMQExport(Export):
 
     def _next_buffer(self) -> PinnedBuffer:
         """The least recently used pinned buffer; waits until libzmq has released it, or the lease ends."""
-        buffer = self._memory.next_slot()
+        buffer = self._memory.next_buffer()
         for tracker in self._trackers.pop(id(buffer), ()):
             while not tracker.done and not self._closing.is_set():
                 try:

@@ -85,7 +85,7 @@ class ZeroMQSession(Session):
             return
         self._check_destinations(copies)
         remaining = [copy.nbytes for copy in copies]
-        self._memory.wait_for_callers()
+        self._memory.wait_for_current_streams()
         requests = self._requests(copies)
         poller = zmq.Poller()
         for connection in self._connections:
@@ -188,7 +188,7 @@ class ZeroMQSession(Session):
         answer's header, which has another length.
         """
         for i, region, at, nbytes in request.targets:
-            buffer = self._memory.slot_for(region)
+            buffer = self._memory.buffer_for(region)
             target = self._memory.view(region, at, nbytes) if buffer is None else buffer.view[:nbytes]
             try:
                 received = socket.recv_into(target, flags=zmq.NOBLOCK)
@@ -199,7 +199,7 @@ class ZeroMQSession(Session):
             if buffer is None:
                 self._count(i, nbytes, remaining, done)
             else:
-                buffer.event = self._memory.land(buffer, region, at, nbytes)
+                buffer.event = self._memory.write(buffer, region, at, nbytes)
                 self._gpu_copies.append((buffer.event, i, nbytes))
         if socket.get(zmq.RCVMORE):
             raise TransferFailed(f"{self._seed} sent more frames than were requested")
@@ -220,7 +220,7 @@ class ZeroMQSession(Session):
     def _check_destinations(self, copies: Sequence[Copy]) -> None:
         """Raise `TransferFailed` for a copy outside our regions. The seed checks its own side."""
         for copy in copies:
-            if not self._memory.holds([(copy.into, copy.at, copy.nbytes)], copy.nbytes):
+            if not self._memory.contains([(copy.into, copy.at, copy.nbytes)], copy.nbytes):
                 raise TransferFailed(f"{copy} lies outside our regions")
 
     def _raise_disconnected(self, connection: _Connection) -> None:

@@ -66,9 +66,9 @@ def test_a_lease_after_the_first_only_checks_that_each_allocation_is_still_the_s
     made, regions = published()
     first = lease(made, regions)
     assert gpu.exported == [0x1000, 0x2000]
-    gpu.driver.asked.clear()
+    gpu.driver.queries.clear()
     assert lease(made, regions).offer is first.offer
-    assert gpu.driver.asked == ["id", "id"]
+    assert gpu.driver.queries == ["id", "id"]
     assert gpu.exported == [0x1000, 0x2000]
 
 
