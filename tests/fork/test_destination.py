@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import GENERATED, Tied, tensors_of
+from whole_forks import on_meta
 
 from tensorfork import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.fork.destination import (
@@ -30,11 +31,6 @@ def filled(seed: Any, model: Any, device: Any = None) -> tuple[DestinationMemory
     theirs, ours = describe(seed).layout, describe(model)
     memory = memory_for(match(theirs, ours.layout), theirs, ours, device)
     return memory, tensors_of_model(ours, memory)
-
-
-def on_meta(make: Any) -> Any:
-    with torch.device("meta"):
-        return make()
 
 
 # Allocations.

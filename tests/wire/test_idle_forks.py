@@ -1,0 +1,151 @@
+"""Forks that do nothing or go away: the seed serves the next one."""
+
+import resource
+import socket
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+from hostile import GREETING, MUCH, READY, SECONDS, Seed, frame, hung_up, model, raw, send, zmtp
+from processes import Child, serve
+
+import tensorfork
+from tensorfork.wire import messages
+from tensorfork.wire.conversation import Conversation
+
+
+def test_peers_that_connect_and_send_nothing_hold_up_nobody(seed: Seed) -> None:
+    idle = [socket.create_connection(seed.at, timeout=SECONDS) for _ in range(200)]
+    try:
+        seed.serves()
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_a_peer_that_sends_nothing_is_disconnected(seed: Seed) -> None:
+    with raw(seed) as connection:
+        assert hung_up(connection)
+
+
+def large_model() -> dict[str, torch.Tensor]:
+    return {f"layer.{i}.weight": torch.zeros(1) for i in range(5000)}
+
+
+def test_a_peer_that_asks_and_never_reads_costs_little() -> None:
+    with Child(serve, large_model) as child:
+        seed = Seed(child)
+        tensorfork.fork(seed.address, timeout=SECONDS)
+        before = seed.memory()
+        with zmtp(seed) as connection:
+            connection.settimeout(1.0)
+            send(connection, frame(messages.encode(messages.GetLayout(), 1)) * 5000)
+            assert len(tensorfork.fork(seed.address, timeout=SECONDS)) == 5000
+            assert seed.memory() - before < MUCH
+
+
+def test_idle_connections_use_up_the_descriptors_of_a_seed_and_it_lives() -> None:
+    limit = 128
+    with Child(serve, model, {resource.RLIMIT_NOFILE: limit}) as child:
+        seed = Seed(child)
+        process = psutil.Process(child.pid)
+        refusals: list[str] = []
+        for wanted in range(limit - 60, limit, 5):  # libzmq would end the process at one count or other of these
+            idle = []
+            while process.num_fds() < wanted:
+                idle.append(socket.create_connection(seed.at, timeout=SECONDS))
+                send(idle[-1], GREETING + READY)
+                idle[-1].recv(1)  # it is there
+            try:
+                tensorfork.fork(seed.address, timeout=SECONDS)
+            except tensorfork.TransportUnavailable as error:
+                refusals.append(str(error))
+            finally:
+                for connection in idle:
+                    connection.close()
+            while process.num_fds() > limit - 70:
+                time.sleep(0.01)
+        assert refusals
+        assert all("file descriptors" in refusal for refusal in refusals)
+        seed.serves()
+
+
+def lease_of(conversation: Conversation, deadline: float) -> bytes:
+    request = messages.TakeLease("zeromq", {}, SECONDS, True)
+    return conversation.request(request, messages.Leased, deadline, "lease")[0].lease
+
+
+def until_welcome(conversation: Conversation, deadline: float) -> None:
+    conversation.request(messages.Hello("test"), messages.Welcome, deadline, "hello")
+
+
+def until_layout(conversation: Conversation, deadline: float) -> None:
+    until_welcome(conversation, deadline)
+    conversation.request(messages.GetLayout(), messages.Pages, deadline, "layout")
+
+
+def until_lease(conversation: Conversation, deadline: float) -> None:
+    lease_of(conversation, deadline)
+
+
+def until_message_sent(conversation: Conversation, deadline: float) -> None:
+    conversation.send(lease_of(conversation, deadline), b"something", deadline)
+
+
+def until_digests(conversation: Conversation, deadline: float) -> None:
+    conversation.request(messages.GetDigests(lease_of(conversation, deadline)), messages.Digests, deadline, "digests")
+
+
+def until_checked(conversation: Conversation, deadline: float) -> None:
+    lease = lease_of(conversation, deadline)
+    conversation.request(messages.CheckLease(lease, False), messages.Checked, deadline, "check")
+
+
+def until_released(conversation: Conversation, deadline: float) -> None:
+    lease = lease_of(conversation, deadline)
+    conversation.request(messages.CheckLease(lease, True), messages.Checked, deadline, "release")
+
+
+def in_the_middle_of_an_answer(conversation: Conversation, deadline: float) -> None:
+    until_welcome(conversation, deadline)
+    for _ in range(50):
+        conversation._send_frames([messages.encode(messages.GetLayout(), 1)], deadline, "layout")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        until_welcome,
+        until_layout,
+        until_lease,
+        until_message_sent,
+        until_digests,
+        until_checked,
+        until_released,
+        in_the_middle_of_an_answer,
+    ],
+    ids=lambda step: step.__name__,
+)
+def test_a_fork_may_go_away_at_any_step(seed: Seed, step: Callable[[Conversation, float], None]) -> None:
+    deadline = time.monotonic() + SECONDS
+    for _ in range(3):
+        conversation = Conversation(seed.address, deadline)
+        try:
+            step(conversation, deadline)
+        finally:
+            conversation.close()
+
+
+def test_a_fork_that_sends_more_messages_than_are_read_loses_its_lease_and_nothing_else(seed: Seed) -> None:
+    deadline = time.monotonic() + SECONDS
+    conversation = Conversation(seed.address, deadline)
+    try:
+        lease = lease_of(conversation, deadline)
+        for _ in range(200):
+            conversation.send(lease, b"x" * 1000, deadline)
+        with pytest.raises(tensorfork.PeerRefused, match="the lease has ended"):
+            conversation.request(messages.CheckLease(lease, False), messages.Checked, deadline, "check")
+    finally:
+        conversation.close()

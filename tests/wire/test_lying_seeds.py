@@ -1,0 +1,232 @@
+"""A seed that lies: whatever a seed sends, the fork is right or an error."""
+
+import itertools
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+import zmq
+from hostile import (
+    SECONDS,
+    Seed,
+    model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tensorfork
+from tensorfork.transports.zeromq import ZeroMQ
+
+
+class Liar:
+    """A proxy: forwards requests as they are, and each reply as `lie` returns it, as many times as `times` says."""
+
+    def __init__(
+        self,
+        address: str,
+        lie: Callable[[list[bytes]], list[bytes] | None],
+        times: Callable[[list[bytes]], int] = lambda frames: 1,
+    ) -> None:
+        self._times = times
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._front, self._back = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
+        self._lie, self._ended = lie, threading.Event()
+        self.address = f"tcp://127.0.0.1:{self._front.bind_to_random_port('tcp://127.0.0.1')}"
+        self._back.connect(address)
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        return self.address
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _run(self) -> None:
+        poller, peer = zmq.Poller(), b""
+        poller.register(self._front, zmq.POLLIN)
+        poller.register(self._back, zmq.POLLIN)
+        while not self._ended.is_set():
+            ready = dict(poller.poll(20))
+            if self._front in ready:
+                peer, *frames = self._front.recv_multipart()
+                self._back.send_multipart(frames)
+            if self._back in ready:
+                frames = self._lie(self._back.recv_multipart())
+                if frames is not None:
+                    for _ in range(self._times(frames)):
+                        self._front.send_multipart([peer, *frames])
+
+
+def kind_of(frames: list[bytes]) -> str:
+    return str(msgpack.unpackb(frames[0])[3])
+
+
+def fork_through(seed: Seed, lie: Callable[[list[bytes]], list[bytes] | None], seconds: float = 1.0) -> bool:
+    """Fork through a liar: it copies what the seed has (True), or ends in time with an error of ours (False)."""
+    started = time.monotonic()
+    found = {name: torch.zeros_like(tensor) for name, tensor in model().items()}
+    with Liar(seed.address, lie) as address:
+        try:
+            tensorfork.fork_into(found, address, timeout=seconds)
+        except tensorfork.TensorForkError:
+            return False
+        finally:
+            assert time.monotonic() - started < 5 * (seconds + 1)
+    assert all(torch.equal(found[name], tensor) for name, tensor in model().items())
+    return True
+
+
+def test_a_liar_that_changes_nothing_is_no_liar(seed: Seed) -> None:
+    assert fork_through(seed, lambda frames: frames, SECONDS)
+
+
+changes = st.tuples(st.integers(0, 99), st.integers(0, 1 << 20), st.integers(0, 255))
+
+
+@settings(max_examples=60)
+@given(which=st.integers(1, 6), changed=st.lists(changes, min_size=1, max_size=8))
+def test_replies_with_bytes_changed_make_a_fork_that_is_right_or_an_error(
+    running: Seed, which: int, changed: list[tuple[int, int, int]]
+) -> None:
+    replies = itertools.count(1)
+
+    def lie(frames: list[bytes]) -> list[bytes]:
+        if next(replies) == which:
+            for i, at, value in changed:
+                spoilt = bytearray(frames[i % len(frames)])
+                spoilt[at % len(spoilt)] = value
+                frames[i % len(frames)] = bytes(spoilt)
+        return frames
+
+    fork_through(running, lie, 0.5)
+
+
+def replaced(kind: str, change: Callable[[list[bytes]], list[bytes] | None]) -> Callable[[list[bytes]], Any]:
+    return lambda frames: change(frames) if kind_of(frames) == kind else frames
+
+
+def body(**fields: Any) -> Callable[[list[bytes]], list[bytes]]:
+    """The reply with some of its fields changed."""
+
+    def change(frames: list[bytes]) -> list[bytes]:
+        envelope = msgpack.unpackb(frames[0])
+        envelope[4].update(fields)
+        return [msgpack.packb(envelope), *frames[1:]]
+
+    return change
+
+
+def page(index: int, column: int, row: int, value: Any) -> Callable[[list[bytes]], list[bytes]]:
+    """The reply with one value of one of its tables changed."""
+
+    def change(frames: list[bytes]) -> list[bytes]:
+        table = msgpack.unpackb(frames[index])
+        table[column][row] = value
+        return [*frames[:index], msgpack.packb(table), *frames[index + 1 :]]
+
+    return change
+
+
+HUGE = (1 << 64) - 1
+LIES = {
+    "of how many tensors there are": replaced("Welcome", body(tensors=3)),
+    "of how many bytes there are": replaced("Welcome", body(nbytes=3)),
+    "of its digests": replaced("Welcome", body(digest="another/1")),
+    "of having no transport": replaced("Welcome", body(transports={})),
+    "of how many pages there are": replaced("Pages", body(tensors=1)),
+    "by leaving pages out": replaced("Pages", lambda frames: frames[:2]),
+    "by sending pages twice": replaced("Pages", lambda frames: [*frames, *frames[1:]]),
+    "of a name": replaced("Pages", page(1, 0, 5, "another")),
+    "of a name that is there already": replaced("Pages", page(1, 0, 5, "layer.0.weight")),
+    "of a dtype": replaced("Pages", page(1, 1, 5, "float16")),
+    "of a dtype that does not exist": replaced("Pages", page(1, 1, 5, "float17")),
+    "of a shape": replaced("Pages", page(1, 2, 5, [99])),
+    "of a shape of huge size": replaced("Pages", page(1, 2, 5, [HUGE])),
+    "of a shape with many sizes": replaced("Pages", page(1, 2, 5, [1] * 1000)),
+    "of a shape that is negative": replaced("Pages", page(1, 2, 5, [-1])),
+    "of a shape that is no list": replaced("Pages", page(1, 2, 5, 100)),
+    "of a stride": replaced("Pages", page(1, 3, 5, [HUGE])),
+    "of an offset": replaced("Pages", page(1, 5, 5, 4)),
+    "of a storage": replaced("Pages", page(1, 4, 5, 70_000)),
+    "of a storage's size": replaced("Pages", page(3, 0, 5, 1 << 50)),
+    "of a storage's device": replaced("Pages", page(3, 1, 5, "nowhere:7")),
+    "of its generation": replaced("Leased", body(generation=8)),
+    "of an odd generation": replaced("Leased", body(generation=1)),
+    "of a huge generation": replaced("Leased", body(generation=HUGE)),
+    "of the lease": replaced("Leased", body(lease=b"another")),
+    "of the offer": replaced("Leased", body(offer=b"come here")),
+    "of the token": replaced("Leased", lambda frames: body(offer=bytes(16) + _offer(frames)[16:])(frames)),
+    "of the port": replaced("Leased", lambda frames: body(offer=_offer(frames)[:16] + struct.pack("<I", 1))(frames)),
+    "of an impossible port": replaced(
+        "Leased", lambda frames: body(offer=_offer(frames)[:16] + struct.pack("<I", HUGE >> 32))(frames)
+    ),
+    "by leasing nothing": replaced("Leased", lambda frames: frames[:1]),
+    "by leasing half": replaced("Leased", lambda frames: frames[:-1]),
+    "of a place": replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, 64)(frames)),
+    "of a place beyond its region": replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, 1 << 40)(frames)),
+    "of a place beyond all numbers": replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, HUGE)(frames)),
+    "of a region that is not there": replaced("Leased", lambda frames: page(len(frames) - 1, 1, 5, 1 << 40)(frames)),
+    "of a region's size": replaced("Leased", page(2, 1, 5, 3)),
+    "of another storage's place": replaced("Leased", lambda frames: page(len(frames) - 1, 0, 5, 6)(frames)),
+    "of its digests' number": replaced("Digests", lambda frames: [*frames[:-1], frames[-1][:-8]]),
+    "of a digest": replaced("Digests", lambda frames: [*frames[:-1], bytes(8) + frames[-1][8:]]),
+    "of the digests' generation": replaced("Digests", body(generation=2)),
+    "of the generation afterwards": replaced("Checked", body(generation=2)),
+    "by answering with another reply": replaced("Checked", body(more=1)),
+}
+RIGHT_ANYWAY = {
+    "of a region's size",  # it is not needed for reading inside the region
+    "of having no transport",  # it is an error, but listed so that the others are checked for being errors
+}
+
+
+def _offer(frames: list[bytes]) -> bytes:
+    offer: bytes = msgpack.unpackb(frames[0])[4]["offer"]
+    return offer
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_seed_that_lies_is_found_out(seed: Seed, lie: str) -> None:
+    assert not fork_through(seed, LIES[lie]) or lie in RIGHT_ANYWAY
+
+
+@pytest.mark.parametrize("kind", ["Welcome", "Pages", "Leased", "Digests", "Checked"])
+def test_a_seed_that_falls_silent_costs_no_more_than_the_deadline(seed: Seed, kind: str) -> None:
+    assert not fork_through(seed, replaced(kind, lambda frames: None), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["Welcome", "Pages", "Leased", "Digests", "Checked"])
+def test_a_reply_to_an_earlier_request_is_ignored(seed: Seed, kind: str) -> None:
+    """Here the second of two equal replies."""
+    with Liar(seed.address, lambda frames: frames, lambda frames: 2 if kind_of(frames) == kind else 1) as address:
+        found = tensorfork.fork(address, timeout=SECONDS)
+    assert all(torch.equal(found[name], tensor) for name, tensor in model().items())
+
+
+@pytest.mark.parametrize("offset", [1 << 40, HUGE])
+def test_no_transport_is_told_to_read_beyond_what_was_leased(
+    seed: Seed, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Watched(ZeroMQ):
+        def open(self, *args: Any) -> Any:
+            session = super().open(*args)
+            monkeypatch.setattr(session, "pull", lambda *args: asked.append(args))
+            return session
+
+    lie = replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, offset)(frames))
+    with (
+        Liar(seed.address, lie) as address,
+        pytest.raises(tensorfork.ProtocolError, match="does not lie within what was leased"),
+    ):
+        tensorfork.fork(address, transport=Watched(), timeout=SECONDS)
+    assert asked == []
