@@ -1,4 +1,4 @@
-"""Every error tensorfork raises on purpose, by whose fault it is.
+"""Every error that tensorfork raises on purpose, by whose fault it is.
 
 ::
 
@@ -9,15 +9,15 @@
     │   ├── LayoutMismatch          the two models differ in names, dtypes, shapes, strides or ties
     │   └── TransportUnavailable    the transport cannot work between these two processes
     ├── the peer's
-    │   ├── PeerUnreachable         nobody answers there, or it stopped answering
-    │   ├── PeerRefused             it answered no
-    │   └── ProtocolError           it speaks something else
+    │   ├── PeerUnreachable         nothing answers at the address, or the peer stopped answering
+    │   ├── PeerRefused             the peer refused the request
+    │   └── ProtocolError           the peer is no tensorfork seed of our version, or broke the protocol
     └── the copy's
-        ├── TransferFailed          the bytes stopped coming
-        ├── VerificationFailed      the bytes that came are not the seed's
-        └── SeedChanged             the seed's weights changed under the copy
+        ├── TransferFailed          the transfer of bytes failed
+        ├── VerificationFailed      the bytes that arrived are not the seed's
+        └── SeedChanged             the seed's weights changed during the copy
 
-docs/errors.md says for each in which state it leaves the model.
+docs/errors.md tells for each the state in which it leaves the model.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -35,7 +35,7 @@ class IdentityMismatch(TensorForkError):
     """The seed holds another model, or another part of it. Nothing was copied; the model is untouched.
 
     Attributes:
-        fields: by the name of each field that differs, the seed's value and ours; None where it was not given.
+        fields: by the name of each field that differs, the seed's value and ours; None if it was not given.
     """
 
     def __init__(self, peer: str, fields: Mapping[str, tuple[object, object]]) -> None:
@@ -53,7 +53,7 @@ class LayoutMismatch(TensorForkError):
     Attributes:
         missing: names we have and the seed lacks.
         unexpected: names the seed has and we lack.
-        mismatched: names both have, each with the difference in words.
+        mismatched: names that both have, each with the difference in words.
     """
 
     def __init__(
@@ -82,24 +82,24 @@ class TransportUnavailable(TensorForkError):
 
 
 class PeerUnreachable(TensorForkError):
-    """Nobody answered at the address, or the peer went away; the message names the address and the step."""
+    """Nothing answered at the address, or the peer stopped answering; the message has the address and the step."""
 
 
 class PeerRefused(TensorForkError):
-    """The peer answered, and said no; the message has its reason."""
+    """The peer refused the request; the message has its reason."""
 
 
 class ProtocolError(TensorForkError):
-    """What answers at the address is not a tensorfork seed of our version, or broke the protocol."""
+    """The peer is not a tensorfork seed of our version, or broke the protocol."""
 
 
 class TransferFailed(TensorForkError):
-    """The bytes stopped coming. Tensors filled in place hold some new and some old bytes; meta ones stay meta.
+    """The transfer failed. Tensors filled in place hold some new and some old bytes; meta ones stay meta.
 
     Attributes:
-        complete: names of the tensors that had arrived whole (not verified).
-        undrained: stretches of our memory, as (address, nbytes), that the library beneath may still be
-            writing. They are kept alive until it has stopped; do not use them.
+        complete: names of the tensors whose bytes have all arrived (not verified).
+        undrained: ranges of our memory, as (address, nbytes), that the transport's library may still write. They are
+            kept alive until it has stopped; do not use them.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TransferFailed(TensorForkError):
 
 
 class VerificationFailed(TensorForkError):
-    """What arrived differs from what the seed holds. Do not use the model; meta models stay meta.
+    """What arrived differs from what the seed holds. Do not use the model. Meta models stay meta.
 
     Attributes:
         tensors: names of the tensors whose digests differ.
@@ -127,4 +127,4 @@ class VerificationFailed(TensorForkError):
 
 
 class SeedChanged(TensorForkError):
-    """The seed's weights changed while they were being copied, so that what arrived may be of two moments."""
+    """The seed's weights changed while they were copied, so what arrived may be a mix of old and new weights."""

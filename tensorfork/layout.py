@@ -1,6 +1,6 @@
-"""The layout of a model: its tensors, and the storages they lie in. What a seed tells its forks; no addresses.
+"""The layout of a model: its tensors, and the storages they lie in. A seed sends it to its forks; it has no addresses.
 
-A storage, here, is the part of one allocation from the first byte that any published tensor uses to the last: a model
+Here, a storage is the part of one allocation from the first byte that any published tensor uses to the last: a model
 that holds ten rows of a large buffer publishes ten rows. Its start is rounded down to 512 bytes, so that a tensor is as
 well aligned in a fork's copy of the storage as in the seed's. `tensorfork.model.describe` makes layouts of models.
 """
@@ -22,24 +22,24 @@ _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).val
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def _placed(instance: Any, attribute: Any, value: Any) -> None:
+def _optional_placement(instance: Any, attribute: Any, value: Any) -> None:
     if value is not None and type(value) is not Placement:
         raise ValueError(f"{attribute.name} must be a Placement, not {str(value)[:80]}")
 
 
 @frozen
 class TensorLayout:
-    """One tensor. Equal to another when a fork could fill the one from the other: its place does not count.
+    """One tensor. Equal to another if a fork can fill one from the other: `storage` and `offset` are not compared.
 
     Attributes:
         name: where the model keeps it, such as ``encoder.0.weight``.
         dtype: torch's name for it, such as ``bfloat16``.
         shape: elements along each dimension.
-        stride: elements from one to the next along each dimension; as a contiguous tensor's where it does not matter
-            (dimensions of size one, empty tensors).
+        stride: elements from one to the next along each dimension; that of a contiguous tensor where it does not
+            matter (dimensions of size one, empty tensors).
         storage: index of its storage in the model's layout.
         offset: bytes from the start of that storage to its first element.
-        placement: of a `DTensor`'s local shard, which part of the whole it is.
+        placement: for a `DTensor`'s local shard, which part of the whole it is.
     """
 
     name: str = field(validator=text_field)
@@ -48,11 +48,11 @@ class TensorLayout:
     stride: tuple[int, ...] = field(validator=naturals_field)
     storage: int = field(validator=natural_field, eq=False)
     offset: int = field(validator=natural_field, eq=False)
-    placement: Placement | None = field(default=None, validator=_placed)
+    placement: Placement | None = field(default=None, validator=_optional_placement)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself. Raises `UnsupportedTensor` where this torch does not have it."""
+        """The dtype itself. Raises `UnsupportedTensor` if this version of torch does not have it."""
         dtype = _DTYPES.get(self.dtype)
         if dtype is None:
             raise UnsupportedTensor(
@@ -62,17 +62,17 @@ class TensorLayout:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """How many elements it has."""
         return _product(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements; gaps between them do not count."""
+        """Bytes of its elements, without the gaps between them."""
         return self.numel * self.torch_dtype.itemsize
 
     @property
     def extent(self) -> int:
-        """Bytes from its first element's first byte to its last element's last, gaps included."""
+        """Bytes from the first byte of its first element to the last byte of its last, with the gaps between them."""
         elements = 1
         for size, step in zip(self.shape, self.stride, strict=True):
             if not size:
@@ -82,11 +82,11 @@ class TensorLayout:
 
     @property
     def is_dense(self) -> bool:
-        """Whether its elements fill its extent, each in a place of its own: contiguous, transposed or permuted."""
+        """Whether its elements fill its extent without gaps or overlaps: contiguous, transposed or permuted."""
         return is_dense(self.shape, self.stride)
 
     def difference(self, other: "TensorLayout") -> str | None:
-        """In words, what makes it (the seed's) unlike the other (ours); None where a fork could fill it."""
+        """How this tensor, the seed's, differs from the other, ours, in words; None if a fork can fill ours."""
         if (self.dtype, self.shape, self.stride, self.placement) == (
             other.dtype,
             other.shape,
@@ -109,7 +109,7 @@ class TensorLayout:
 
 @frozen
 class StorageLayout:
-    """One storage: its bytes, and the device it is on in the process that describes it."""
+    """One storage: its size in bytes, and its device in the process that described it."""
 
     nbytes: int = field(validator=natural_field)
     device: str = field(validator=text_field)
@@ -117,14 +117,14 @@ class StorageLayout:
 
 @frozen(repr=False)
 class ModelLayout:
-    """Every tensor and storage of one model. Tied tensors are several names at one place.
+    """Every tensor and storage of one model. A tied tensor has several names, with equal storage and offset.
 
     Attributes:
-        tensors: all of them.
+        tensors: all that are published.
         storages: what they lie in.
-        left_out: names of tensors that the model has besides, and that whoever published it left out.
-        identity: which model it is, where that was said.
-        rank: which part of it, where that was said.
+        left_out: names of the model's other tensors, which were left out when it was published.
+        identity: which model it is, if that was given.
+        rank: which part of it, if that was given.
     """
 
     tensors: tuple[TensorLayout, ...]
@@ -136,24 +136,24 @@ class ModelLayout:
     def __attrs_post_init__(self) -> None:
         if len({tensor.name for tensor in self.tensors}) < len(self.tensors):
             raise ValueError("a name stands twice in the layout")
-        rooms = [storage.nbytes for storage in self.storages]
+        sizes = [storage.nbytes for storage in self.storages]
         for tensor in self.tensors:
             if len(tensor.shape) != len(tensor.stride):
                 raise ValueError(f"{tensor.name} has {len(tensor.shape)} sizes and {len(tensor.stride)} strides")
-            if tensor.storage >= len(rooms):
-                raise ValueError(f"{tensor.name} lies in storage {tensor.storage} of {len(rooms)}")
-            if tensor.offset + tensor.extent > rooms[tensor.storage]:
+            if tensor.storage >= len(sizes):
+                raise ValueError(f"{tensor.name} lies in storage {tensor.storage} of {len(sizes)}")
+            if tensor.offset + tensor.extent > sizes[tensor.storage]:
                 raise ValueError(f"{tensor.name} reaches beyond its storage")
             if tensor.offset and tensor.offset % tensor.torch_dtype.itemsize:
                 raise ValueError(f"{tensor.name} does not begin at a multiple of its element's size")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages: what a whole copy occupies."""
+        """Bytes of all storages: the size of a whole copy."""
         return sum(storage.nbytes for storage in self.storages)
 
     def only(self, takes: Callable[[str], bool]) -> tuple["ModelLayout", list[str]]:
-        """The same with only the tensors whose names are taken, in the same storages; and the names of the others."""
+        """The same layout with only the tensors whose names `takes` accepts, and the names of the others."""
         taken = tuple(tensor for tensor in self.tensors if takes(tensor.name))
         if len(taken) == len(self.tensors):
             return self, []
@@ -168,7 +168,7 @@ class ModelLayout:
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether elements with these sizes and strides fill a stretch of memory, each in a place of its own."""
+    """Whether elements with these sizes and strides fill a range of memory without gaps or overlaps."""
     return (
         _fills(zip(reversed(stride), reversed(shape), strict=True))  # contiguous, as most are
         or _fills(sorted(zip(stride, shape, strict=True)))
@@ -177,7 +177,7 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def _fills(steps: Iterable[tuple[int, int]]) -> bool:
-    """Whether dimensions of these (strides, sizes), the innermost first, leave no gap and reach nothing twice."""
+    """Whether dimensions of these (strides, sizes), the innermost first, have no gaps or overlaps."""
     expected = 1
     for step, size in steps:
         if size != 1:
@@ -188,7 +188,7 @@ def _fills(steps: Iterable[tuple[int, int]]) -> bool:
 
 
 def plain_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """The stride, with the values that touch no memory (sizes of one, empty tensors) as a contiguous tensor's."""
+    """The stride, with the values that do not matter (sizes of one, empty tensors) as in a contiguous tensor."""
     if 0 in shape:
         sizes = [max(size, 1) for size in reversed(shape[1:])]
         return tuple(reversed(list(accumulate(sizes, mul, initial=1)))) if shape else ()

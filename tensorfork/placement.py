@@ -10,12 +10,12 @@ from tensorfork.validators import naturals_field
 
 @frozen(repr=False)
 class Placement:
-    """The part of a `DTensor` that is here. Two parts of equal shape hold the same bytes only if this is equal too.
+    """The part of a `DTensor` that this process holds. Parts of equal shape hold the same bytes only if this is equal.
 
     Attributes:
         shape: the whole tensor's.
-        how: its placement along each dimension of its mesh, with our index and the mesh's size there, such as
-            ``Shard(dim=0) 1/4``; where it is replicated, without, as every index holds the same.
+        how: its placement along each dimension of its mesh, with this process's index and the mesh's size there, such
+            as ``Shard(dim=0) 1/4``; without them where it is replicated, because every index then holds the same.
     """
 
     shape: tuple[int, ...] = field(validator=naturals_field)
@@ -23,12 +23,12 @@ class Placement:
 
     @classmethod
     def of(cls, tensor: Any) -> "Placement":
-        """That of a `DTensor`'s local shard."""
+        """The placement of a `DTensor`'s local shard."""
         mesh = tensor.device_mesh
-        here = mesh.get_coordinate() or [-1] * mesh.ndim  # a rank outside of the mesh holds nothing
+        indices = mesh.get_coordinate() or [-1] * mesh.ndim  # a rank outside of the mesh holds nothing
         parts = [
             repr(placement) if placement.is_replicate() else f"{placement!r} {index}/{mesh.size(dimension)}"
-            for dimension, (placement, index) in enumerate(zip(tensor.placements, here, strict=True))
+            for dimension, (placement, index) in enumerate(zip(tensor.placements, indices, strict=True))
         ]
         return cls(tuple(tensor.shape), ", ".join(parts))
 

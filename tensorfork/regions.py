@@ -1,4 +1,4 @@
-"""Regions of memory, places in them, and copies between them: the terms in which transports are spoken to.
+"""Regions of memory, places in them, and copies between them: what transports are given.
 
 Raw addresses live in `Region` and nowhere else. All sizes and offsets are bytes.
 """
@@ -10,10 +10,10 @@ from attrs import field, frozen
 
 @frozen
 class Region:
-    """A stretch of this process's memory that a transport may touch.
+    """A contiguous range of this process's memory that a transport may read or write.
 
-    `owner` keeps that memory alive. A transport whose library goes on writing after a failure, and cannot be stopped,
-    holds the owner until the library has stopped.
+    `owner` keeps that memory alive. A transport whose library may go on writing after a failure refers to the owner
+    until the library has stopped.
     """
 
     id: int
@@ -25,7 +25,7 @@ class Region:
 
 @frozen
 class RemoteRegion:
-    """What the other side is told of a `Region`."""
+    """What the other process knows of a `Region`."""
 
     id: int
     nbytes: int
@@ -34,7 +34,7 @@ class RemoteRegion:
 
 @frozen
 class Place:
-    """Where the first byte of something lies: a region's id, and the offset in it."""
+    """Where something begins: a region's id, and the offset in that region."""
 
     region: int
     offset: int
@@ -44,7 +44,7 @@ class Place:
 class Copy:
     """`nbytes` bytes from `offset` of the remote region `region` to `at` of our region `into`.
 
-    `source` says which seed, by its number in a fork that reads from several.
+    `source` is the number of the seed to read from, in a fork that reads from several.
     """
 
     source: int

@@ -1,4 +1,4 @@
-"""What a fork says of itself afterwards, and the clock it is timed with."""
+"""The report of a fork, and the stopwatch that measures its phases."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ PHASES = (
     "close",
     "install",
 )
-"""From a look at our own model to the meta tensors' taking their memory."""
+"""In order, from describing our own model (survey) to giving meta tensors their memory (install)."""
 
 
 @frozen(repr=False)
@@ -29,17 +29,17 @@ class ForkReport:
     Attributes:
         peer: the seed's address.
         transport: the name of the transport that moved the bytes.
-        fabric: what they travelled over, such as tcp or nvlink.
+        fabric: the network or bus that they were moved over, such as tcp or nvlink.
         tensors: names filled, ties included.
         nbytes: bytes moved.
-        generation: the seed's generation that all of them are of.
+        generation: the seed's generation at which all bytes were read.
         seconds: time spent in each of PHASES.
         verified: whether every tensor's digest was compared with the seed's.
-        restarts: times the fork began again because the seed changed.
+        restarts: how often the fork began again because the seed changed.
         passed_over: transports that were not used, each with the reason.
-        not_compared: what the two sides were not compared by: "identity" and "rank" where they were not given here,
-            "digests" without verification.
-        left_out: tensors that our selection leaves out, of ours and the seed's; they are as they were.
+        not_compared: checks that were skipped: "identity" and "rank" if they were not given here, "digests" without
+            verification.
+        left_out: tensors, of ours and the seed's, that our selection leaves out; ours are unchanged.
         left_out_by_seed: tensors that the seed has and did not publish.
     """
 
@@ -69,16 +69,17 @@ class ForkReport:
         return self.nbytes / spent / 1e9 if spent else 0.0
 
     def __str__(self) -> str:
-        phases = ", ".join(f"{name} {_spent(self.seconds[name])}" for name in PHASES if name in self.seconds)
-        again = f", {self.restarts} restarts" if self.restarts else ""
+        phases = ", ".join(f"{name} {_duration(self.seconds[name])}" for name in PHASES if name in self.seconds)
+        restarts = f", {self.restarts} restarts" if self.restarts else ""
         checked = "verified" if self.verified else "NOT verified"
-        unseen = [what for what in self.not_compared if what != "digests"]
-        checked += f"; not compared: {', '.join(unseen)}" if unseen else ""
+        skipped = [check for check in self.not_compared if check != "digests"]
+        checked += f"; not compared: {', '.join(skipped)}" if skipped else ""
         if self.left_out or self.left_out_by_seed:
             checked += f"; left out: {len(self.left_out):,} here, {len(self.left_out_by_seed):,} by the seed"
+        moved = f"{self.tensors:,} tensors ({_size(self.nbytes)})"
         return (
-            f"forked {self.tensors:,} tensors ({_size(self.nbytes)}) from {self.peer} over "
-            f"{self.transport}/{self.fabric} in {_spent(self.total)} ({self.gbps:.2f} GB/s; {phases}); {checked}{again}"
+            f"forked {moved} from {self.peer} over {self.transport}/{self.fabric} "
+            f"in {_duration(self.total)} ({self.gbps:.2f} GB/s; {phases}); {checked}{restarts}"
         )
 
     __repr__ = __str__
@@ -93,19 +94,19 @@ class Stopwatch:
         self._since = 0.0
 
     def enter(self, name: str | None) -> None:
-        """A phase begins, and the one before it ends."""
+        """End the current phase, and begin this one."""
         now = time.perf_counter()
         if self._name is not None:
             self._seconds[self._name] = self._seconds.get(self._name, 0.0) + now - self._since
         self._name, self._since = name, now
 
     def stop(self) -> Mapping[str, float]:
-        """The last phase ends; the seconds of each."""
+        """End the current phase; return the seconds of each."""
         self.enter(None)
         return self._seconds
 
 
-def _spent(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 

@@ -1,6 +1,6 @@
-"""Validators of attrs fields: a value of a caller's or a peer's has exactly its declared type, and a bounded size.
+"""Validators of attrs fields: a value from a caller or a peer must have exactly its declared type, and a bounded size.
 
-Functions named `*_field` are what attrs calls, with (instance, attribute, value). The others check a value by itself.
+attrs calls the functions named `*_field`, with (instance, attribute, value). The others check a value by itself.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def is_text(value: object) -> bool:
 
 
 def is_natural(value: object) -> bool:
-    """Whether it is an int of at least 0; a bool is none."""
+    """Whether it is an int of at least 0. A bool is not."""
     return type(value) is int and value >= 0
 
 

@@ -18,7 +18,7 @@ SECONDS = 20.0
 
 
 class Model(nn.Module):
-    """Tied, viewed, and quantized; the number is in every tensor."""
+    """Tied, viewed and quantized tensors; every element is the number."""
 
     def __init__(self, number: int, device: str = "cpu") -> None:
         super().__init__()
@@ -94,12 +94,12 @@ def self_made() -> None: ...
 
 
 class Loaded(nn.Parameter):
-    """As an engine's: it knows how it is loaded, in a slot and in its dictionary."""
+    """Like an engine's parameters: it has attributes for loading, in a slot and in its dictionary."""
 
     __slots__ = ("rank",)
 
 
-@pytest.mark.parametrize("weak", [False, True], ids=["alone", "with a weak reference"])
+@pytest.mark.parametrize("weak", [False, True], ids=["without a weak reference", "with one"])
 def test_a_parameter_keeps_its_class_its_slots_and_its_attributes(weak: bool) -> None:
     def made(device: str) -> nn.Module:
         model = nn.Module()
@@ -156,7 +156,7 @@ def test_an_lstm_which_has_weak_references_to_its_weights_computes_as_the_seed_s
     assert all(one is other for one, other in zip(model._flat_weights, model.parameters(), strict=True))
 
 
-# What cannot be exchanged is refused before a byte moves.
+# What cannot take memory is refused before a byte moves.
 
 
 def refused(model: nn.Module, seed: tensorfork.Seed, match: str, **arguments: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_view_that_is_not_in_the_model_is_refused_by_the_name_of_what_it_views
     outside = model.parts[0][:1]
     granted = seed.stats().granted
     refused(model, seed, r"^parts\[0\] is on the meta device and cannot take memory in place: a view")
-    assert seed.stats().granted == granted, "the seed was made to get ready for a fork that cannot be"
+    assert seed.stats().granted == granted, "the seed granted a lease to a fork that cannot succeed"
     del outside
     gc.collect()
     fork(model, seed)
@@ -228,7 +228,7 @@ class Hold(torch.autograd.Function):
 
 @pytest.mark.parametrize("which", ["weight", "half", "scale", "quantized"])
 def test_one_that_refuses_at_the_last_moment_leaves_all_as_they_were(seed: tensorfork.Seed, which: str) -> None:
-    """Somebody takes hold of a tensor while the bytes are moving: a graph of computations, which saves it."""
+    """While the bytes are moving, something begins to refer to a tensor: a graph of computations, which saves it."""
     model = Model(0, "meta")
     held: list[Any] = []
 
@@ -265,7 +265,7 @@ def test_the_caller_s_mode_does_not_matter(seed: tensorfork.Seed, mode: Any) -> 
     assert torch.equal(model.row, torch.full((4,), 3.0))
 
 
-# In place, where there is memory.
+# Tensors that have memory are filled in place.
 
 
 def test_the_inner_tensors_are_filled_and_autograd_is_told_of_the_whole(seed: tensorfork.Seed) -> None:

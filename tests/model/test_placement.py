@@ -19,7 +19,7 @@ SECONDS = 20.0
 
 @contextmanager
 def rank(index: int, size: int = 4) -> Iterator[None]:
-    """This process is one of several, of which there are no others: placements need no more."""
+    """This process is one rank of several, of which no other exists: placements need no more."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=index, world_size=size, store=FakeStore())
@@ -30,7 +30,7 @@ def rank(index: int, size: int = 4) -> Iterator[None]:
 
 
 def mesh_of(index: int) -> DeviceMesh:
-    """Named after the rank: torch keeps what it made of a mesh for its equals, as a process only ever has one rank."""
+    """A mesh named after the rank: torch caches what it computes for equal meshes, as a process has one rank only."""
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=(f"dp seen by {index}", "tp"))
 
 

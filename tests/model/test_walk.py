@@ -1,4 +1,4 @@
-"""Every tensor of a model is found, wherever it is held, under a name that says where; and nothing else is touched."""
+"""Every tensor of a model is found, wherever it is kept, under a name that says where; no code of the model runs."""
 
 import argparse
 import collections
@@ -91,7 +91,7 @@ class Side(enum.Enum):
     RIGHT = 2
 
 
-# What is found, and how it is called.
+# What is found, and under which name.
 
 
 def test_parameters_and_buffers_keep_the_names_and_the_order_that_torch_gives_them() -> None:
@@ -145,7 +145,7 @@ def test_a_tensor_is_found_in(where: str) -> None:
 
 @pytest.mark.parametrize("where", [where for where in HELD if where != "no tensor at all"])
 def test_a_fork_fills_what_is_held_in(where: str) -> None:
-    """The same class of place, built twice, with other bytes in it; and once more without memory."""
+    """Into a copy of the structure with other bytes, and into one on the meta device."""
     value, _ = HELD[where]
     source = module(a=value)
     with tensorfork.publish(source) as seed:
@@ -177,7 +177,7 @@ def elsewhere(value: Any, device: str) -> Any:
 
 
 def test_a_tensor_s_own_attributes_are_found() -> None:
-    """As bitsandbytes keeps the scales of a weight."""
+    """bitsandbytes keeps the scales of a weight so."""
     model = nn.Linear(2, 2, bias=False)
     model.weight.quant_state = Slotted(one(), inner=Slotted(one()))
     assert names(model) == ["weight", "weight.quant_state.scale", "weight.quant_state.inner.scale"]
@@ -266,7 +266,7 @@ def test_every_tensor_of_a_random_structure_is_found_once_for_each_place(data: s
     assert {name: id(tensor) for name, tensor in found.items()} == {name: id(tensor) for name, tensor in places}
 
 
-# What is not run, and what is not looked at.
+# What is not run, and where the walk does not look.
 
 
 def test_no_property_is_run() -> None:
@@ -466,7 +466,7 @@ def test_brackets_in_a_pattern_stand_for_themselves() -> None:
     assert names(module(c={"k.v": one(), "k": one()}), include="c['k']") == ["c['k']"]
 
 
-def test_including_what_there_is_not_is_an_error() -> None:
+def test_including_a_name_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"include='layers\.2' means no tensor"):
         walk(layered(), Selection(include=["layers.0", "layers.2"]))
 
@@ -484,7 +484,7 @@ def test_what_an_excluded_name_shares_with_another_is_still_taken() -> None:
     assert (list(found.tensors), found.left_out) == (["c", "b[0]"], ())
 
 
-# Speed, and no trace.
+# The walk takes time in proportion to the model, and leaves nothing behind.
 
 
 def large() -> nn.Module:
@@ -500,7 +500,7 @@ def large() -> nn.Module:
 
 
 def test_a_walk_reads_each_thing_once_however_large_the_model() -> None:
-    """Counted, not timed: the lines of Python that a walk takes grow as the model does."""
+    """Counted, not timed: the calls that a walk makes grow in proportion to the model."""
     import sys
 
     def steps(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """Models as engines have them: transformers' architectures, small and random, and modules after post-processing.
 
-Each is a function of a random seed; built on the meta device where the caller says so. `run` computes with it.
+Each is a function of a random seed, and can be built on the meta device. `run` computes with a model.
 """
 
 import ctypes
@@ -113,7 +113,7 @@ def mla() -> nn.Module:
 
 
 class PerChannel:
-    """A quantization method that keeps what belongs to a layer in an object of its own."""
+    """A quantization method that keeps a layer's tensors in an object of its own."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         limit = torch.finfo(torch.float8_e4m3fn).max
@@ -149,7 +149,7 @@ def int8() -> nn.Module:
 
 
 def int4() -> nn.Module:
-    """Packed by a kernel: what is stored is not what the weight's shape says."""
+    """Packed by a kernel: the stored tensor has another shape than the weight."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import quantize_
 
@@ -190,7 +190,7 @@ def run(name: str, model: nn.Module) -> torch.Tensor:
 
 
 def hash_of(tensor: torch.Tensor) -> str:
-    """Of the elements' bytes, by a function that has nothing to do with tensorfork's digests."""
+    """A hash of the elements' bytes that is independent of tensorfork's digests."""
     dense = tensor.detach().contiguous()
     return hashlib.blake2b(ctypes.string_at(dense.data_ptr(), dense.nbytes), digest_size=16).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Tensors that are made of others."""
+"""Tensor subclasses that are made of other tensors."""
 
 from typing import Any
 
