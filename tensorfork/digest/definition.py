@@ -93,7 +93,7 @@ def digest(tensor: torch.Tensor) -> int:
     return digests({"": tensor})[""]
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class _DeviceTuning:
     """How the work is divided on one kind of device. Sizes are in words."""
 

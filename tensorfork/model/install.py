@@ -22,7 +22,7 @@ from tensorfork.errors import UnsupportedTensor
 from tensorfork.model.walk import inner_tensors
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class TensorSwap:
     """One meta tensor, and the tensor with memory whose content it takes."""
 
@@ -31,7 +31,7 @@ class TensorSwap:
     new: torch.Tensor
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Installation:
     """The swaps that give a model its memory. Made by `prepare`; `run` does them, once.
 

@@ -43,7 +43,7 @@ from tensorfork.model.selection import Selection
 from tensorfork.placement import Placement
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class FoundTensors:
     """What a walk found.
 

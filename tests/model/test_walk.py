@@ -2,94 +2,20 @@
 
 import argparse
 import collections
-import enum
-import functools
-import gc
-import logging
-import threading
 import types
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structures import Frozen, Plain, Range, Scales, Side, Slotted, Under, module, names, one
 from subclasses import Pair
 from torch import nn
 
 import tensorfork
 from tensorfork.model.selection import Selection
 from tensorfork.model.walk import walk
-
-
-def names(model: Any, **selection: Any) -> list[str]:
-    return list(walk(model, Selection(**selection)).tensors)
-
-
-def module(**attributes: Any) -> nn.Module:
-    made = nn.Module()
-    for name, value in attributes.items():
-        setattr(made, name, value)
-    return made
-
-
-def one(size: int = 2) -> torch.Tensor:
-    return torch.arange(size)
-
-
-class Plain:
-    def __init__(self, **attributes: Any) -> None:
-        self.__dict__.update(attributes)
-
-
-@dataclass
-class Scales:
-    k: torch.Tensor
-    v: torch.Tensor
-    count: int = 3
-    more: list[torch.Tensor] = field(default_factory=list)
-
-
-@attrs.define
-class Slotted:
-    scale: Any
-    inner: Any = None
-
-
-@attrs.frozen
-class Frozen:
-    scale: torch.Tensor
-
-
-class ByHand:
-    __slots__ = ("__dict__", "_hidden", "never")
-
-    def __init__(self) -> None:
-        self._hidden = one()
-        self.shown = one()
-
-
-class Under(ByHand):
-    __slots__ = ("own",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own = one()
-
-
-class Range(NamedTuple):
-    low: torch.Tensor
-    high: torch.Tensor
-
-
-class Side(enum.Enum):
-    LEFT = 1
-    RIGHT = 2
-
 
 # What is found, and under which name.
 
@@ -266,93 +192,6 @@ def test_every_tensor_of_a_random_structure_is_found_once_for_each_place(data: s
     assert {name: id(tensor) for name, tensor in found.items()} == {name: id(tensor) for name, tensor in places}
 
 
-# What is not run, and where the walk does not look.
-
-
-def test_no_property_is_run() -> None:
-    class Careful(nn.Module):
-        @property
-        def trap(self) -> torch.Tensor:
-            raise AssertionError("a property was run")
-
-        @functools.cached_property
-        def later(self) -> torch.Tensor:
-            raise AssertionError("a cached property was run")
-
-    class Trap:
-        def __init__(self) -> None:
-            self.t = one()
-
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError(f"{name} was asked for")
-
-        def __eq__(self, other: object) -> bool:
-            raise AssertionError("it was compared")
-
-        def __hash__(self) -> int:
-            raise AssertionError("it was hashed")
-
-        def __len__(self) -> int:
-            raise AssertionError("it was measured")
-
-        def __repr__(self) -> str:
-            raise AssertionError("it was printed")
-
-    class Mine(dict[str, Any]):
-        def items(self) -> Any:
-            raise AssertionError("its items were asked for")
-
-    class Row(list[Any]):
-        _fields = property(lambda self: 3)
-
-        def __iter__(self) -> Any:
-            raise AssertionError("its elements were asked for")
-
-    model = Careful()
-    model.a, model.b, model.c = Trap(), Mine(k=one()), Row([one()])
-    assert names(model) == ["a.t", "b['k']", "c[0]"]
-
-
-class Momentum(torch.optim.SGD):
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, momentum=0.9)
-        self.mean = one()
-
-
-def held_elsewhere() -> Iterator[tuple[str, Any]]:
-    tensor = one()
-    yield "a function that closes over it", lambda: tensor
-    yield "a partial function", functools.partial(torch.add, tensor)
-    yield "a bound method", tensor.add
-    yield "a class", type("Constant", (), {"table": tensor})
-    yield "an object of a class that has it", type("Constant", (), {"table": tensor})()
-    yield "a weak reference", weakref.ref(tensor)
-    yield "a thread", threading.Thread(target=print, args=(tensor,))
-    yield "a logger", logging.getLogger("tensorfork")
-    yield "a generator", (x for x in [tensor])
-    yield "an exception", ValueError(tensor)
-    yield "an optimizer", torch.optim.SGD([nn.Parameter(torch.ones(2))], momentum=0.9)
-    yield "an optimizer of one's own", Momentum([nn.Parameter(torch.ones(2))])
-    yield "a graph", torch.fx.Graph()
-    yield "a random generator", torch.Generator()
-    yield "a module of Python", torch
-
-
-@pytest.mark.parametrize(("where", "value"), list(held_elsewhere()), ids=[where for where, _ in held_elsewhere()])
-def test_nothing_is_looked_for_in(where: str, value: Any) -> None:
-    assert names(module(a=value, b=one())) == ["b"]
-
-
-def test_gradients_and_hooks_are_no_part_of_a_model() -> None:
-    model = nn.Linear(2, 2)
-    model(torch.ones(1, 2)).sum().backward()
-    held = one()
-    model.register_forward_hook(lambda *_: held)
-    model._backward_hooks[0] = held
-    assert model.weight.grad is not None
-    assert names(model) == ["weight", "bias"]
-
-
 # What cannot be named, or reached, is an error.
 
 
@@ -421,116 +260,3 @@ def test_a_subclass_that_cannot_be_taken_apart_is_an_error_that_names_it() -> No
 
     with pytest.raises(tensorfork.UnsupportedTensor, match="a: this Broken cannot be taken apart: no"):
         walk(module(a=Broken(one(), one(1))))
-
-
-# Choosing.
-
-
-def layered() -> nn.Module:
-    model = module(layers=nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
-    for layer in model.layers:
-        layer.kv_cache = [one(), one()]
-        layer.handler_tensor = torch.tensor([12345])
-    return model
-
-
-@pytest.mark.parametrize(
-    ("exclude", "left_out"),
-    [
-        ("*.handler_tensor", ["layers.0.handler_tensor", "layers.1.handler_tensor"]),
-        (["*kv_cache"], [f"layers.{i}.kv_cache[{j}]" for i in (0, 1) for j in (0, 1)]),
-        (["layers.?.kv_cache[1]"], ["layers.0.kv_cache[1]", "layers.1.kv_cache[1]"]),
-        (["layers.1"], [name for name in names(layered()) if name.startswith("layers.1.")]),
-        (["layers.1.bias", "nothing"], ["layers.1.bias"]),
-        (["layers.0.w"], []),
-        ("*", names(layered())),
-        ((), []),
-    ],
-)
-def test_what_is_excluded_is_left_out_and_named(exclude: Any, left_out: list[str]) -> None:
-    found = walk(layered(), Selection(exclude=exclude))
-    assert sorted(found.left_out) == sorted(left_out)
-    assert list(found.tensors) == [name for name in names(layered()) if name not in left_out]
-
-
-def test_only_what_is_included_is_taken_and_of_it_nothing_excluded() -> None:
-    found = walk(layered(), Selection(include=["layers.0", "*.bias"], exclude="*.kv_cache"))
-    assert list(found.tensors) == ["layers.0.weight", "layers.0.bias", "layers.1.bias", "layers.0.handler_tensor"]
-    assert set(found.tensors) | set(found.left_out) == set(names(layered()))
-
-
-def test_brackets_in_a_pattern_stand_for_themselves() -> None:
-    model = module(scales=[one(), one()], scales0=one())
-    assert names(model, include="scales[0]") == ["scales[0]"]
-    assert names(model, include="scales") == ["scales[0]", "scales[1]"]
-    assert names(module(c={"k.v": one(), "k": one()}), include="c['k']") == ["c['k']"]
-
-
-def test_including_a_name_that_does_not_exist_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"include='layers\.2' means no tensor"):
-        walk(layered(), Selection(include=["layers.0", "layers.2"]))
-
-
-def test_patterns_must_be_texts() -> None:
-    for wrong in ([3], [""], [None]):
-        with pytest.raises(TypeError, match="must be names or patterns"):
-            Selection(exclude=wrong)
-
-
-def test_what_an_excluded_name_shares_with_another_is_still_taken() -> None:
-    shared = [one()]
-    model = module(a=shared, b=shared, c=shared[0])
-    found = walk(model, Selection(exclude="a"))
-    assert (list(found.tensors), found.left_out) == (["c", "b[0]"], ())
-
-
-# The walk takes time in proportion to the model, and leaves nothing behind.
-
-
-def large() -> nn.Module:
-    model = nn.Module()
-    for i in range(2000):
-        layer = module(w_kc=one(), scales=[one(), one()])
-        for j in range(5):
-            layer.register_parameter(f"p{j}", nn.Parameter(torch.empty(4)))
-        for j in range(2):
-            layer.register_buffer(f"b{j}", torch.empty(4))
-        model.add_module(f"layer{i}", layer)
-    return model
-
-
-def test_a_walk_reads_each_thing_once_however_large_the_model() -> None:
-    """Counted, not timed: the calls that a walk makes grow in proportion to the model."""
-    import sys
-
-    def steps(model: nn.Module) -> int:
-        count = 0
-
-        def see(frame: Any, event: str, arg: Any) -> None:
-            nonlocal count
-            count += event in ("call", "c_call")
-
-        sys.setprofile(see)
-        try:
-            walk(model)
-        finally:
-            sys.setprofile(None)
-        return count
-
-    model = large()
-    assert len(walk(model).tensors) == 20_000
-    small = nn.Module()
-    for i in range(200):
-        small.add_module(f"layer{i}", model.get_submodule(f"layer{i}"))
-    assert steps(model) < 11 * steps(small)
-    assert steps(model) < 20 * 20_000
-
-
-def test_a_walk_leaves_nothing_on_the_model() -> None:
-    model = module(a=Slotted(one()), b=[one()])
-    tensor = model.b[0]
-    before = len(gc.get_referrers(tensor))
-    walk(model)
-    gc.collect()
-    assert len(gc.get_referrers(tensor)) == before
-    assert set(model.__dict__) == set(nn.Module().__dict__) | {"a", "b"}
