@@ -4,7 +4,7 @@ from benchmarks.bench import START_TIMEOUT, Bench
 from benchmarks.measure import Measure, Outcome, interleave
 
 GOAL_MS = 100.0
-MODULES = {"tensorfork": ["tensorfork"], "its dependencies": ["attrs", "cattrs", "msgpack", "zmq"]}
+MODULES = {"tensorfork": ["tensorfork"], "its dependencies": ["attrs", "msgpack", "zmq"]}
 """What is imported, each in interpreters of its own. The dependencies are all but torch."""
 WRITE_BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
 """So that the warm-up round compiles the modules, and no other round does."""

@@ -21,7 +21,7 @@ from tensorfork.model.install import Installation, check_installable, like_origi
 from tensorfork.regions import Region
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class DestinationMemory:
     """The memory that a fork writes to.
 
@@ -75,7 +75,7 @@ def memory_for_all(theirs: ModelLayout, device: Device) -> DestinationMemory:
     return DestinationMemory([Pair(t, t) for t in theirs.tensors], new.regions, gapped, new, 0, [new])
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Destination:
     """The tensors that a fork fills.
 

@@ -19,7 +19,7 @@ from tensorfork.wire.conversation import ForkChannel
 log = logging.getLogger("tensorfork")
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Lease:
     """A lease, and the session that reads under it.
 

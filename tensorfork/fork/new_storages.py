@@ -21,7 +21,7 @@ class Slot(NamedTuple):
     nbytes: int
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class NewStorages:
     """New storages, in one allocation for each device.
 

@@ -30,7 +30,7 @@ from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Terms:
     """The arguments of a fork that its steps need; `tensorfork.fork_into` describes each."""
 
@@ -44,7 +44,7 @@ class Terms:
     selection: Selection
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Filling:
     """How the destination is made, in two steps.
 
@@ -104,7 +104,7 @@ def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkRepor
     raise AssertionError("restarts is negative")
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class _Attempt:
     """An attempt to copy everything, at one generation of the seed."""
 

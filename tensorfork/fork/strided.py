@@ -24,7 +24,7 @@ _Grid = Sequence[tuple[int, int]]
 """As in `grid_of`: (step in bytes, size) for each dimension, longest step first."""
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Scratch:
     """Buffers for slabs, by device."""
 

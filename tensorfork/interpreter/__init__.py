@@ -6,11 +6,11 @@ them. docs/process_settings.md lists them, with the reason for each, and what wa
 
 | module | setting | how long |
 |---|---|---|
-| `garbage_collection` | Python's cyclic garbage collector is off | while thousands of lasting objects are made; at most 2 s of a fork |
-| `switch_interval` | threads that wait for the interpreter get it within 20 µs, not 5 ms | while CUDA IPC handles are opened |
+| `garbage_collection` | no cyclic garbage collection | while thousands of objects are made; at most 2 s of a fork |
+| `switch_interval` | threads get the interpreter within 20 µs, not 5 ms | while CUDA IPC handles are opened |
 | `openmp` | torch operations of one thread use that thread alone | while digests are computed on a CPU |
 | `c_allocator` | glibc keeps up to 8 MiB of freed memory | from a process's first fork over ZeroMQ on |
-| `environment` | variables that torch and Mooncake read when an object of theirs is constructed | while it is constructed |
+| `environment` | variables that torch and Mooncake read | while an object of theirs is constructed |
 
 `process` changes nothing: it says which process and host this is.
 """

@@ -5,7 +5,7 @@ has two threads of its own, and digests are computed on another (`tensorfork.see
 """
 
 import logging
-import secrets
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +112,7 @@ class SeedService:
         identity, rank = self._layout.identity, self._layout.rank
         return messages.Welcome(
             library=__version__,
-            seed=secrets.token_bytes(16),
+            seed=os.urandom(16),
             tensors=len(self._layout.tensors),
             storages=len(self._layout.storages),
             nbytes=self._layout.nbytes,
@@ -159,7 +159,7 @@ class SeedService:
             self._refused += 1
             reply(refused)
             return
-        id = secrets.token_bytes(16)
+        id = os.urandom(16)
         lease = Lease(id, peer, generation, time.monotonic() + request.seconds, SeedChannel(self._listener, peer, id))
         if request.digests:
             self._digests.start()

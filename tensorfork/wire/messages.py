@@ -6,16 +6,14 @@ packing or sending one never holds the interpreter for long. Nothing is ever unp
 exactly the declared fields and types is refused.
 """
 
-from collections.abc import Callable
 from typing import Any, get_args
 
 import msgpack
 from attrs import field, frozen
 from attrs.validators import ge, le, max_len
-from cattrs import Converter
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
 from tensorfork.errors import ProtocolError
+from tensorfork.wire.records import Record, from_plain, to_plain
 
 MAGIC = "tensorfork"
 
@@ -46,23 +44,23 @@ _short: Any = max_len(4096)
 _count = [ge(0), le(MAX_TENSORS)]
 
 
-@frozen
-class Hello:
+@frozen(eq=False, repr=False)
+class Hello(Record):
     """A fork's first message."""
 
     library: str = field(validator=_short)
 
 
-@frozen
-class Offered:
+@frozen(eq=False, repr=False)
+class Offered(Record):
     """One transport at the seed: its facts, or why it cannot work there."""
 
     facts: dict[str, Any]
     why_not: str | None
 
 
-@frozen
-class Welcome:
+@frozen(eq=False, repr=False)
+class Welcome(Record):
     """The reply to `Hello`: what the seed has published, and the transports that it offers."""
 
     library: str = field(validator=_short)
@@ -76,13 +74,13 @@ class Welcome:
     rank: dict[str, Any] | None = None
 
 
-@frozen
-class GetLayout:
+@frozen(eq=False, repr=False)
+class GetLayout(Record):
     """Asks for every tensor and storage, and the names of the tensors left out. The reply is `Pages`."""
 
 
-@frozen
-class Pages:
+@frozen(eq=False, repr=False)
+class Pages(Record):
     """The reply to `GetLayout`: the number of frames of each kind that follow."""
 
     tensors: int = field(validator=[ge(0), le(MAX_FRAMES)])
@@ -90,8 +88,8 @@ class Pages:
     left_out: int = field(validator=[ge(0), le(MAX_FRAMES)])
 
 
-@frozen
-class TakeLease:
+@frozen(eq=False, repr=False)
+class TakeLease(Record):
     """Asks for a lease: the memory stays where it is for so many seconds, readable over a transport. See `Leased`."""
 
     transport: str = field(validator=_short)
@@ -101,8 +99,8 @@ class TakeLease:
     """Whether digests will be asked for, so that the seed can begin to compute them."""
 
 
-@frozen
-class Leased:
+@frozen(eq=False, repr=False)
+class Leased(Record):
     """The reply to `TakeLease`. The pages behind it have the regions and each storage's place: `tables.pack_places`."""
 
     lease: bytes = field(validator=max_len(64))
@@ -111,45 +109,45 @@ class Leased:
     pages: int = field(validator=[ge(0), le(MAX_FRAMES)])
 
 
-@frozen
-class Say:
+@frozen(eq=False, repr=False)
+class Say(Record):
     """The frame behind is a message on a lease's channel. Sent in both directions, without a reply."""
 
     lease: bytes = field(validator=max_len(64))
 
 
-@frozen
-class GetDigests:
+@frozen(eq=False, repr=False)
+class GetDigests(Record):
     """Asks for the digest of every tensor at the lease's generation. `Digests` is the reply, once they are computed."""
 
     lease: bytes = field(validator=max_len(64))
 
 
-@frozen
-class Digests:
+@frozen(eq=False, repr=False)
+class Digests(Record):
     """The reply to `GetDigests`: so many frames of 8-byte little-endian digests follow, in the layout's order."""
 
     generation: int
     frames: int = field(validator=[ge(0), le(MAX_FRAMES)])
 
 
-@frozen
-class CheckLease:
+@frozen(eq=False, repr=False)
+class CheckLease(Record):
     """Asks for the current generation; `release` ends the lease as well. The reply is `Checked`."""
 
     lease: bytes = field(validator=max_len(64))
     release: bool
 
 
-@frozen
-class Checked:
+@frozen(eq=False, repr=False)
+class Checked(Record):
     """The current generation: the reply to `CheckLease`, and what a seed sends to see whether a fork is still there."""
 
     generation: int
 
 
-@frozen
-class Refused:
+@frozen(eq=False, repr=False)
+class Refused(Record):
     """The reply to a request that is refused, with the reason. `code` is one of CODES."""
 
     code: str = field(validator=_short)
@@ -187,7 +185,7 @@ def check_channel_message(message: bytes) -> bytes:
 
 def encode(message: Message, number: int) -> bytes:
     """A message as one frame."""
-    body = _converter.unstructure(message)
+    body = to_plain(message)
     packed: bytes = msgpack.packb([MAGIC, VERSION, number, type(message).__name__, body])
     return packed
 
@@ -211,8 +209,8 @@ def decode(frame: bytes | memoryview, expected: tuple[type[Any], ...]) -> tuple[
     if kind not in expected:
         raise Malformed(f"a {envelope[3][:40]!r} came where none is expected", envelope[2])
     try:
-        return envelope[2], _converter.structure(envelope[4], kind)
-    except Exception as error:  # cattrs has no common base for what it raises on bad values
+        return envelope[2], from_plain(kind, envelope[4])
+    except Exception as error:  # a validator's, or one of the values' own
         raise Malformed(f"a malformed {envelope[3]} came: {_text_of(error)}", envelope[2]) from error
 
 
@@ -225,7 +223,7 @@ class Malformed(ProtocolError):
 
 
 def _text_of(error: Exception) -> str:
-    """The error's text, or else its type: cattrs' error about keys that are not texts raises when it is printed."""
+    """The error's text, or else its type: an error about values of a peer's may fail when it is printed."""
     try:
         return str(error)
     except Exception:
@@ -246,29 +244,3 @@ def unpack(frame: bytes | memoryview) -> Any:
         return msgpack.unpackb(frame, raw=False, strict_map_key=True, use_list=True)
     except Exception as error:  # msgpack has no common base for what it raises on bad bytes
         raise ProtocolError(f"what came is not msgpack: {type(error).__name__} {error}") from error
-
-
-def _make_converter() -> Converter:
-    """A strict converter. By default cattrs turns "1" into 1, and drops fields that it does not know."""
-    converter = Converter(forbid_extra_keys=True, detailed_validation=False)
-
-    def exactly(kind: type[Any]) -> Callable[[Any, Any], Any]:
-        def structure(value: Any, _: Any) -> Any:
-            if type(value) is not kind:
-                raise ValueError(f"{kind.__name__} expected, {type(value).__name__} came")
-            return value
-
-        return structure
-
-    for plain in (int, str, bytes, bool, float):
-        converter.register_structure_hook(plain, exactly(plain))
-    converter.register_unstructure_hook(bytes, lambda value: value)
-    converter.register_structure_hook_func(lambda kind: kind == dict[str, Any], exactly(dict))
-    converter.register_unstructure_hook_func(lambda kind: kind == dict[str, Any], lambda value: value)
-    for kind in {*_KINDS.values(), Offered}:
-        converter.register_structure_hook(kind, make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True))
-        converter.register_unstructure_hook(kind, make_dict_unstructure_fn(kind, converter))
-    return converter
-
-
-_converter = _make_converter()

@@ -91,7 +91,7 @@ class FakeInterpreters(Bench):
 
 
 def test_imports_are_timed_in_fresh_interpreters_beside_the_goal_and_the_dependencies() -> None:
-    dependencies, outcome = "attrs cattrs msgpack zmq", Outcome()
+    dependencies, outcome = "attrs msgpack zmq", Outcome()
     bench = FakeInterpreters({"tensorfork": [9.0, 0.2, 0.4], dependencies: [9.0, 0.1, 0.05]}, rounds=2)
     imports.case(bench, outcome)
     in_order = ["tensorfork", dependencies, dependencies, "tensorfork", "tensorfork", dependencies]

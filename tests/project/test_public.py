@@ -69,7 +69,7 @@ def state():
 before, known = state(), set(sys.modules)
 import tensorfork
 after = state()
-ours = {"tensorfork", "attr", "attrs", "cattr", "cattrs", "msgpack", "zmq", "cython_runtime", "typing_extensions"}
+ours = {"tensorfork", "attr", "attrs", "msgpack", "zmq", "cython_runtime", "typing_extensions"}
 new = {name.partition(".")[0] for name in set(sys.modules) - known} - ours - set(sys.stdlib_module_names)
 strange = [name for name in new if not name.startswith("_")]
 transports = [name for name in sys.modules if name.startswith("tensorfork.transports.")]
