@@ -13,8 +13,8 @@ def retain_freed_memory(nbytes: int) -> None:
     """Have glibc keep up to twice `nbytes` of freed memory (at most 32 MiB), for the rest of the process's life.
 
     Both of glibc's bounds grow with the largest mapped block that was ever freed (`mallopt(3)`, M_MMAP_THRESHOLD), so
-    one block is allocated and freed, untouched. With another C library this has no effect. Does nothing where process-wide
-    settings are forbidden.
+    one block is allocated and freed, untouched. With another C library this has no effect. Does nothing where
+    process-wide settings are forbidden.
     """
     if process_settings_allowed():
         libc = ctypes.CDLL(None)

@@ -217,7 +217,9 @@ def test_gaps_between_elements_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.device("meta")], ids=str
+    "mode",
+    [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.device("meta")],
+    ids=["no grad", "enable grad", "inference mode", "meta device"],
 )
 def test_the_callers_modes_do_not_matter(mode: Callable[[], Any]) -> None:
     made = {"p": torch.nn.Parameter(torch.randn(9, 9)), "q": torch.randn(70_000), "r": torch.randn(9, 9)[:, ::2]}
