@@ -19,6 +19,9 @@ endif
 JOBS ?= 3
 PARALLEL = $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist worksteal --max-worker-restart 0)
 
+# Folders whose tests start few processes; those that do, or wait, are marked slow.
+QUICK := model digest memory interpreter fork seed wire
+
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -35,7 +38,7 @@ test: $(VENV)/dev.stamp  ## run every test, in JOBS processes; ARGS="-k name" fo
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-quick: $(VENV)/dev.stamp  ## the tests that start no process and wait for nothing: under a minute
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow and not gpu" $(addprefix tests/,$(QUICK)) $(ARGS)
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ from tensorfork.testing import Fault, FaultyTransport, faults
 from tensorfork.testing.faults import Job
 from tensorfork.transports.zeromq import ZeroMQ
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20.0
 PIECE = 1 << 15
 

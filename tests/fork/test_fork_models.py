@@ -19,6 +19,8 @@ from tensorfork import Session, UnsupportedTensor, api
 from tensorfork.fork import transfer
 from tensorfork.transports.zeromq import ZeroMQ
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60.0
 
 

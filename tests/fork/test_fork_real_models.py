@@ -15,6 +15,8 @@ from torch import nn
 import tensorfork
 from tensorfork.model.walk import walk
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 SECONDS = 30.0
 TORCHAO = find_spec("torchao") is not None

@@ -10,6 +10,8 @@ from processes import Child, serve
 
 import tensorfork
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 30.0
 SHORT = 2.0
 """The deadline of a fork in the middle of which its seed stops; by then the first bytes must have come."""

@@ -20,6 +20,8 @@ from tensorfork.testing import FaultyTransport, faults
 from tensorfork.testing.faults import Job
 from tensorfork.transports import registry
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 30.0
 TRIALS = 4
 

@@ -20,6 +20,8 @@ from benchmarks.process import ROOT, Failed, Lost, Skipped, Worker
 from benchmarks.worker import models
 from benchmarks.worker.state import WorkerState
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run the command, with the machine's GPUs hidden."""

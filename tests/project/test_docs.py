@@ -13,6 +13,8 @@ import tensorfork
 from tensorfork import errors
 from tensorfork.testing import TransportSuite
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/index.md", "docs/quickstart.md", "docs/errors.md", "docs/transports.md"]
 

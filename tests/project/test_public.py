@@ -6,7 +6,11 @@ import subprocess
 import sys
 import types
 
+import pytest
+
 import tensorfork
+
+pytestmark = pytest.mark.slow
 
 CLEAN = ["-W", "error", "-W", "ignore:Failed to initialize NumPy:UserWarning", "-I", "-c"]
 

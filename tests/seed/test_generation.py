@@ -15,6 +15,8 @@ from tensorfork.testing import Fault, FaultyTransport
 from tensorfork.testing.faults import Job
 from tensorfork.transports.zeromq import ZeroMQ
 
+pytestmark = pytest.mark.slow
+
 # The generation.
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from tensorfork.wire import messages
 
+pytestmark = pytest.mark.slow
+
 # Bytes.
 
 

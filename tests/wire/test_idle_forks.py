@@ -15,6 +15,8 @@ import tensorfork
 from tensorfork.wire import messages
 from tensorfork.wire.conversation import Conversation
 
+pytestmark = pytest.mark.slow
+
 
 def test_peers_that_connect_and_send_nothing_hold_up_nobody(seed: Seed) -> None:
     idle = [socket.create_connection(seed.at, timeout=SECONDS) for _ in range(200)]

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 import tensorfork
 from tensorfork.transports.zeromq import ZeroMQ
 
+pytestmark = pytest.mark.slow
+
 
 class Liar:
     """A proxy: forwards requests as they are, and each reply as `lie` returns it, as many times as `times` says."""
