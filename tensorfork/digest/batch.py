@@ -22,7 +22,7 @@ from tensorfork.digest import definition, kernels
 from tensorfork.digest.definition import SEGMENT
 from tensorfork.digest.elements import is_dense
 from tensorfork.errors import TensorForkError
-from tensorfork.memory import cuda, kernel
+from tensorfork.memory import cuda, cuda_kernel
 
 _THREADS = 512
 """Threads of a block, as in digest.cu."""
@@ -114,7 +114,7 @@ def _run_kernel(device: torch.device, table: "array[int]", count: int, gentle: b
         segments = torch.frombuffer(table, dtype=torch.int64).to(device)
         found = torch.empty(count, dtype=torch.int64, device=device)
         stream = torch.cuda.current_stream(device)
-        kernel.fill_zeros(found, stream)
+        cuda_kernel.fill_zeros(found, stream)
         entries = len(table) // _ENTRY
         most_blocks = torch.cuda.get_device_properties(device).multi_processor_count // 4 if gentle else entries
         _kernel().launch(
@@ -131,10 +131,10 @@ def _run_kernel(device: torch.device, table: "array[int]", count: int, gentle: b
 
 
 @cache
-def _kernel() -> kernel.Kernel:
+def _kernel() -> cuda_kernel.Kernel:
     code = {path.name: path.read_bytes() for path in files(kernels).iterdir() if path.name.startswith("digest.")}
     cubins = {int(name.split(".")[1].removeprefix("sm_")): code[name] for name in code if name.endswith(".cubin")}
-    return kernel.Kernel("digest", cubins, code["digest.ptx"] + b"\0")
+    return cuda_kernel.Kernel("digest", cubins, code["digest.ptx"] + b"\0")
 
 
 @cache

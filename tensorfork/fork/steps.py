@@ -19,10 +19,10 @@ from tensorfork.digest import warm_up
 from tensorfork.digest.arrivals import ArrivalDigests
 from tensorfork.errors import SeedChanged, TransportUnavailable
 from tensorfork.fork import transfer, verification
-from tensorfork.fork.choice import reason_against, transports_to_try
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import Destination, DestinationMemory
 from tensorfork.fork.lease import take_lease
+from tensorfork.fork.transport_choice import reason_against, transports_to_try
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.model.selection import Selection

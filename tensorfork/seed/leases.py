@@ -6,6 +6,9 @@ from attrs import define, field, frozen
 
 from tensorfork.wire.listener import SeedChannel
 
+MAX_LEASES = 64
+"""Leases at once; further forks are refused as `BUSY`. Each lease has two threads and what its transport opens."""
+
 
 @define(eq=False)
 class Lease:

@@ -22,7 +22,7 @@ from tensorfork.model.describe import ModelMemory
 from tensorfork.regions import Region, RemoteRegion
 from tensorfork.seed.digests import DigestCache
 from tensorfork.seed.generation import SeqLock
-from tensorfork.seed.leases import Lease, SeedStats
+from tensorfork.seed.leases import MAX_LEASES, Lease, SeedStats
 from tensorfork.sockets.address import Address
 from tensorfork.transports.base import Export, Site, Transport
 from tensorfork.version import __version__
@@ -31,8 +31,6 @@ from tensorfork.wire.listener import Listener, SeedChannel, SendReply
 
 log = logging.getLogger("tensorfork")
 
-MAX_LEASES = 64
-"""Leases at once; further forks are refused as `BUSY`. Each lease has two threads and what its transport opens."""
 
 LIVENESS_INTERVAL = 2.0
 """Seconds between two checks that the forks that hold leases are still connected."""

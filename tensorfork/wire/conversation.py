@@ -31,6 +31,8 @@ M = TypeVar("M")
 
 T = TypeVar("T")
 
+RECONNECT_MS, RECONNECT_MAX_MS = 50, 500
+"""Milliseconds until a refused connection is tried again: at first, and at most, as libzmq doubles it each time."""
 POLL_MS = 200
 """Milliseconds of one poll, at most. Between two polls it is checked whether the conversation was closed meanwhile."""
 
@@ -58,8 +60,8 @@ class Conversation:
         resolved = resolve(self.peer, deadline)
         self._context = new_context()
         self._socket = new_socket(self._context, zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
-        self._socket.reconnect_ivl = 50
-        self._socket.reconnect_ivl_max = 500
+        self._socket.reconnect_ivl = RECONNECT_MS
+        self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
         self._monitor = self._socket.get_monitor_socket(_MONITORED)
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()

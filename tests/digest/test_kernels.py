@@ -8,7 +8,7 @@ import torch
 
 from tensorfork.digest import batch, definition, kernels
 from tensorfork.digest.kernels import build
-from tensorfork.memory import kernel
+from tensorfork.memory import cuda_kernel
 
 
 def test_the_code_for_gpus_was_compiled_from_the_source() -> None:
@@ -34,7 +34,7 @@ def test_machine_code_is_chosen_by_capability(
     capability: tuple[int, int], images: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    chosen = kernel.Kernel("k", {made: str(made).encode() for made in (75, 80, 86, 90)}, b"0")
+    chosen = cuda_kernel.Kernel("k", {made: str(made).encode() for made in (75, 80, 86, 90)}, b"0")
     assert [int(image) for image in chosen._images(0)] == images
 
 
@@ -48,7 +48,7 @@ def test_ptx_gives_what_machine_code_gives(monkeypatch: pytest.MonkeyPatch) -> N
     tensor = torch.randint(0, 256, (20_000_003,), dtype=torch.uint8)
     there = {"x": tensor.cuda()}
     usual = batch.DigestBatch.of(there).compute()
-    ptx = kernel.Kernel("digest", {}, (files(kernels) / "digest.ptx").read_bytes() + b"\0")
+    ptx = cuda_kernel.Kernel("digest", {}, (files(kernels) / "digest.ptx").read_bytes() + b"\0")
     monkeypatch.setattr(batch, "_kernel", lambda: ptx)
     assert batch.DigestBatch.of(there).compute() == usual == {"x": definition.digest(tensor)}
 

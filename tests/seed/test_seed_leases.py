@@ -11,7 +11,7 @@ from seed_leases import SECONDS, check, connected, model, soon, take, until
 
 import tensorfork
 from tensorfork.seed import service as seed_module
-from tensorfork.seed.service import MAX_LEASES
+from tensorfork.seed.leases import MAX_LEASES
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.wire import messages
 
