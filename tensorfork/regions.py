@@ -53,3 +53,8 @@ class Copy:
     into: int
     at: int
     nbytes: int
+
+
+def contains(region: Region | RemoteRegion, offset: int, nbytes: int) -> bool:
+    """Whether `nbytes` bytes from `offset` on lie within a region; negative numbers never do."""
+    return offset >= 0 <= nbytes and offset + nbytes <= region.nbytes

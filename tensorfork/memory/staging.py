@@ -10,7 +10,7 @@ import torch
 from attrs import define, field
 
 from tensorfork.memory import cuda, streams
-from tensorfork.regions import Region
+from tensorfork.regions import Region, contains
 
 
 @define(eq=False, repr=False)
@@ -98,7 +98,7 @@ class HostAccess:
         total = 0
         for id, offset, nbytes in ranges:
             region = self._regions.get(id)
-            if region is None or offset + nbytes > region.nbytes:
+            if region is None or not contains(region, offset, nbytes):
                 return False
             total += nbytes
         return total <= most

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from threading import Event
 
 from tensorfork.errors import TransferFailed
-from tensorfork.regions import Copy, Region, RemoteRegion
+from tensorfork.regions import Copy, Region, RemoteRegion, contains
 
 
 def check_bounds(copy: Copy, remote: Mapping[int, RemoteRegion], ours: Mapping[int, Region]) -> None:
@@ -13,11 +13,7 @@ def check_bounds(copy: Copy, remote: Mapping[int, RemoteRegion], ours: Mapping[i
     source, into = remote.get(copy.region), ours.get(copy.into)
     if source is None or into is None:
         raise TransferFailed(f"{copy} names a region that was not leased")
-    if (
-        min(copy.offset, copy.at, copy.nbytes) < 0
-        or copy.offset + copy.nbytes > source.nbytes
-        or copy.at + copy.nbytes > into.nbytes
-    ):
+    if not (contains(source, copy.offset, copy.nbytes) and contains(into, copy.at, copy.nbytes)):
         raise TransferFailed(f"{copy} lies outside the leased regions")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from attrs import evolve
 
+from tensorfork import regions as regions_module
 from tensorfork.memory.raw import region_bytes
 from tensorfork.regions import Place, Region, RemoteRegion
 from tensorfork.transports.process_group.batches import ByteRange
@@ -52,7 +53,7 @@ def contains(regions: Mapping[int, Region | RemoteRegion], byte_range: ByteRange
     """Whether a range lies within one of these regions, on that device."""
     id, offset, nbytes = byte_range
     region = regions.get(id)
-    return region is not None and region.device == device and 0 <= offset <= region.nbytes - nbytes
+    return region is not None and region.device == device and regions_module.contains(region, offset, nbytes)
 
 
 def gather(regions: RegionTensors, ranges: Sequence[ByteRange], bucket: torch.Tensor) -> None:
