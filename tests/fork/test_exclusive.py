@@ -16,6 +16,8 @@ from tensorfork import api
 from tensorfork.fork import exclusive
 from tensorfork.model.describe import describe
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60.0
 
 

@@ -14,6 +14,8 @@ import tensorfork
 from tensorfork import LayoutMismatch
 from tensorfork.fork.strided import SCRATCH
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60.0
 
 

@@ -13,6 +13,8 @@ import tensorfork
 from tensorfork import Identity, IdentityMismatch, Rank
 from tensorfork.wire import messages, tables
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20.0
 FULL = Identity(
     model="meta-llama/Llama-3.1-8B",

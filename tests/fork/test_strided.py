@@ -19,6 +19,8 @@ from tensorfork.fork.runs import MAX_RUNS, grid_of
 from tensorfork.fork.strided import Scratch, pull_strided
 from tensorfork.model.describe import describe
 
+pytestmark = pytest.mark.slow
+
 
 @define
 class Memory(Session):

@@ -17,6 +17,8 @@ from tensorfork.testing import FaultyTransport
 from tensorfork.testing.faults import Fault, Job
 from tensorfork.transports.zeromq import ZeroMQ
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20.0
 Views = dict[str, torch.Tensor]
 Maker = Callable[[torch.Tensor], Views]

@@ -24,6 +24,8 @@ from tensorfork.transports.process_group import NCCL, Gloo
 from tensorfork.transports.process_group.nccl import ENVIRONMENT
 from tensorfork.transports.transfer_engine import TransferEngine
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def forbidden() -> Iterator[None]:

@@ -12,6 +12,8 @@ from seed_leases import SECONDS, connected, model, soon, take, under_way, until
 import tensorfork
 from tensorfork.wire import messages
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_seed_closes_twice_and_says_that_it_is_closed() -> None:
     seed = tensorfork.publish(model())

@@ -15,6 +15,8 @@ from tensorfork.seed.leases import MAX_LEASES
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.wire import messages
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_lease_ends_when_its_time_is_over() -> None:
     with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:

@@ -18,6 +18,8 @@ import tensorfork
 from tensorfork.wire import messages
 from tensorfork.wire.conversation import Conversation
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 30.0
 SHORT = 1.0
 """Timeout of a fork that cannot succeed, in seconds."""

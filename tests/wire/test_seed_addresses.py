@@ -10,6 +10,8 @@ import torch
 
 import tensorfork
 
+pytestmark = pytest.mark.slow
+
 
 def model() -> dict[str, torch.Tensor]:
     return {"a": torch.arange(1000.0)}
