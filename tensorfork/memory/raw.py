@@ -45,6 +45,9 @@ def _delete(address: int) -> None:
 
 _deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_delete)
 
+for _kept in (_deleter, _exported):  # torch may call the deleter after Python has torn this module down
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
+
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
