@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import time
+from collections.abc import Iterator
 
 import zmq
 
@@ -65,6 +66,24 @@ def connect(socket: "zmq.Socket[bytes]", address: Address) -> None:
     """Begin to connect to a resolved address. Success or failure shows later, in the socket's monitor."""
     socket.ipv6 = ":" in address.host
     socket.connect(str(address))
+
+
+def recv_arrived(socket: "zmq.Socket[bytes]", most: int) -> Iterator[list[bytes]]:
+    """The messages that have arrived, at most so many, each as its frames; waits for none.
+
+    A peer that vanished in the middle of a message counts as one, and is passed over. Raises `zmq.ZMQError` once the
+    socket or its context is closed.
+    """
+    for _ in range(most):
+        try:
+            frames = socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                raise
+            continue
+        yield frames
 
 
 def poll_timeout(deadline: float) -> int:

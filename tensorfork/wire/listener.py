@@ -17,7 +17,7 @@ import zmq
 from tensorfork.errors import PeerUnreachable, ProtocolError
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.waker import Waker
-from tensorfork.sockets.zeromq import bind, new_context, new_socket, poll_timeout
+from tensorfork.sockets.zeromq import bind, new_context, new_socket, poll_timeout, recv_arrived
 from tensorfork.wire import messages
 
 SendReply = Callable[..., None]
@@ -108,15 +108,7 @@ class Listener:
             self._release()
 
     def _receive(self) -> None:
-        for _ in range(MAX_RECEIVED):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except zmq.ZMQError as error:
-                if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
-                    raise
-                continue  # a peer that vanished in the middle of a message
+        for frames in recv_arrived(self._socket, MAX_RECEIVED):
             if len(frames) in (2, 3):
                 self._dispatch(*frames)
 

@@ -14,7 +14,7 @@ from tensorfork.regions import Region
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zero_copy import ZeroCopySender
-from tensorfork.sockets.zeromq import bind, new_socket
+from tensorfork.sockets.zeromq import bind, new_socket, recv_arrived
 from tensorfork.transports.base import Channel, Export
 from tensorfork.transports.zeromq.context import new_lease_context
 from tensorfork.transports.zeromq.protocol import (
@@ -101,15 +101,7 @@ class ZeroMQExport(Export):
 
     def _answer_requests(self) -> None:
         """Answer those that have arrived, at most `WINDOW` of them, so that `serve` soon sees when the lease ends."""
-        for _ in range(WINDOW):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except zmq.ZMQError as error:
-                if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
-                    raise
-                continue
+        for frames in recv_arrived(self._socket, WINDOW):
             if len(frames) == 2 and len(frames[1]) >= REQUEST_HEADER.size:
                 self._answer(frames[0], frames[1])
 
