@@ -37,8 +37,11 @@ def environment(needed: Changes, preferred: Changes = _NONE) -> Iterator[None]:
     One thread at a time, which may nest. Keep it short: other code of the process sees the values too.
 
     Where process-wide settings are forbidden, what is `preferred` is left out, and `TransportUnavailable` is raised if
-    anything `needed` is to be changed.
+    anything `needed` is to be changed. Where nothing is needed or preferred, nothing is waited for.
     """
+    if not needed and not preferred:
+        yield
+        return
     with _lock:
         if why_not := forbidden_changes(needed):
             raise TransportUnavailable(why_not)

@@ -21,7 +21,7 @@ class _ShortSwitchInterval:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._usual = threading.Lock(), 0, 0.0
+        self._lock, self._inside, self._usual, self._changed = threading.Lock(), 0, 0.0, False
 
     def __enter__(self) -> None:
         with self._lock:
@@ -29,19 +29,21 @@ class _ShortSwitchInterval:
                 self._usual = sys.getswitchinterval()
             self._inside += 1
             if process_settings_allowed():
+                self._changed = True
                 sys.setswitchinterval(min(self._usual, SECONDS))
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
-            if not self._inside and sys.getswitchinterval() != self._usual:
+            if not self._inside and self._changed:
+                self._changed = False
                 sys.setswitchinterval(self._usual)
 
     def after_fork(self) -> None:
         """In the child, the threads that were inside do not exist."""
-        if self._inside:
+        if self._inside and self._changed:
             sys.setswitchinterval(self._usual)
-        self._lock, self._inside = threading.Lock(), 0
+        self._lock, self._inside, self._changed = threading.Lock(), 0, False
 
 
 short_switch_interval = _ShortSwitchInterval()

@@ -12,10 +12,12 @@ class RateLimiter:
         rate: bytes a second; None for no limit.
         catch_up: seconds of lost time, such as from waking late, that may be made up for at a higher rate. Idle time
             beyond that is lost.
+        start: when the first bytes may be sent, by `time.monotonic()`; at once, by default. Needed with an infinite
+            `catch_up`, which then makes up for all time lost since.
     """
 
-    def __init__(self, rate: float | None, *, catch_up: float = 0.0) -> None:
-        self._rate, self._catch_up, self._next = rate, catch_up, 0.0
+    def __init__(self, rate: float | None, *, catch_up: float = 0.0, start: float = 0.0) -> None:
+        self._rate, self._catch_up, self._next = rate, catch_up, start
 
     def wait(self, now: float) -> float:
         """Seconds until the next bytes may be sent; 0 for at once."""

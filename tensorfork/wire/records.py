@@ -20,7 +20,10 @@ class Record:
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and to_plain(self) == to_plain(other)
+        return _values(self) == _values(other) if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(_values(self))
 
     def __repr__(self) -> str:
         values = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(cast(Any, type(self))))
@@ -29,7 +32,7 @@ class Record:
 
 def to_plain(record: Any) -> dict[str, Any]:
     """A record's fields by name, and those of the records in it."""
-    return {one.name: _plain(getattr(record, one.name)) for one in fields(type(record))}
+    return {one.name: _plain(one.type, getattr(record, one.name)) for one in fields(type(record))}
 
 
 def from_plain(kind: type[Any], values: Any) -> Any:
@@ -45,12 +48,21 @@ def from_plain(kind: type[Any], values: Any) -> Any:
     return kind(**{name: readers[name](value) for name, value in values.items()})
 
 
-def _plain(value: Any) -> Any:
-    if has(type(value)):
+def _values(record: Any) -> tuple[Any, ...]:
+    return tuple(getattr(record, one.name) for one in fields(type(record)))
+
+
+def _plain(declared: Any, value: Any) -> Any:
+    """By the declared type: what a transport puts into a dict of anything is not looked at."""
+    if has(declared):
         return to_plain(value)
-    if type(value) is dict:
-        return {name: _plain(one) for name, one in value.items()}
+    if _holds_records(declared):
+        return {name: to_plain(one) for name, one in value.items()}
     return value
+
+
+def _holds_records(declared: Any) -> bool:
+    return get_origin(declared) is dict and has(get_args(declared)[1])
 
 
 @cache
@@ -63,7 +75,7 @@ def _reader(declared: Any) -> Reader:
     if isinstance(declared, types.UnionType):
         inner = _reader(next(one for one in get_args(declared) if one is not type(None)))
         return lambda value: None if value is None else inner(value)
-    if get_origin(declared) is dict and has(get_args(declared)[1]):
+    if _holds_records(declared):
         kind = get_args(declared)[1]
         return lambda value: {_exactly(str, name): from_plain(kind, one) for name, one in _exactly(dict, value).items()}
     if has(declared):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,16 @@ def test_the_switch_interval_stays(forbidden: None) -> None:
     assert sys.getswitchinterval() == usual
 
 
+def test_a_switch_interval_that_the_engine_sets_meanwhile_is_left_alone(forbidden: None) -> None:
+    usual = sys.getswitchinterval()
+    try:
+        with short_switch_interval:
+            sys.setswitchinterval(0.001)
+        assert sys.getswitchinterval() == pytest.approx(0.001)
+    finally:
+        sys.setswitchinterval(usual)
+
+
 def test_a_short_switch_interval_that_began_while_it_was_allowed_ends() -> None:
     usual = sys.getswitchinterval()
     with short_switch_interval:
@@ -110,6 +121,18 @@ def test_what_is_preferred_is_set_where_it_is_allowed(monkeypatch: pytest.Monkey
     with environment({}, {"TENSORFORK_TEST_UNSET": "x"}):
         assert os.environ["TENSORFORK_TEST_UNSET"] == "x"
     assert "TENSORFORK_TEST_UNSET" not in os.environ
+
+
+def test_who_changes_nothing_waits_for_nobody() -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with environment({}):
+            entered.set()
+
+    with environment({"TENSORFORK_TEST_OTHER": "ours"}):
+        threading.Thread(target=enter, daemon=True).start()
+        assert entered.wait(60)
 
 
 def regions(device: str) -> list[Region]:

@@ -1,6 +1,7 @@
 """Records as plain values and back: exactly the declared fields, of exactly the declared types."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from attrs import field, frozen
@@ -68,3 +69,13 @@ def test_records_are_equal_by_kind_and_fields_and_say_what_they_are() -> None:
 def test_what_is_not_exactly_declared_is_refused(change: dict[str, Any], why: str) -> None:
     with pytest.raises((ValueError, TypeError), match=why):
         from_plain(Outer, PLAIN | change)
+
+
+def test_records_without_dicts_have_a_hash_and_others_may_equal_them() -> None:
+    assert len({Inner(1), Inner(1), Inner(2)}) == 2
+    assert Inner(1) == mock.ANY
+
+
+def test_what_is_in_a_dict_of_anything_is_not_looked_at() -> None:
+    strange = Inner(1)
+    assert to_plain(Outer("a", Inner(1), {}, {"c": strange}))["anything"]["c"] is strange

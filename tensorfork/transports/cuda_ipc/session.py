@@ -1,6 +1,7 @@
 """The fork's side of a lease: it opens the seed's handles, and its own copy engines read."""
 
 import ctypes
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,8 +27,6 @@ SMALL_BATCH = 32 << 20
 one with a rate limit has batches of this size."""
 WINDOW = 3
 """Batches in flight on a device."""
-CATCH_UP = 0.01
-"""Seconds lost by waking late that a rate limit makes up for."""
 POLL_SECONDS = 50e-6
 """Time between two polls of the events."""
 
@@ -79,7 +78,8 @@ class IpcSession(Session):
             stream.wait_stream(torch.cuda.current_stream(device))
             self._handles.request(dict.fromkeys((copies[i].region, device) for i in indices))
             queues.append(_CopyQueue(device, deque(indices), self._batch_size(sum(copies[i].nbytes for i in indices))))
-        self._limiter, self._deadline = RateLimiter(self._rate_limit, catch_up=CATCH_UP), deadline
+        self._limiter = RateLimiter(self._rate_limit, catch_up=math.inf, start=time.monotonic())
+        self._deadline = deadline
         in_flight: deque[_InFlightBatch] = deque()
         try:
             while queues or in_flight:
