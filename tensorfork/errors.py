@@ -11,11 +11,15 @@
     ├── the peer's
     │   ├── PeerUnreachable         nothing answers at the address, or the peer stopped answering
     │   ├── PeerRefused             the peer refused the request
+    │   │   └── SeedAsleep          the seed is suspended: its memory may not be there
     │   └── ProtocolError           the peer is no tensorfork seed of our version, or broke the protocol
     └── the copy's
         ├── TransferFailed          the transfer of bytes failed
         ├── VerificationFailed      the bytes that arrived are not the seed's
-        └── SeedChanged             the seed's weights changed during the copy
+        ├── SeedChanged             the seed's weights changed during the copy
+        └── SeedMoved               the seed's tensors were moved, freed or replaced without its being told
+
+On the seed itself, `Seed.suspend` raises MemoryInUse where somebody can still reach the memory.
 
 docs/errors.md tells for each the state in which it leaves the model.
 """
@@ -89,6 +93,10 @@ class PeerRefused(TensorForkError):
     """The peer refused the request; the message has its reason."""
 
 
+class SeedAsleep(PeerRefused):
+    """The seed is suspended (`Seed.suspend`). Nothing was copied, or not all. Wait with `wait=`, or ask another seed."""
+
+
 class ProtocolError(TensorForkError):
     """The peer is not a tensorfork seed of our version, or broke the protocol."""
 
@@ -128,3 +136,32 @@ class VerificationFailed(TensorForkError):
 
 class SeedChanged(TensorForkError):
     """The seed's weights changed while they were copied, so what arrived may be a mix of old and new weights."""
+
+
+class SeedMoved(TensorForkError):
+    """The seed's tensors are not where it published them: they were moved, freed or replaced outside `Seed.updating`.
+
+    What arrived may be other memory's bytes: do not use it. Forking again does not help; `Seed.rescan()` in the seed's
+    process does. Meta models stay meta.
+
+    Attributes:
+        tensors: names of the tensors, a hundred at most.
+    """
+
+    def __init__(self, message: str, *, tensors: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tuple(tensors)
+
+
+class MemoryInUse(TensorForkError):
+    """Raised by `Seed.suspend`: somebody can still read the model's memory, so it must not be unmapped yet.
+
+    The seed stays suspended: no new fork begins. Call `suspend` again to go on waiting, or `resume`.
+
+    Attributes:
+        users: who, in words: forks with their addresses or connections, and threads of the seed's.
+    """
+
+    def __init__(self, message: str, *, users: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.users = tuple(users)

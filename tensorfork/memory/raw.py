@@ -1,4 +1,4 @@
-"""Raw memory as tensors, through DLPack, the exchange protocol for arrays.
+"""Raw memory as tensors, through DLPack, the exchange protocol for arrays, and as memoryviews.
 
 By ctypes: that works for CPU and CUDA alike, and needs no numpy.
 """
@@ -72,3 +72,22 @@ def bytes_at(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
 def region_bytes(region: Region) -> torch.Tensor:
     """A region as a uint8 tensor [nbytes] that does not own it."""
     return bytes_at(region.address, region.nbytes, torch.device(region.device))
+
+
+_from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+
+_from_memory.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
+
+_from_memory.restype = ctypes.py_object
+
+_WRITABLE = 0x200
+
+
+def view_at(address: int, nbytes: int) -> memoryview:
+    """A range of host memory, which the caller keeps alive for as long as the view is used.
+
+    Views are made when they are needed. Making one of each of 20,000 regions for each lease was tried: Python's garbage
+    collector then stops the seed for a tenth of a second.
+    """
+    view: memoryview = _from_memory(address, nbytes, _WRITABLE)
+    return view

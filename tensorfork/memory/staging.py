@@ -2,7 +2,6 @@
 those on GPUs through pinned memory, which is bounded, allocated once, and reused.
 """
 
-import ctypes
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +9,7 @@ import torch
 from attrs import define, field
 
 from tensorfork.memory import cuda, streams
+from tensorfork.memory.raw import view_at
 from tensorfork.regions import Region, contains
 
 
@@ -42,7 +42,7 @@ class PinnedRing:
         for _ in range(count):
             tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
             address = tensor.data_ptr()
-            self._buffers.append(PinnedBuffer(tensor, address, _view(address, nbytes)))
+            self._buffers.append(PinnedBuffer(tensor, address, view_at(address, nbytes)))
 
     def next_buffer(self) -> PinnedBuffer:
         """The buffer that was used longest ago, once the GPU has read what was in it."""
@@ -119,7 +119,7 @@ class HostAccess:
         for id, offset, nbytes in ranges:
             region = self._regions[id]
             if region.device == "cpu":
-                frames.append(_view(region.address + offset, nbytes))
+                frames.append(view_at(region.address + offset, nbytes))
                 continue
             copies.setdefault(region.device, []).append((buffer.address + used, region.address + offset, nbytes))
             frames.append(buffer.view[used : used + nbytes])
@@ -131,7 +131,7 @@ class HostAccess:
 
     def view(self, id: int, offset: int, nbytes: int) -> memoryview:
         """A range of a region on the CPU. The region must outlive the view."""
-        return _view(self._regions[id].address + offset, nbytes)
+        return view_at(self._regions[id].address + offset, nbytes)
 
     def next_buffer(self) -> PinnedBuffer:
         """See `PinnedRing.next_buffer`. There must be regions on GPUs."""
@@ -162,22 +162,3 @@ class HostAccess:
         """Return the streams to the pool. Nothing may be read or written afterwards."""
         if self._ring is not None:
             self._ring.close()
-
-
-_from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
-
-_from_memory.argtypes = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int
-
-_from_memory.restype = ctypes.py_object
-
-_WRITABLE = 0x200
-
-
-def _view(address: int, nbytes: int) -> memoryview:
-    """A range of memory, which the caller keeps alive for as long as the view is used.
-
-    Views are made when they are needed. Making one of each of 20,000 regions for each lease was tried: Python's garbage
-    collector then stops the seed for a tenth of a second.
-    """
-    view: memoryview = _from_memory(address, nbytes, _WRITABLE)
-    return view

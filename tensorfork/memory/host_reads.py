@@ -1,0 +1,96 @@
+"""Reading this process's own host memory through the kernel, which reports a bad address instead of ending the process.
+
+An engine may free, unmap or truncate what it published at any moment. A load from such an address is a SIGSEGV or a
+SIGBUS, and ends the process. The system calls used here fail with EFAULT instead. Memory that was freed and mapped
+anew is read like any other: whoever reads has to look at the tensors again afterwards.
+"""
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+
+from tensorfork.errors import TensorForkError
+from tensorfork.memory.raw import view_at
+
+Span = tuple[int, int]
+"""An address, and a number of bytes."""
+
+MAX_SPANS = 1024
+"""Spans of one system call: the kernel's UIO_MAXIOV."""
+_CHUNK = 1 << 20
+"""Bytes that pass through the file at a time."""
+
+
+class UnreadableMemory(TensorForkError):
+    """Memory that is not mapped, or not any more. The process goes on."""
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
+
+
+def read(spans: Sequence[Span], into: int) -> None:
+    """Copy spans of this process's host memory to the address `into`, one after another.
+
+    The memory at `into` must be the caller's own. Raises `UnreadableMemory` if one of the spans is not mapped; what
+    lies at `into` is then undefined.
+    """
+    for start in range(0, len(spans), MAX_SPANS):
+        some = spans[start : start + MAX_SPANS]
+        total = sum(nbytes for _, nbytes in some)
+        if _read_by_process_vm(some, into) != total:
+            # Refused by a container's seccomp; or memory of a device's driver, which this call does not read; or not
+            # mapped, and then the other way says so.
+            _read_by_file(some, into)
+        into += total
+
+
+def _read_by_process_vm(spans: Sequence[Span], into: int) -> int:
+    """Bytes read: fewer than asked for where the call is refused, or meets memory that it does not read."""
+    total = sum(nbytes for _, nbytes in spans)
+    if not total or _process_vm_readv is None:
+        return 0
+    source = (_IoVec * len(spans))(*spans)
+    done = _process_vm_readv(os.getpid(), ctypes.byref(_IoVec(into, total)), 1, source, len(spans), 0)
+    return int(done)
+
+
+def _read_by_file(spans: Sequence[Span], into: int) -> None:
+    """Write the spans to a file in memory, and read that back."""
+    file = _files.pop() if _files else _new_file()
+    try:
+        for address, nbytes in spans:
+            end = address + nbytes
+            while address < end:
+                try:
+                    written = os.pwrite(file, view_at(address, min(_CHUNK, end - address)), 0)
+                except OSError as error:
+                    if error.errno != errno.EFAULT:
+                        raise
+                    raise UnreadableMemory(f"memory at {address:#x} is not mapped in this process any more") from error
+                os.preadv(file, [view_at(into, written)], 0)
+                address, into = address + written, into + written
+    finally:
+        _files.append(file)
+
+
+_files: list[int] = []
+"""Descriptors of files that no thread uses at the moment: as many as threads have read at once."""
+
+
+def _new_file() -> int:
+    return os.memfd_create("tensorfork", os.MFD_CLOEXEC)
+
+
+def _find_process_vm_readv() -> "ctypes._NamedFuncPointer | None":
+    try:
+        found = ctypes.CDLL(None, use_errno=True).process_vm_readv
+    except (OSError, AttributeError):
+        return None
+    found.restype = ctypes.c_ssize_t
+    found.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
+    return found
+
+
+_process_vm_readv = _find_process_vm_readv()
