@@ -94,7 +94,7 @@ class PeerRefused(TensorForkError):
 
 
 class SeedAsleep(PeerRefused):
-    """The seed is suspended (`Seed.suspend`). Nothing was copied, or not all. Wait with `wait=`, or ask another seed."""
+    """The seed is suspended (`Seed.suspend`). Not everything was copied. Wait with `wait=`, or ask another seed."""
 
 
 class ProtocolError(TensorForkError):

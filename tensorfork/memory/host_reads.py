@@ -51,7 +51,7 @@ def _read_by_process_vm(spans: Sequence[Span], into: int) -> int:
     total = sum(nbytes for _, nbytes in spans)
     if not total or _process_vm_readv is None:
         return 0
-    source = (_IoVec * len(spans))(*spans)
+    source = (_IoVec * len(spans))(*(_IoVec(*span) for span in spans))
     done = _process_vm_readv(os.getpid(), ctypes.byref(_IoVec(into, total)), 1, source, len(spans), 0)
     return int(done)
 
@@ -89,7 +89,7 @@ def _find_process_vm_readv() -> "ctypes._NamedFuncPointer | None":
     except (OSError, AttributeError):
         return None
     found.restype = ctypes.c_ssize_t
-    found.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
+    found.argtypes = [ctypes.c_int] + [ctypes.c_void_p, ctypes.c_ulong] * 2 + [ctypes.c_ulong]
     return found
 
 
