@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from tensorfork.errors import TensorForkError
 from tensorfork.memory.raw import view_at
@@ -89,7 +90,8 @@ def _find_process_vm_readv() -> "ctypes._NamedFuncPointer | None":
     except (OSError, AttributeError):
         return None
     found.restype = ctypes.c_ssize_t
-    found.argtypes = [ctypes.c_int] + [ctypes.c_void_p, ctypes.c_ulong] * 2 + [ctypes.c_ulong]
+    iovecs: list[Any] = [ctypes.c_void_p, ctypes.c_ulong] * 2
+    found.argtypes = [ctypes.c_int, *iovecs, ctypes.c_ulong]
     return found
 
 
