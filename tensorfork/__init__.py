@@ -23,10 +23,12 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
         TransportUnavailable,
         UnsupportedTensor,
         VerificationFailed,
+        VersionMismatch,
     )
     from tensorfork.identity import Identity, Rank
     from tensorfork.interpreter.settings import allow_process_settings
     from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
+    from tensorfork.lineage import Version
     from tensorfork.placement import Placement
     from tensorfork.regions import Copy, Place, Region, RemoteRegion
     from tensorfork.report import ForkReport
@@ -69,6 +71,8 @@ __all__ = [
     "TransportUnavailable",
     "UnsupportedTensor",
     "VerificationFailed",
+    "Version",
+    "VersionMismatch",
     "__version__",
     "allow_process_settings",
     "fork",

@@ -6,6 +6,7 @@
     ├── the caller's
     │   ├── UnsupportedTensor       a tensor of a kind that cannot be forked (also a TypeError)
     │   ├── IdentityMismatch        the two are not the same model, or not the same part of it
+    │   ├── VersionMismatch         the seed has another version of the weights than was asked for
     │   ├── LayoutMismatch          the two models differ in names, dtypes, shapes, strides or ties
     │   └── TransportUnavailable    the transport cannot work between these two processes
     ├── the peer's
@@ -49,6 +50,10 @@ class IdentityMismatch(TensorForkError):
             f"{peer}: the seed is not the same as this instance; nothing was copied. Fork from another seed, or give "
             "both sides the same identity= and rank= if they are what was wrong:\n  " + "\n  ".join(lines)
         )
+
+
+class VersionMismatch(TensorForkError):
+    """The seed has another version of the weights than `version=` or `at_least=` asked for. Nothing was copied."""
 
 
 class LayoutMismatch(TensorForkError):

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from attrs import field, frozen
 
+from tensorfork.lineage import Version
+
 PHASES = (
     "survey",
     "resolve",
@@ -41,6 +43,7 @@ class ForkReport:
             verification.
         left_out: tensors, of ours and the seed's, that our selection leaves out; ours are unchanged.
         left_out_by_seed: tensors that the seed has and did not publish.
+        version: which weights these are; its `content` is known where digests were compared.
     """
 
     peer: str
@@ -56,6 +59,7 @@ class ForkReport:
     not_compared: Sequence[str] = ()
     left_out: Sequence[str] = ()
     left_out_by_seed: Sequence[str] = ()
+    version: Version | None = None
 
     @property
     def total(self) -> float:
@@ -76,6 +80,7 @@ class ForkReport:
         checked += f"; not compared: {', '.join(skipped)}" if skipped else ""
         if self.left_out or self.left_out_by_seed:
             checked += f"; left out: {len(self.left_out):,} here, {len(self.left_out_by_seed):,} by the seed"
+        checked += f"; version {self.version.label}" if self.version and self.version.label else ""
         moved = f"{self.tensors:,} tensors ({_size(self.nbytes)})"
         return (
             f"forked {moved} from {self.peer} over {self.transport}/{self.fabric} "

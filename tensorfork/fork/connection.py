@@ -4,9 +4,10 @@ import time
 from types import TracebackType
 from typing import Self
 
-from tensorfork.errors import IdentityMismatch, ProtocolError
+from tensorfork.errors import IdentityMismatch, ProtocolError, VersionMismatch
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
+from tensorfork.lineage import AtLeast, Version, Wanted, why_not_wanted
 from tensorfork.version import __version__
 from tensorfork.wire import messages, tables
 from tensorfork.wire.conversation import Conversation
@@ -44,9 +45,22 @@ class SeedConnection:
             raise IdentityMismatch(self.address, different)
         return [name for name, given in (("identity", identity), ("rank", rank)) if given is None]
 
+    def check_version(
+        self, wanted: Wanted, at_least: AtLeast, packed: messages.WeightsVersion | None = None
+    ) -> Version:
+        """The version of a lease, by default that of the welcome. Raises `VersionMismatch` if it will not do."""
+        version = tables.unpack_version(packed or self.welcome.version)
+        if why_not := why_not_wanted(version, wanted, at_least):
+            raise VersionMismatch(f"{self.address}: {why_not}; nothing was copied. Fork from another seed, or later")
+        return version
+
     def layout(self, deadline: float) -> ModelLayout:
-        """The seed's layout: every tensor that it has published."""
-        pages, frames = self.conversation.request(messages.GetLayout(), messages.Pages, deadline, "layout")
+        """The seed's layout: every tensor that it has published, as of its welcome.
+
+        Raises `SeedChanged` where it has published others since.
+        """
+        request = messages.GetLayout(self.welcome.publication)
+        pages, frames = self.conversation.request(request, messages.Pages, deadline, "layout")
         layout = tables.unpack_layout(pages, frames, self.welcome)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:
             raise ProtocolError(f"{self.address}: the layout is not the one that its welcome announced")

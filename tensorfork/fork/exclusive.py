@@ -9,8 +9,8 @@ from weakref import ref
 
 import torch
 
-from tensorfork.fork.runs import union
 from tensorfork.model.describe import LocalModel
+from tensorfork.runs import union
 
 _in_progress: dict[object, ref[LocalModel]] = {}
 """The models that forks of this process are filling. Weak, so that an entry left by an interrupt disappears."""

@@ -32,6 +32,7 @@ class Lease:
         ours: where each of our storages begins in our regions.
         piece: the longest copy that the transport wants, in bytes.
         scratch: for strided tensors.
+        version: which weights are leased.
     """
 
     id: bytes
@@ -42,6 +43,7 @@ class Lease:
     ours: Mapping[int, Place]
     piece: int
     scratch: Scratch
+    version: messages.WeightsVersion
 
 
 @contextmanager
@@ -64,7 +66,11 @@ def take_lease(
     storages = [*memory.regions, *scratch.regions]
     regions, places = transport.cover(storages)
     request = messages.TakeLease(
-        transport.name, dict(transport.facts(storages)), max(0.0, deadline - time.monotonic()), digests
+        transport.name,
+        dict(transport.facts(storages)),
+        max(0.0, deadline - time.monotonic()),
+        digests,
+        seed.welcome.publication,
     )
     leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease")
     try:
@@ -77,7 +83,17 @@ def take_lease(
             theirs = tables.unpack_places(frames)
             ours = {storage.id: place for storage, place in zip(storages, places, strict=True)}
             sizes = {region.id: region.nbytes for region in remote}
-            yield Lease(leased.lease, leased.generation, session, sizes, theirs, ours, transport.piece, scratch)
+            yield Lease(
+                leased.lease,
+                leased.generation,
+                session,
+                sizes,
+                theirs,
+                ours,
+                transport.piece,
+                scratch,
+                leased.version,
+            )
         finally:
             enter("close")
             session.close(deadline)

@@ -1,7 +1,7 @@
 """The steps of one fork, from hello to installation. `tensorfork.fork_into` and `tensorfork.fork` are both `run`.
 
-    connect ─ hello ─ compare ─ layout ─ match ─ allocate ─┐
-       ┌───────────────────────────────────────────────────┘
+    connect ─▶ hello ─ compare ─ layout ─ match ─ allocate ─┐      (again, where the seed has published something else)
+       ┌────────────────────────────────────────────────────┘
        └▶ for each transport that can work: lease ─ open ─ pull ─ check ─ verify     (again, after SeedChanged)
                                                                             └▶ install
 
@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from attrs import evolve, frozen
+from attrs import define, evolve, field, frozen
 
 from tensorfork.digest import warm_up
 from tensorfork.digest.arrivals import ArrivalDigests
-from tensorfork.errors import SeedChanged, TransportUnavailable
+from tensorfork.errors import PeerUnreachable, SeedAsleep, SeedChanged, TransferFailed, TransportUnavailable
 from tensorfork.fork import transfer, verification
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import Destination, DestinationMemory
@@ -25,9 +25,14 @@ from tensorfork.fork.lease import take_lease
 from tensorfork.fork.transport_choice import reason_against, transports_to_try
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
+from tensorfork.lineage import AtLeast, Wanted
 from tensorfork.model.selection import Selection
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
+from tensorfork.wire import tables
+
+SLEEP_POLL = 0.01, 0.5
+"""Seconds between two questions whether a seed is still suspended or changing: at first, and at most."""
 
 
 @frozen(eq=False, repr=False)
@@ -42,6 +47,9 @@ class Terms:
     identity: Identity | None
     rank: Rank | None
     selection: Selection
+    wait: float
+    version: Wanted
+    at_least: AtLeast
 
 
 @frozen(eq=False, repr=False)
@@ -68,40 +76,88 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
     candidates = transports_to_try(terms.transport)
     watch.enter("resolve")
     with SeedConnection(peer, terms.deadline) as seed:
-        watch.enter("hello")
-        seed.greet(terms.deadline)
-        not_compared = seed.compare(terms.identity, terms.rank)
-        watch.enter("layout")
-        layout = seed.layout(terms.deadline)
-        selected, left_out = layout.only(terms.selection.selects)
-        memory = filling.allocate(selected, watch.enter)
-        if terms.verify:
-            warm_up.begin(memory.devices)
-        attempt = _Attempt(seed, layout, memory, cache(lambda: filling.tensors(memory)), terms, watch)
-        report = _with_restarts(lambda: attempt.first_that_works(candidates), terms)
+        attempts = _Attempts(seed, filling, terms, watch, candidates)
+        report = _with_restarts(attempts.next, terms)
     watch.enter("install")
+    attempt = attempts.last
+    assert attempt is not None
     destination = attempt.destination()
     destination.install()
     return evolve(
         report,
         seconds=dict(watch.stop()),
-        not_compared=(*not_compared, *([] if terms.verify else ["digests"])),
-        left_out=tuple(left_out),
-        left_out_by_seed=layout.left_out,
+        not_compared=(*attempts.not_compared, *([] if terms.verify else ["digests"])),
+        left_out=attempts.left_out,
+        left_out_by_seed=attempt.layout.left_out,
     ), destination
 
 
 def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkReport:
-    """Call `attempt` again after `SeedChanged`, as often as the caller allows, with pauses: a change takes a while."""
-    for restarts in range(terms.restarts + 1):
+    """Call `attempt` again after `SeedChanged`, as often as the caller allows, and after `SeedAsleep` for as long.
+
+    Pauses in between: a change takes a while. At the deadline the last of these errors is raised.
+    """
+    restarts = asleep = 0
+    wait_until = terms.deadline if terms.restarts else min(terms.deadline, time.monotonic() + terms.wait)
+    last: SeedChanged | SeedAsleep | None = None
+    while True:
         try:
             return evolve(attempt(), restarts=restarts)
-        except SeedChanged:
+        except SeedAsleep as error:
+            last, until, asleep = error, wait_until, asleep + 1
+        except SeedChanged as error:
             if restarts == terms.restarts:
                 raise
-            pause = 0.01 * 2 ** min(restarts, 5)
-            time.sleep(max(0.0, min(pause, terms.deadline - time.monotonic())))
-    raise AssertionError("restarts is negative")
+            last, until, restarts = error, terms.deadline, restarts + 1
+        except PeerUnreachable as error:
+            if last is not None and time.monotonic() >= terms.deadline:
+                raise last from error
+            raise
+        first, longest = SLEEP_POLL
+        pause = min(longest, first * 2 ** min(restarts + asleep, 10))
+        if time.monotonic() + pause >= until:
+            raise last
+        time.sleep(pause)
+
+
+@define(eq=False, repr=False)
+class _Attempts:
+    """The attempts of one fork. What was matched and allocated is used again while the seed publishes the same."""
+
+    seed: SeedConnection
+    filling: Filling
+    terms: Terms
+    watch: Stopwatch
+    candidates: Sequence[Transport]
+    last: "_Attempt | None" = None
+    not_compared: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    _publication: int = field(default=-1, init=False)
+
+    def next(self) -> ForkReport:
+        """One attempt, at what the seed has published now."""
+        seed, terms = self.seed, self.terms
+        self.watch.enter("hello")
+        seed.greet(terms.deadline)
+        self.not_compared = seed.compare(terms.identity, terms.rank)
+        seed.check_version(terms.version, terms.at_least)
+        if self.last is None or self._publication != seed.welcome.publication:
+            self.last = None  # before new memory is allocated
+            self.last = self._prepare()
+            self._publication = seed.welcome.publication
+        return self.last.first_that_works(self.candidates)
+
+    def _prepare(self) -> "_Attempt":
+        terms, filling = self.terms, self.filling
+        self.watch.enter("layout")
+        layout = self.seed.layout(terms.deadline)
+        selected, left_out = layout.only(terms.selection.selects)
+        self.left_out = tuple(left_out)
+        memory = filling.allocate(selected, self.watch.enter)
+        if terms.verify:
+            warm_up.begin(memory.devices)
+        destination = cache(lambda: filling.tensors(memory))
+        return _Attempt(self.seed, layout, memory, destination, terms, self.watch)
 
 
 @frozen(eq=False, repr=False)
@@ -139,6 +195,7 @@ class _Attempt:
         terms, seed, enter = self.terms, self.seed, self.watch.enter
         deadline = terms.deadline
         with take_lease(seed, transport, self.memory, deadline, digests=terms.verify, enter=enter) as lease:
+            version = seed.check_version(terms.version, terms.at_least, lease.version)
             enter("allocate")
             destination = self.destination()
             enter("match")
@@ -155,7 +212,12 @@ class _Attempt:
                 enter("verify")
                 verification.check_generation(lease, seed, deadline)
                 if digests is not None:
-                    verification.compare_digests(lease, seed, self.layout, digests, deadline)
+                    content = verification.compare_digests(lease, seed, self.layout, digests, deadline)
+                    version = evolve(version, content=content)
+                    seed.check_version(terms.version, terms.at_least, tables.pack_version(version))
+            except TransferFailed as error:
+                verification.explain_failure(error, lease, seed, deadline)
+                raise
             finally:
                 destination.mark_changed()  # also where only some of it arrived
                 if digests is not None:
@@ -169,4 +231,5 @@ class _Attempt:
             generation=lease.generation,
             seconds={},
             verified=terms.verify,
+            version=version,
         )

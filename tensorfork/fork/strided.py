@@ -11,9 +11,9 @@ import torch
 from attrs import frozen
 
 from tensorfork.fork.pairs import Pair
-from tensorfork.fork.runs import MAX_RUNS, grid_of, runs_of
 from tensorfork.layout import TensorLayout
 from tensorfork.regions import Copy, Place, Region
+from tensorfork.runs import MAX_RUNS, grid_of, runs_of
 from tensorfork.transports.base import Session
 
 SCRATCH = 16 << 20

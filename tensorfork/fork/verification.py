@@ -1,16 +1,49 @@
-"""Whether what arrived is what the seed holds: its generation is compared, then the digests."""
+"""Whether what arrived is what the seed holds: its generation is compared, then the digests; and why it failed."""
+
+import time
 
 from tensorfork.digest import definition
 from tensorfork.digest.arrivals import ArrivalDigests
-from tensorfork.errors import ProtocolError, SeedChanged, VerificationFailed
+from tensorfork.digest.content import content_root
+from tensorfork.errors import (
+    ProtocolError,
+    SeedAsleep,
+    SeedChanged,
+    SeedMoved,
+    TensorForkError,
+    TransferFailed,
+    VerificationFailed,
+)
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.lease import Lease
 from tensorfork.layout import ModelLayout
 from tensorfork.wire import messages, tables
 
+EXPLAIN_TIMEOUT = 2.0
+"""Seconds that a failed transfer waits for the seed's word on it."""
+
+
+def explain_failure(error: TransferFailed, lease: Lease, seed: SeedConnection, deadline: float) -> None:
+    """Raise what the seed says about a transfer that failed: `SeedChanged`, `SeedMoved` or `SeedAsleep`, if it does.
+
+    Says nothing where memory of ours may still be written to, which only the given error names.
+    """
+    soon = min(deadline, time.monotonic() + EXPLAIN_TIMEOUT)
+    if error.undrained or time.monotonic() >= soon:
+        return
+    try:
+        check_generation(lease, seed, soon)
+    except (SeedChanged, SeedMoved, SeedAsleep) as explained:
+        raise explained from error
+    except TensorForkError:
+        return  # it cannot say
+
 
 def check_generation(lease: Lease, seed: SeedConnection, deadline: float) -> None:
-    """Raise `SeedChanged` unless the seed is still at the lease's generation, and that is even."""
+    """Raise `SeedChanged` unless the seed is still at the lease's generation, and that is even.
+
+    Raises `SeedMoved` if its tensors are not where they were, and `SeedAsleep` if it was suspended.
+    """
     now, _ = seed.conversation.request(messages.CheckLease(lease.id, False), messages.Checked, deadline, "check")
     if lease.generation % 2 or now.generation != lease.generation:
         raise SeedChanged(
@@ -21,11 +54,11 @@ def check_generation(lease: Lease, seed: SeedConnection, deadline: float) -> Non
 
 def compare_digests(
     lease: Lease, seed: SeedConnection, layout: ModelLayout, arrivals: ArrivalDigests, deadline: float
-) -> None:
+) -> str:
     """Compare the digest of every tensor with the seed's. `layout` is the seed's, whose order the digests have.
 
-    Raises `VerificationFailed` with the names of the tensors that differ, `SeedChanged`, or `ProtocolError` where the
-    seed computes other digests.
+    Returns the root over all the seed's digests, as hexadecimal digits. Raises `VerificationFailed` with the names of
+    the tensors that differ, `SeedChanged`, or `ProtocolError` where the seed computes other digests.
     """
     if seed.welcome.digest != definition.NAME:
         raise ProtocolError(
@@ -47,3 +80,4 @@ def compare_digests(
             "changes its weights outside of seed.updating() does this too.",
             tensors=wrong,
         )
+    return content_root(expected).hex()

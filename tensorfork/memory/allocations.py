@@ -172,3 +172,28 @@ def why_not_exportable(allocations: Sequence[Allocation]) -> str | None:
         "IPC cannot export: torch's expandable_segments, cuMemCreate, or a memory saver. Unset expandable_segments in "
         "PYTORCH_CUDA_ALLOC_CONF, or use another transport"
     )
+
+
+class MappedMemory:
+    """The allocations of regions on GPUs as they were, to tell later whether they still are."""
+
+    def __init__(self, allocations: Sequence[tuple[int, Allocation]]) -> None:
+        self._allocations = allocations
+
+    @classmethod
+    def of(cls, regions: Sequence[Region]) -> "MappedMemory":
+        """Remember the allocation that each region begins in. Asks no driver where no region is on a GPU."""
+        query = _PointerQuery()
+        return cls([(one.id, query.allocation_at(one.address)) for one in regions if one.device != "cpu"])
+
+    def moved(self) -> dict[int, str]:
+        """By the ids of regions whose memory is not what it was, what happened, in words."""
+        found: dict[int, str] = {}
+        query = _PointerQuery()
+        for region, known in self._allocations:
+            try:
+                if query.buffer_id(known.start) != known.buffer_id:
+                    found[region] = "its memory was unmapped, and mapped anew"
+            except TransportUnavailable:
+                found[region] = "its memory is not mapped any more"
+        return found

@@ -16,9 +16,10 @@ from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import DTYPE_NAMES, ModelLayout, StorageLayout, TensorLayout, plain_stride
 from tensorfork.model.selection import Selection
 from tensorfork.model.storages import TensorLocation, locate, storage_extents
-from tensorfork.model.walk import FoundTensors, walk
+from tensorfork.model.walk import FoundTensors, Holder, walk
 from tensorfork.placement import Placement
 from tensorfork.regions import Region
+from tensorfork.runs import MAX_RUNS, runs_of, union
 
 
 @frozen(eq=False, repr=False)
@@ -33,10 +34,21 @@ class ModelMemory:
     addresses: Sequence[int | None]
     storages: Sequence[torch.UntypedStorage]
 
-    def regions(self, layout: ModelLayout) -> list[Region]:
-        """One region for each storage that has bytes and memory, with the storage's index as its id."""
+    def regions(self, layout: ModelLayout, *, stable: bool = False) -> list[Region]:
+        """One region for each storage that has bytes and memory, with the storage's index as its id.
+
+        Its published ranges are those of the layout's tensors; of one in more than `MAX_RUNS` runs, from its first byte
+        to its last. `stable` is for the regions.
+        """
+        ranges: dict[int, list[tuple[int, int]]] = {}
+        for tensor in layout.tensors:
+            at = tensor.offset
+            runs = [(0, tensor.nbytes)] if tensor.is_dense else runs_of(tensor, MAX_RUNS)
+            if len(runs) > MAX_RUNS:
+                runs = [(0, tensor.extent)]
+            ranges.setdefault(tensor.storage, []).extend((at + start, at + start + nbytes) for start, nbytes in runs)
         return [
-            Region(index, address, storage.nbytes, storage.device, self)
+            Region(index, address, storage.nbytes, storage.device, self, union(ranges.get(index, ())), stable)
             for index, (address, storage) in enumerate(zip(self.addresses, layout.storages, strict=True))
             if address is not None and storage.nbytes
         ]
@@ -51,12 +63,14 @@ class LocalModel:
         tensors: its tensors by name, none of them made of others.
         wrappers: the tensors that are made of these, by name, the inner ones first.
         memory: where its storages lie.
+        holders: what holds the tensors; see `tensorfork.model.walk`.
     """
 
     layout: ModelLayout
     tensors: Mapping[str, torch.Tensor]
     wrappers: Mapping[str, torch.Tensor]
     memory: ModelMemory
+    holders: Sequence[Holder] = ()
 
 
 def describe(
@@ -85,7 +99,7 @@ def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None)
         [storage for extent in extents.values() for storage in extent.storages],
     )
     layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
-    return LocalModel(layout, found.tensors, found.wrappers, memory)
+    return LocalModel(layout, found.tensors, found.wrappers, memory, found.holders)
 
 
 def _tensor_layout(

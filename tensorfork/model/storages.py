@@ -71,6 +71,11 @@ def locate(name: str, tensor: torch.Tensor) -> TensorLocation:
     base = storage.data_ptr()
     if not tensor.numel():  # it has no bytes; a key of its own keeps it out of the extents of others
         return TensorLocation((device, "empty"), 0, device, 0, 0, storage)
+    if end > storage.nbytes():
+        raise UnsupportedTensor(
+            f"{name}: its storage has {storage.nbytes():,} bytes, and its elements need {end:,}: it was freed or "
+            "shrunk (resize_). Give it its memory back first, or exclude it"
+        )
     return TensorLocation((device, base), base, device, start, end, storage)
 
 

@@ -42,6 +42,9 @@ from tensorfork.model.kinds import (
 from tensorfork.model.selection import Selection
 from tensorfork.placement import Placement
 
+Holder = tuple[str, Any, Any, Any]
+"""A name, a mapping or sequence that holds something under it, the key or index there, and what it holds."""
+
 
 @frozen(eq=False, repr=False)
 class FoundTensors:
@@ -52,12 +55,15 @@ class FoundTensors:
         placements: of those that are shards.
         wrappers: the tensors that are made of these, by name, the inner ones first.
         left_out: names that the selection leaves out, of tensors that have no selected name either.
+        holders: what holds the tensors, and what leads to them: (name, container, key, value), so that
+            ``container[key] is value`` says later whether that is still so. Slots are not among them.
     """
 
     tensors: Mapping[str, torch.Tensor]
     placements: Mapping[str, Placement]
     wrappers: Mapping[str, torch.Tensor]
     left_out: tuple[str, ...]
+    holders: Sequence[Holder]
 
 
 def walk(model: Any, selection: Selection | None = None) -> FoundTensors:
@@ -79,13 +85,14 @@ def walk(model: Any, selection: Selection | None = None) -> FoundTensors:
                     f"a mapping must be of names (str) to tensors; it has {name!r}: {type(tensor).__name__}"
                 )
             walker.add_tensor((name,), tensor)
+            walker.hold(name, model, name, tensor)
     else:
         raise TypeError(f"{type(model).__name__} is not a model; give an nn.Module, or a mapping of names to tensors")
     walker.run()
     if unmatched := selection.unmatched([*walker.tensors]):
         raise ValueError(f"include={unmatched[0]!r} means no tensor of this model")
     left_out = tuple(dict.fromkeys(walker.left_out()))
-    return FoundTensors(walker.tensors, walker.placements, walker.wrappers, left_out)
+    return FoundTensors(walker.tensors, walker.placements, walker.wrappers, left_out, walker.holders())
 
 
 _BUILT_IN_COLLECTIONS = (list, tuple, dict, deque, set, frozenset)
@@ -114,6 +121,7 @@ class _Walker:
         self.tensors: dict[str, torch.Tensor] = {}
         self.placements: dict[str, Placement] = {}
         self.wrappers: dict[str, torch.Tensor] = {}
+        self._holders: list[Holder] = []
         self._scripted: list[str] = []
         self._selection, self._selects_all, self._seen = selection, selection.is_all, seen
         self._queue: deque[tuple[Sequence[str], Any]] = deque()
@@ -185,6 +193,19 @@ class _Walker:
             elif missed:
                 raise UnsupportedTensor(f"{paths[0] or 'the model'}: {why_not}")
 
+    def holders(self) -> list[Holder]:
+        """The holders of what was selected, and of what leads to that."""
+        selected = {id(tensor) for tensors in (self.tensors, self.wrappers) for tensor in tensors.values()}
+        leading: set[str] = set()
+        for name in self.tensors:
+            parent = _parent(name) if "[" in name else name.rpartition(".")[0]
+            while parent not in leading:
+                leading.add(parent)
+                parent = _parent(parent)
+        return [
+            one for one in self._holders if id(one[3]) in selected or (one[0] in leading and id(one[3]) in self._seen)
+        ]
+
     def _walk_deferred(self, paths: Sequence[str], value: Any) -> None:
         """Walk all of a deferred object: sets too, in any order. Scripted modules are listed in `_scripted`."""
         self.visit(paths, value)
@@ -215,6 +236,11 @@ class _Walker:
                 self.wrappers[path] = tensor
             for suffix, leaf, placement in leaves:
                 self._record(path + suffix, leaf, placement)
+
+    def hold(self, name: str, container: Any, key: Any, value: Any) -> None:
+        """Record what holds a value."""
+        if self._kind_of(type(value)) != ATOM:
+            self._holders.append((name, container, key, value))
 
     def _record(self, name: str, tensor: torch.Tensor, placement: Placement | None) -> None:
         if not self._selects_all and not self._selection.selects(name):
@@ -263,6 +289,7 @@ class _Walker:
                     if tensor is not None:
                         name = _join(path, key)
                         self.add_tensor((name,), tensor)
+                        self._holders.append((name, registered, key, tensor))
                         if tensor.__dict__ or type(tensor) not in PLAIN_TENSORS:
                             with_attributes.setdefault(id(tensor), (tensor, []))[1].append(name)
         self._seen.update((id(module), module) for module, _ in modules.values())
@@ -285,7 +312,9 @@ class _Walker:
             above.add(id(module))
             for key, child in list(children.items()):
                 if child is not None:
-                    self._list_modules(_join(path, key), child, listed, above)
+                    name = _join(path, key)
+                    self.hold(name, children, key, child)
+                    self._list_modules(name, child, listed, above)
             above.remove(id(module))
 
     def _visit_tensor_attributes(self, paths: Sequence[str], tensor: torch.Tensor) -> None:
@@ -307,14 +336,19 @@ class _Walker:
                 except AttributeError:
                     pass  # it was never set
         for key, value in sorted(found, key=lambda item: item[0]):
-            self.visit([_join(path, key) for path in paths], value)
+            names = [_join(path, key) for path in paths]
+            if key in held:
+                self.hold(names[0], held, key, value)
+            self.visit(names, value)
 
     def _visit_items(self, paths: Sequence[str], mapping: Any) -> None:
         items = mapping.items() if isinstance(mapping, types.MappingProxyType) else dict.items(mapping)
         for i, (key, value) in enumerate(list(items)):
             if type(value) not in PLAIN_VALUES:
                 text = _key_text(key) or f"#{i}"
-                self.visit([f"{path}[{text}]" for path in paths], value)
+                names = [f"{path}[{text}]" for path in paths]
+                self.hold(names[0], mapping, key, value)
+                self.visit(names, value)
 
     def _visit_elements(self, paths: Sequence[str], sequence: Any) -> None:
         elements, fields = _elements_of(sequence), getattr(type(sequence), "_fields", ())
@@ -322,6 +356,7 @@ class _Walker:
         for i, value in enumerate(elements):
             if type(value) not in PLAIN_VALUES:
                 suffix = f".{fields[i]}" if is_named else f"[{i}]"
+                self.hold(paths[0] + suffix, sequence, i, value)
                 self.visit([path + suffix for path in paths], value)
 
 
@@ -343,6 +378,10 @@ def _elements_of(collection: Any) -> list[Any]:
     bases: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
     base = next(base for base in bases if isinstance(collection, base))
     return list(base.__iter__(collection))
+
+
+def _parent(name: str) -> str:
+    return name[: max(name.rfind("."), name.rfind("["), 0)]
 
 
 def _join(path: str, key: str) -> str:

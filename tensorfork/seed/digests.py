@@ -2,13 +2,14 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
-
-import torch
+import time
+from collections.abc import Callable
 
 from tensorfork.digest.batch import DigestBatch
+from tensorfork.digest.content import content_root
+from tensorfork.errors import SeedMoved
 from tensorfork.memory import cuda, streams
-from tensorfork.seed.generation import SeqLock
+from tensorfork.seed.published_model import PublishedModel
 from tensorfork.wire import messages, tables
 from tensorfork.wire.listener import SendReply
 
@@ -16,24 +17,30 @@ log = logging.getLogger("tensorfork")
 
 
 class DigestCache:
-    """The digests of all tensors, at the seed's current generation."""
+    """The digests of all tensors of a model, at its current generation."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], seqlock: SeqLock) -> None:
-        self._tensors, self._seqlock = tensors, seqlock
+    def __init__(self, model: PublishedModel) -> None:
+        self._model = model
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, SendReply]] = []
-        self._cached: tuple[int, list[bytes]] | None = None
-        self._batch: DigestBatch | None = None
-        self._running = False
+        self._cached: tuple[int, list[bytes], str] | None = None
+        self._batch: tuple[int, DigestBatch] | None = None
+        """The number of the publication, and what was prepared for it."""
+        self._running: threading.Thread | None = None
         self._cancel = threading.Event()
         self.computed = 0
 
     def start(self) -> None:
         """Start computing the current generation's digests, unless they are there or being computed."""
         with self._lock:
-            if not self._running and (self._cached is None or self._cached[0] != self._seqlock.generation):
-                self._running = True
-                threading.Thread(target=self._run, name="tensorfork-digest", daemon=True).start()
+            if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
+                self._running = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
+                self._running.start()
+
+    def content(self, generation: int) -> str | None:
+        """The root over a generation's digests, as hexadecimal digits; None unless they have been computed."""
+        cached = self._cached
+        return cached[2] if cached is not None and cached[0] == generation else None
 
     def request(self, generation: int, reply: SendReply) -> None:
         """Reply with the digests of a generation, now or when they are computed.
@@ -47,7 +54,7 @@ class DigestCache:
                 self._waiting.append((generation, reply))
         if cached is not None:
             reply(messages.Digests(cached[0], len(cached[1])), cached[1])
-        elif generation != self._seqlock.generation:
+        elif generation != self._model.generation:
             self._reply_to_waiting()
         else:
             self.start()
@@ -56,6 +63,17 @@ class DigestCache:
         """Cancel the computation; its thread ends soon after."""
         self._cancel.set()
 
+    def forget(self) -> None:
+        """Drop what refers to a publication that was replaced."""
+        self._batch = None
+
+    def wait(self, deadline: float) -> bool:
+        """Wait until nothing is computed any more; whether that is so by the deadline. The generation must be odd."""
+        thread = self._running
+        if thread is not None:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return thread is None or not thread.is_alive()
+
     def _run(self) -> None:
         cuda.relax_capture()
         again = True
@@ -63,36 +81,55 @@ class DigestCache:
             failure = None
             try:
                 self._compute()
+            except SeedMoved as moved:
+                failure = messages.Refused(messages.MOVED, str(moved), list(moved.tensors))
             except Exception as error:
                 log.exception("computing the digests failed")
-                failure = f"the seed could not compute its digests: {error}"
+                failure = messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")
+            if self._batch is not None and self._batch[0] != self._model.publication.number:
+                self.forget()
             again = self._reply_to_waiting(computation_ended=True, failure=failure)
 
     def _compute(self) -> None:
-        """Compute the current generation's digests, and cache them unless it changes meanwhile."""
-        generation = self._seqlock.generation
-        if self._batch is None:
-            self._batch = DigestBatch.of(self._tensors)
-        with streams.on_side_streams({tensor.device for tensor in self._tensors.values()}):
-            found = {} if generation % 2 else self._batch.compute(self._cancelled_at(generation), gentle=True)
-        if len(found) == len(self._tensors) and self._seqlock.generation == generation:
-            self._cached = generation, tables.pack_digests([found[name] for name in self._tensors])
+        """Compute the current generation's digests, and cache them unless it changes meanwhile.
+
+        Looks at the tensors before and after: in between, their memory may have been freed and used for something else.
+        """
+        generation, publication = self._model.at_one_moment()
+        if generation % 2:
+            return
+        publication.places.check()
+        if self._batch is None or self._batch[0] != publication.number:
+            self._batch = publication.number, DigestBatch.of(publication.tensors)
+        batch, tensors = self._batch[1], publication.tensors
+        with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
+            try:
+                found = batch.compute(self._cancelled_at(generation), gentle=True)
+            except Exception:
+                publication.places.check()  # which names the tensors
+                raise
+        if len(found) < len(tensors) or self._model.generation != generation:
+            return
+        publication.places.check()
+        if self._model.generation == generation:
+            packed = tables.pack_digests([found[name] for name in tensors])
+            self._cached = generation, packed, content_root(found).hex()
             self.computed += 1
 
-    def _reply_to_waiting(self, *, computation_ended: bool = False, failure: str | None = None) -> bool:
+    def _reply_to_waiting(self, *, computation_ended: bool = False, failure: messages.Refused | None = None) -> bool:
         """Reply to every waiting request that can be answered now. True if another computation is needed.
 
         That is so when a request waits for the current generation, whose digests are neither cached nor impossible to
         compute; `failure` says why they are.
         """
         with self._lock:
-            cached, current = self._cached, self._seqlock.generation
+            cached, current = self._cached, self._model.generation
             settled = failure is not None or (cached is not None and cached[0] == current)
             still_waiting = [] if settled else [one for one in self._waiting if one[0] == current]
             ready = [one for one in self._waiting if one not in still_waiting]
             self._waiting = still_waiting
-            if computation_ended:
-                self._running = bool(still_waiting)
+            if computation_ended and not still_waiting:
+                self._running = None
         for generation, reply in ready:
             if cached is not None and cached[0] == generation:
                 reply(messages.Digests(generation, len(cached[1])), cached[1])
@@ -100,8 +137,8 @@ class DigestCache:
                 reason = "the seed's weights changed while their digests were computed"
                 reply(messages.Refused(messages.CHANGED, reason))
             else:
-                reply(messages.Refused(messages.BUSY, failure))
+                reply(failure)
         return bool(still_waiting)
 
     def _cancelled_at(self, generation: int) -> Callable[[], bool]:
-        return lambda: self._cancel.is_set() or self._seqlock.generation != generation
+        return lambda: self._cancel.is_set() or self._model.generation != generation

@@ -5,62 +5,122 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from tensorfork.layout import ModelLayout
-from tensorfork.model.describe import ModelMemory
+from tensorfork.lineage import Version
+from tensorfork.model.describe import LocalModel
 from tensorfork.seed.leases import SeedStats
 from tensorfork.seed.service import CLOSE_TIMEOUT, SeedService
 from tensorfork.transports.base import Transport
 
 
 class Seed:
-    """A published model. Made by `tensorfork.publish`; keeps the published tensors alive until `close`.
+    """A published model. Made by `tensorfork.publish`; keeps the model and its tensors alive until `close`.
 
     Attributes:
         address: where forks find it, such as ``tcp://10.0.0.7:4180``.
-        layout: the tensors and storages that it published.
         identity: which model it is; None unless `publish` was told.
         rank: which part of the model it is; None unless `publish` was told.
     """
 
     def __init__(
         self,
-        layout: ModelLayout,
-        tensors: Mapping[str, torch.Tensor],
-        memory: ModelMemory,
+        model: LocalModel,
+        describe: Callable[[], LocalModel] | None,
         transports: Mapping[str, Transport],
+        version: Version,
+        stable: bool,
         bind: str,
         advertise: str | None,
     ) -> None:
         self._closed = True  # so that `__del__` does nothing if the next line raises
-        self._service = SeedService(layout, tensors, memory, transports, bind, advertise)
+        self._service = SeedService(model, describe, transports, version, stable, bind, advertise)
         self._closed = False
+        self._is_snapshot = describe is None
         _open.add(self)
         _close_at_exit()
         self.address = str(self._service.address)
-        self.layout = layout
-        self.identity, self.rank = layout.identity, layout.rank
+        self.identity, self.rank = model.layout.identity, model.layout.rank
+
+    @property
+    def layout(self) -> ModelLayout:
+        """The tensors and storages that are published now."""
+        return self._service.model.publication.layout
 
     @property
     def generation(self) -> int:
-        """A number that changes with every in-place change of the tensors; odd while they are being changed."""
-        return self._service.seqlock.generation
+        """A number that changes with every change of the tensors; odd while they are being changed."""
+        return self._service.model.generation
 
-    def updating(self) -> AbstractContextManager[None]:
-        """A context manager around an in-place change of the tensors, so that no fork takes a mixture of old and new.
+    @property
+    def version(self) -> Version:
+        """Which weights it holds. `content` is there once digests have been computed for them."""
+        return self._service.version
 
-        On leaving it, the current stream of each of the model's GPUs is synchronised, and then the generation becomes
-        even again. If the change raises, the generation stays odd, and forks are refused, until a later change
-        succeeds. Changes from several threads may overlap.
+    def updating(self, *, values_only: bool = False, version: str | None = None) -> AbstractContextManager[None]:
+        """A context manager around a change of the model, so that no fork takes a mixture of old and new.
+
+        Inside, tensors may be written, replaced, added, freed and moved. On leaving it, the current stream of each of
+        the model's GPUs is synchronised, and the model is walked again, in some 10 ms for 300 tensors: what it is now
+        is published. If anything but values has changed, leases on what was published before end, and the seed refers
+        to that memory no longer. Then the generation becomes even again. Changes from several threads may overlap.
+
+        Args:
+            values_only: promise that the same tensors stay in the same memory. Then the model is not walked; that the
+                memory is the same is checked all the same.
+            version: a label for the version that this change makes, such as ``step-1200``.
+
+        Raises:
+            UnsupportedTensor: the model has a tensor now that cannot be published, such as one that was freed.
+            SeedMoved: with `values_only`, tensors are not where they were.
+            RuntimeError: the seed publishes a snapshot, which does not change.
+
+        If the change raises, or leaving it does, the generation stays odd, and forks are refused, until a later change
+        succeeds.
         """
-        return self._service.seqlock.updating()
+        if self._is_snapshot:
+            raise RuntimeError("a snapshot does not change; close this seed, and publish the model again")
+        return self._service.model.updating(values_only, version)
+
+    def rescan(self) -> None:
+        """Publish the model as it is now: what leaving `updating` does, with its errors."""
+        with self.updating():
+            pass
+
+    def suspend(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Let nobody touch the model's memory until `resume`, so that it may be unmapped.
+
+        No lease is granted, those that run are ended, and so is the computation of digests. When this returns, nothing
+        of tensorfork reads the memory any more, here or in a fork; but a fork that had it open over CUDA IPC or NVLink
+        may keep it from being freed until its process closes it (docs/reliability.md). A second call waits again.
+
+        Args:
+            timeout: seconds to wait for forks and threads.
+
+        Raises:
+            MemoryInUse: somebody can still read the memory; it says who. The seed stays suspended.
+        """
+        self._service.suspend(time.monotonic() + timeout)
+
+    def resume(self) -> None:
+        """End `suspend`, once the memory is mapped again, and `drain`: forks are served again.
+
+        The model is walked again, as on leaving `updating`, and with its errors, after which forks are refused until a
+        later change succeeds. The version stays; load other weights under `updating`, which may lie in between.
+        """
+        self._service.resume()
+
+    def drain(self, timeout: float) -> bool:
+        """Grant no lease from now on, until `resume`, and wait until those that run have ended by themselves.
+
+        Returns whether they have, within `timeout` seconds. They go on in any case, until `close`.
+        """
+        return self._service.drain(time.monotonic() + timeout)
 
     def stats(self) -> SeedStats:
         """What it has done so far."""

@@ -1,13 +1,23 @@
-"""The seed's record of a lease, and the counts of what it has done."""
+"""The seed's record of its leases: those that run, how others ended, and who may still reach the memory."""
 
+import queue
 import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
 
 from attrs import define, field, frozen
 
-from tensorfork.wire.listener import SeedChannel
+from tensorfork.seed.publication import Publication
+from tensorfork.wire import messages
+from tensorfork.wire.listener import SeedChannel, SendReply
 
 MAX_LEASES = 64
 """Leases at once; further forks are refused as `BUSY`. Each lease has two threads and what its transport opens."""
+MAX_ENDED = 1024
+"""Leases that have ended of which the reason is remembered."""
+
+ENDED = messages.Refused(messages.UNKNOWN, "the lease has ended; it lasts as long as the fork's timeout")
 
 
 @define(eq=False)
@@ -17,23 +27,129 @@ class Lease:
     Attributes:
         id: what the fork's messages about the lease carry.
         peer: the fork's connection, as the listener names it.
+        transport: the name of the transport.
+        publication: what is leased.
         generation: the seed's generation when it was granted.
         expires: when it ends, by `time.monotonic()`.
         channel: the seed's end of its channel.
-        ended: set when it ends, by either side or by time; its threads wait for that.
+        checks: replies to requests to look at the tensors, for the lease's thread; None, the last, ends it.
+        ended: set when the lease is to end.
+        why: what the fork is told about the end.
     """
 
     id: bytes
     peer: bytes
+    transport: str
+    publication: Publication
     generation: int
     expires: float
     channel: SeedChannel
+    checks: "queue.SimpleQueue[SendReply | None]" = field(factory=queue.SimpleQueue)
     ended: threading.Event = field(factory=threading.Event)
+    why: messages.Refused = ENDED
+    _lock: threading.Lock = field(factory=threading.Lock)
 
-    def end(self) -> None:
-        """End the lease and its channel; its threads do the rest. A second call does nothing."""
-        self.ended.set()
-        self.channel.end()
+    def ask(self, reply: SendReply) -> bool:
+        """Have the lease's thread look at the tensors, and reply. False if it has ended."""
+        with self._lock:
+            if not self.ended.is_set():
+                self.checks.put(reply)
+            return not self.ended.is_set()
+
+    def end(self, why: messages.Refused = ENDED, *, gone: bool = False) -> None:
+        """End the lease; its threads do the rest. A second call does nothing more than the first.
+
+        `gone` says that the fork is not there any more: then nothing waits for it.
+        """
+        with self._lock:
+            if not self.ended.is_set():
+                self.why = why
+                self.ended.set()
+                self.checks.put(None)
+        if gone:
+            self.channel.end()
+
+    def __str__(self) -> str:
+        return f"a fork over {self.transport} (lease {self.id.hex()[:8]})"
+
+
+class LeaseTable:
+    """The leases of one seed. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._leases: dict[bytes, Lease] = {}
+        self._ended: OrderedDict[bytes, messages.Refused] = OrderedDict()
+        self._reachable: dict[bytes, tuple[bytes, str]] = {}
+        """By the id of a lease that has ended, the connection and the description of a fork that may still read."""
+        self.granted = self.refused = self.expired = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def add(self, lease: Lease) -> None:
+        """Record a lease that was granted."""
+        with self._lock:
+            self._leases[lease.id] = lease
+
+    def remove(self, lease: Lease, *, reachable: bool = False) -> None:
+        """Forget a lease whose threads have ended. `reachable` says that its fork may still read the memory."""
+        with self._lock:
+            self._leases.pop(lease.id, None)
+            self._ended[lease.id] = lease.why
+            while len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
+            if reachable:
+                self._reachable[lease.id] = lease.peer, str(lease)
+            self._changed.notify_all()
+
+    def find(self, id: bytes) -> Lease | messages.Refused:
+        """The lease with this id; if it has ended, why."""
+        lease = self._leases.get(id)
+        if lease is not None:
+            return lease.why if lease.ended.is_set() else lease
+        return self._ended.get(id, ENDED)
+
+    def running(self) -> list[Lease]:
+        """Those that have not been told to end."""
+        with self._lock:
+            return [lease for lease in self._leases.values() if not lease.ended.is_set()]
+
+    def end_all(self, why: messages.Refused, which: Callable[[Lease], bool] = lambda _: True) -> None:
+        """End all leases, or some, and say why."""
+        for lease in self.running():
+            if which(lease):
+                lease.end(why)
+
+    def peer_gone(self, peer: bytes) -> list[Lease]:
+        """A fork's connection is gone: end its leases, and return them. It cannot read any more."""
+        with self._lock:
+            gone = [lease for lease in self._leases.values() if lease.peer == peer]
+            self._reachable = {id: one for id, one in self._reachable.items() if one[0] != peer}
+            self._changed.notify_all()
+        for lease in gone:
+            lease.end(gone=True)
+        return gone
+
+    def reachable_peers(self) -> set[bytes]:
+        """The connections of forks that may still read under a lease that has ended."""
+        with self._lock:
+            return {peer for peer, _ in self._reachable.values()}
+
+    def users(self) -> list[str]:
+        """Who can read the memory, in words."""
+        with self._lock:
+            return [*map(str, self._leases.values()), *(text for _, text in self._reachable.values())]
+
+    def wait_until_unused(self, deadline: float, *, readers: bool) -> bool:
+        """Wait until no lease is left, and, with `readers`, nobody may still read. Whether that is so in time."""
+
+        def unused() -> bool:
+            return not self._leases and not (readers and self._reachable)
+
+        with self._lock:
+            return self._changed.wait_for(unused, max(0.0, deadline - time.monotonic()))
 
 
 @frozen

@@ -8,21 +8,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+from attrs import evolve
 
 from tensorfork.digest import definition
-from tensorfork.errors import PeerUnreachable, TensorForkError, TransportUnavailable
-from tensorfork.interpreter.garbage_collection import gc_paused
-from tensorfork.layout import ModelLayout
+from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved, TensorForkError
+from tensorfork.lineage import Version
 from tensorfork.memory import cuda
-from tensorfork.model.describe import ModelMemory
-from tensorfork.regions import Region, RemoteRegion
+from tensorfork.model.describe import LocalModel
 from tensorfork.seed.digests import DigestCache
-from tensorfork.seed.generation import SeqLock
-from tensorfork.seed.leases import MAX_LEASES, Lease, SeedStats
+from tensorfork.seed.leases import MAX_LEASES, Lease, LeaseTable, SeedStats
+from tensorfork.seed.publication import Publication
+from tensorfork.seed.published_model import PublishedModel
 from tensorfork.sockets.address import Address
 from tensorfork.transports.base import Export, Site, Transport
 from tensorfork.version import __version__
@@ -36,7 +35,14 @@ LIVENESS_INTERVAL = 2.0
 """Seconds between two checks that the forks that hold leases are still connected."""
 
 CLOSE_TIMEOUT = 5.0
-"""Seconds that `close` waits for its threads."""
+"""Seconds that `close` waits for its threads, and the end of a lease for its fork."""
+
+PROBE_INTERVAL = 0.1
+"""Seconds between two checks, while `suspend` waits, that forks which may still read are still connected."""
+
+CHANGED = messages.Refused(messages.CHANGED, "the seed has published other tensors, or other memory, since; fork again")
+ASLEEP = messages.Refused(messages.ASLEEP, "the seed is suspended: its memory may not be there. Allow wait=, or go on")
+DRAINING = messages.Refused(messages.BUSY, "the seed takes no more forks: it is draining; ask another one")
 
 
 class SeedService:
@@ -44,32 +50,36 @@ class SeedService:
 
     Its threads hold the service and not the `Seed`: a `Seed` that the caller has dropped is garbage-collected, and so
     closed, even while forks are using it.
+
+    Args:
+        model: what to publish.
+        describe: describes the same model as it is now; None where it cannot change.
+        transports: to offer, by name.
+        version: the first that it has.
+        stable: whether the owner promises that the tensors' memory stays where it is.
+        bind, advertise: as `tensorfork.publish` takes them.
     """
 
     def __init__(
         self,
-        layout: ModelLayout,
-        tensors: Mapping[str, torch.Tensor],
-        memory: ModelMemory,
+        model: LocalModel,
+        describe: Callable[[], LocalModel] | None,
         transports: Mapping[str, Transport],
+        version: Version,
+        stable: bool,
         bind: str,
         advertise: str | None,
     ) -> None:
         """Bind and start answering. Raises `ValueError` for an address that cannot be, `OSError` for one in use."""
-        self._layout, self._transports = layout, transports
-        self._keep_alive = tensors, memory
-        self._regions = memory.regions(layout)
-        gpus = frozenset(torch.device(s.device) for s in layout.storages if s.device.startswith("cuda"))
-        self.seqlock = SeqLock(gpus)
-        self._digests = DigestCache(tensors, self.seqlock)
-        self._covered: dict[str, tuple[Sequence[Region], list[bytes]]] = {}
-        self._leases: dict[bytes, Lease] = {}
+        self._transports = transports
+        self._leases = LeaseTable()
+        self.model = PublishedModel(model, describe, transports, version, stable, self._on_replaced)
+        self._digests = DigestCache(self.model)
+        self._draining = False
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
-        self._granted = self._refused = self._expired = 0
         self._next_liveness_check = 0.0
-        self._layout_pages = tables.pack_layout(layout)
-        self._welcome = self._make_welcome()
+        self._id = os.urandom(16)
         bound = Address.parse(bind)
         advertised = None if advertise is None else _parse_advertised(advertise)
         if bound.is_wildcard and advertised is None:
@@ -80,95 +90,144 @@ class SeedService:
         self._site = Site(bound.host, host)
         self._listener.start(self._check_leases)
 
+    @property
+    def version(self) -> Version:
+        """See `Seed.version`."""
+        return evolve(self.model.version, content=self._digests.content(self.model.generation))
+
     def stats(self) -> SeedStats:
         """See `Seed.stats`."""
-        with self._lock:
-            return SeedStats(self._granted, self._refused, len(self._leases), self._expired, self._digests.computed)
+        leases = self._leases
+        return SeedStats(leases.granted, leases.refused, len(leases), leases.expired, self._digests.computed)
 
     def close(self, deadline: float) -> None:
         """Stop answering, end all leases, and wait for their threads until the deadline."""
+        self._draining = True
         self._digests.close()
         self._listener.close(deadline)  # first, so that no lease is granted any more
+        for lease in self._leases.running():
+            lease.end(gone=True)  # without the listener, no fork can be told anything
         with self._lock:
-            leases, threads = list(self._leases.values()), list(self._threads)
-        for lease in leases:
-            lease.end()
+            threads = list(self._threads)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        for transport in self._transports.values():
-            transport.forget(self._regions)
+        self.model.forget_replaced()
+        self.model.forget()
+
+    # Suspending, and draining.
+
+    def suspend(self, deadline: float) -> None:
+        """See `Seed.suspend`."""
+        self.model.suspend()
+        self._leases.end_all(ASLEEP)
+        unused = False
+        while not unused and time.monotonic() < deadline:
+            for peer in self._leases.reachable_peers():  # if it is gone, sending it calls `_on_gone`
+                self._listener.send(peer, messages.Checked(self.model.generation))
+            unused = self._leases.wait_until_unused(min(deadline, time.monotonic() + PROBE_INTERVAL), readers=True)
+        users = self._leases.users()
+        if not self._digests.wait(deadline):
+            users.append("the thread that computes digests")
+        if users:
+            raise MemoryInUse(
+                f"the model's memory can still be read by: {'; '.join(users[:10])}. Do not unmap it. The seed stays "
+                "suspended; call suspend() again to wait longer, end those processes, or call resume()",
+                users=users,
+            )
+        self.model.forget()
+
+    def resume(self) -> None:
+        """See `Seed.resume`."""
+        self._draining = False
+        self.model.resume()
+
+    def drain(self, deadline: float) -> bool:
+        """See `Seed.drain`."""
+        self._draining = True
+        return self._leases.wait_until_unused(deadline, readers=False)
 
     # Requests, on the listener's thread.
 
-    def _make_welcome(self) -> messages.Welcome:
-        offered = {}
-        for name, transport in self._transports.items():
-            try:
-                offered[name] = messages.Offered(dict(transport.facts(self._regions)), None)
-            except TransportUnavailable as error:
-                offered[name] = messages.Offered({}, str(error))
-        identity, rank = self._layout.identity, self._layout.rank
+    def _welcome(self, publication: Publication) -> messages.Welcome:
+        layout = publication.layout
         return messages.Welcome(
             library=__version__,
-            seed=os.urandom(16),
-            tensors=len(self._layout.tensors),
-            storages=len(self._layout.storages),
-            nbytes=self._layout.nbytes,
+            seed=self._id,
+            tensors=len(layout.tensors),
+            storages=len(layout.storages),
+            nbytes=layout.nbytes,
             digest=definition.NAME,
-            transports=offered,
-            identity=None if identity is None else identity.as_dict(),
-            rank=None if rank is None else dict(rank.as_dict()),
+            transports=dict(publication.offered),
+            publication=publication.number,
+            version=tables.pack_version(self.version),
+            identity=None if layout.identity is None else layout.identity.as_dict(),
+            rank=None if layout.rank is None else dict(layout.rank.as_dict()),
         )
 
     def _on_request(self, peer: bytes, message: Any, payload: bytes, reply: SendReply) -> None:
         match message:
             case messages.Hello():
-                reply(self._welcome)
+                reply(self._welcome(self.model.publication))
             case messages.GetLayout():
-                reply(*self._layout_pages)
+                publication = self.model.publication
+                if message.publication in (None, publication.number):
+                    reply(*publication.pages)
+                else:
+                    reply(CHANGED)
             case messages.TakeLease():
                 self._grant_lease(peer, message, reply)
             case messages.Say():
-                lease = self._leases.get(message.lease)
-                if lease is not None and not lease.channel.deliver(payload):
+                found = self._leases.find(message.lease)
+                if isinstance(found, Lease) and not found.channel.deliver(payload):
                     log.warning("a fork sends more messages than its transport reads; its lease is ended")
-                    lease.end()
+                    found.end(gone=True)
             case messages.GetDigests():
                 if lease := self._running_lease(message.lease, reply):
                     self._digests.request(lease.generation, reply)
             case messages.CheckLease():
                 if lease := self._running_lease(message.lease, reply):
-                    reply(messages.Checked(self.seqlock.generation))
                     if message.release:
+                        reply(messages.Checked(self.model.generation))
                         lease.end()
+                    elif not lease.ask(reply):
+                        reply(lease.why)
 
     def _running_lease(self, id: bytes, reply: SendReply) -> Lease | None:
-        """The lease with this id. None if it has ended; the fork is told so."""
-        lease = self._leases.get(id)
-        if lease is None or lease.ended.is_set():
-            reply(messages.Refused(messages.UNKNOWN, "the lease has ended; it lasts as long as the fork's timeout"))
-            return None
-        return lease
+        """The lease with this id. None if it has ended; the fork is told why."""
+        lease = self._leases.find(id)
+        if isinstance(lease, Lease):
+            return lease
+        reply(lease)
+        return None
 
     def _grant_lease(self, peer: bytes, request: messages.TakeLease, reply: SendReply) -> None:
         """Register a lease, and start the thread that replies to the fork; or refuse it."""
-        generation = self.seqlock.generation
-        if refused := self._reason_to_refuse(request, generation):
-            self._refused += 1
+        generation, publication = self.model.at_one_moment()
+        if refused := self._reason_to_refuse(request, generation, publication):
+            self._leases.refused += 1
             reply(refused)
             return
         id = os.urandom(16)
-        lease = Lease(id, peer, generation, time.monotonic() + request.seconds, SeedChannel(self._listener, peer, id))
+        channel = SeedChannel(self._listener, peer, id)
+        expires = time.monotonic() + request.seconds
+        lease = Lease(id, peer, request.transport, publication, generation, expires, channel)
         if request.digests:
             self._digests.start()
-        with self._lock:
-            self._leases[id] = lease
+        self._leases.add(lease)
         self._start_thread("tensorfork-lease", lambda: self._run_lease(lease, request, reply))
 
-    def _reason_to_refuse(self, request: messages.TakeLease, generation: int) -> messages.Refused | None:
-        offered = self._welcome.transports.get(request.transport)
+    def _reason_to_refuse(
+        self, request: messages.TakeLease, generation: int, publication: Publication
+    ) -> messages.Refused | None:
+        offered = publication.offered.get(request.transport)
+        if self.model.suspended:
+            return ASLEEP
+        if self._draining:
+            return DRAINING
         if generation % 2:
-            return messages.Refused(messages.CHANGED, "the seed's weights are being changed; try again")
+            return messages.Refused(messages.CHANGED, self.model.why_changing())
+        if request.publication not in (None, publication.number):
+            return CHANGED
         if len(self._leases) >= MAX_LEASES:
             return messages.Refused(messages.BUSY, f"the seed has {MAX_LEASES} forks already; try again")
         if offered is None:
@@ -199,75 +258,100 @@ class SeedService:
     def _run_lease(self, lease: Lease, request: messages.TakeLease, reply: SendReply) -> None:
         """A lease from its export to its end."""
         transport = self._transports[request.transport]
+        reachable = False
         try:
-            regions, pages = self._cover(transport)
-            export = transport.export(regions, self._site, request.facts, lease.expires)
-        except Exception as error:
-            if not isinstance(error, TensorForkError):
-                log.exception("the transport %s failed to export", transport.name)
-            self._refused += 1
-            self._remove(lease)
-            reply(messages.Refused(messages.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}"))
-            return
-        self._granted += 1
-        serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
-        reply(messages.Leased(lease.id, lease.generation, export.offer, len(pages)), pages)
-        lease.ended.wait()
-        if not export.close(time.monotonic() + CLOSE_TIMEOUT):
-            log.info("a lease over %s has ended; its reader can still reach the memory", transport.name)
-        serving.join(CLOSE_TIMEOUT)
-        self._remove(lease)
+            export = self._export(lease, transport, request, reply)
+            if export is None:
+                return
+            self._leases.granted += 1
+            serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
+            _, pages = lease.publication.cover(transport)
+            version = tables.pack_version(self.version)
+            reply(messages.Leased(lease.id, lease.generation, export.offer, len(pages), version), pages)
+            while (asked := lease.checks.get()) is not None:
+                self._check(lease, asked)
+            reachable = not export.close(time.monotonic() + CLOSE_TIMEOUT)
+            lease.channel.end()
+            serving.join(CLOSE_TIMEOUT)
+        finally:
+            lease.end()
+            if reachable:
+                log.info("%s has ended; its reader can still reach the memory", lease)
+            self._leases.remove(lease, reachable=reachable)
 
-    def _cover(self, transport: Transport) -> tuple[Sequence[Region], list[bytes]]:
-        """The regions that `Transport.cover` returns, and the pages that tell forks of them: equal for all leases."""
-        if transport.name not in self._covered:
-            with gc_paused():  # a full collection would stop the engine for as long as it takes
-                regions, places = transport.cover(self._regions)
-                remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
-                by_storage = {region.id: place for region, place in zip(self._regions, places, strict=True)}
-                self._covered[transport.name] = regions, tables.pack_places(remote, by_storage)
-                del remote, places, by_storage
-        return self._covered[transport.name]
+    def _export(
+        self, lease: Lease, transport: Transport, request: messages.TakeLease, reply: SendReply
+    ) -> Export | None:
+        """Look at the tensors, and export their memory. None if that cannot be; the fork is told why."""
+        try:
+            if self.model.suspended:  # since it was granted
+                lease.end(ASLEEP)
+            if lease.ended.is_set():
+                reply(lease.why)
+                return None
+            lease.publication.places.check()
+            regions, _ = lease.publication.cover(transport)
+            return transport.export(regions, self._site, request.facts, lease.expires)
+        except Exception as error:
+            refused = _refusal(lease, transport, error)
+        self._leases.refused += 1
+        reply(refused)
+        return None
+
+    def _check(self, lease: Lease, reply: SendReply) -> None:
+        """Look at the tensors for a fork, and reply with the generation."""
+        try:
+            if self.model.generation == lease.generation:
+                lease.publication.places.check()
+            reply(messages.Checked(self.model.generation))
+        except Exception as error:
+            reply(_refusal(lease, self._transports[lease.transport], error))
 
     def _serve(self, export: Export, lease: Lease) -> None:
         try:
             export.serve(lease.channel)
         except PeerUnreachable as error:
             log.info("a fork went away: %s", error)
-            lease.end()
+            lease.end(gone=True)
         except Exception:
             log.exception("serving a fork failed; its lease is ended")
-            lease.end()
+            lease.end(gone=True)
 
-    def _remove(self, lease: Lease) -> None:
-        lease.end()
-        with self._lock:
-            self._leases.pop(lease.id, None)
+    # The ends of leases.
 
-    # The ends of leases, on the listener's thread.
+    def _on_replaced(self, publication: Publication) -> None:
+        self._leases.end_all(CHANGED, lambda lease: lease.publication.number != publication.number)
+        self._digests.forget()
 
     def _check_leases(self) -> float | None:
         """End the leases that have expired, and those whose forks are gone. Returns when to check again."""
-        with self._lock:
-            leases = [lease for lease in self._leases.values() if not lease.ended.is_set()]
+        leases = self._leases.running()
         now = time.monotonic()
         if leases and now >= self._next_liveness_check:
             self._next_liveness_check = now + LIVENESS_INTERVAL
             for lease in leases:  # it answers no request; if the fork is gone, sending it calls `_on_gone`
-                self._listener.send(lease.peer, messages.Checked(self.seqlock.generation))
+                self._listener.send(lease.peer, messages.Checked(self.model.generation))
         for lease in leases:
             if lease.expires <= now:
-                self._expired += 1
+                self._leases.expired += 1
                 lease.end()
         expiring = [lease.expires for lease in leases if lease.expires > now]
         return min([self._next_liveness_check, *expiring]) if leases else None
 
     def _on_gone(self, peer: bytes) -> None:
-        with self._lock:
-            leases = [lease for lease in self._leases.values() if lease.peer == peer]
-        for lease in leases:
+        for _ in self._leases.peer_gone(peer):
             log.info("a fork has gone away; its lease is ended")
-            lease.end()
+
+
+def _refusal(lease: Lease, transport: Transport, error: Exception) -> messages.Refused:
+    """What a fork is told of an error before or during its lease."""
+    if lease.ended.is_set():
+        return lease.why
+    if isinstance(error, SeedMoved):
+        return messages.Refused(messages.MOVED, str(error), list(error.tensors))
+    if not isinstance(error, TensorForkError):
+        log.exception("the transport %s failed to export", transport.name)
+    return messages.Refused(messages.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}")
 
 
 def _parse_advertised(text: str) -> tuple[str, int | None]:

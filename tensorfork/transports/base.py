@@ -58,7 +58,7 @@ class Export(ABC):
 
     @abstractmethod
     def close(self, deadline: float) -> bool:
-        """Stop serving and release the memory, by the deadline.
+        """Stop serving and release the memory, by the deadline. The channel can still be used, unless the fork is gone.
 
         Returns True if no fork can reach the memory any more, False if one still may.
         """
@@ -122,7 +122,10 @@ class Transport(ABC):
         return None
 
     def forget(self, regions: Sequence[Region]) -> None:  # noqa: B027  # most keep nothing
-        """Release what is kept for further leases on these regions: the seed that offered them has closed."""
+        """Release what is kept for further leases on these regions, the memory's registrations too.
+
+        Called when the seed has closed or was suspended, or has published other memory. Leases on them are being ended.
+        """
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """The regions that the transport prefers, and the place in them at which each of the given ones begins.

@@ -18,7 +18,9 @@ from tensorfork.errors import (
     PeerRefused,
     PeerUnreachable,
     ProtocolError,
+    SeedAsleep,
     SeedChanged,
+    SeedMoved,
     TensorForkError,
     TransportUnavailable,
 )
@@ -78,7 +80,7 @@ class Conversation:
 
         Raises:
             PeerUnreachable: no reply by the deadline, or the peer went away; names the address and the step.
-            PeerRefused, SeedChanged, TransportUnavailable: the seed refused.
+            PeerRefused, SeedAsleep, SeedChanged, SeedMoved, TransportUnavailable: the seed refused.
             ProtocolError: the peer is not a seed of our version, or its reply is not of type `expect`.
         """
         number = next(self._numbers)
@@ -209,6 +211,10 @@ class Conversation:
             return TransportUnavailable(text)
         if refused.code == messages.CHANGED:
             return SeedChanged(text)
+        if refused.code == messages.MOVED:
+            return SeedMoved(text, tensors=refused.tensors)
+        if refused.code == messages.ASLEEP:
+            return SeedAsleep(text)
         return PeerRefused(text)
 
 

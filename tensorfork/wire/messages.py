@@ -10,14 +10,15 @@ from typing import Any, get_args
 
 import msgpack
 from attrs import field, frozen
-from attrs.validators import ge, le, max_len
+from attrs.validators import ge, le, max_len, optional
 
 from tensorfork.errors import ProtocolError
+from tensorfork.validators import is_text
 from tensorfork.wire.records import Record, from_plain, to_plain
 
 MAGIC = "tensorfork"
 
-VERSION = 1
+VERSION = 2
 
 MAX_REQUEST = 64 << 10
 """Bytes of a request. Even one made to be slow is unpacked in a few milliseconds of the seed's interpreter."""
@@ -39,9 +40,17 @@ MAX_OFFER = 16 << 20
 MAX_LEASE_SECONDS = 86400.0
 """The longest time of a lease: a day. A longer `timeout=` of a fork is a `ValueError`."""
 
+MAX_NAMES = 100
+"""Names of tensors in a refusal."""
+
 _short: Any = max_len(4096)
 
 _count = [ge(0), le(MAX_TENSORS)]
+
+
+def _names(instance: object, attribute: Any, value: list[Any]) -> None:
+    if len(value) > MAX_NAMES or not all(map(is_text, value)):
+        raise ValueError(f"{attribute.name} must be at most {MAX_NAMES} short texts")
 
 
 @frozen(eq=False, repr=False)
@@ -60,8 +69,21 @@ class Offered(Record):
 
 
 @frozen(eq=False, repr=False)
+class WeightsVersion(Record):
+    """A `tensorfork.lineage.Version`."""
+
+    lineage: str = field(validator=_short)
+    counter: int = field(validator=ge(0))
+    label: str | None = field(default=None, validator=optional(_short))
+    content: str | None = field(default=None, validator=optional(_short))
+
+
+@frozen(eq=False, repr=False)
 class Welcome(Record):
-    """The reply to `Hello`: what the seed has published, and the transports that it offers."""
+    """The reply to `Hello`: what the seed has published, and the transports that it offers.
+
+    `publication` numbers what the seed has published in turn: another number is another layout, or other memory.
+    """
 
     library: str = field(validator=_short)
     seed: bytes = field(validator=max_len(64))
@@ -70,13 +92,20 @@ class Welcome(Record):
     nbytes: int = field(validator=ge(0))
     digest: str = field(validator=_short)
     transports: dict[str, Offered]
+    publication: int
+    version: WeightsVersion
     identity: dict[str, Any] | None = None
     rank: dict[str, Any] | None = None
 
 
 @frozen(eq=False, repr=False)
 class GetLayout(Record):
-    """Asks for every tensor and storage, and the names of the tensors left out. The reply is `Pages`."""
+    """Asks for every tensor and storage, and the names of the tensors left out. The reply is `Pages`.
+
+    Refused as `CHANGED` where the seed has published something else than `publication`; None takes what there is.
+    """
+
+    publication: int | None = None
 
 
 @frozen(eq=False, repr=False)
@@ -97,6 +126,8 @@ class TakeLease(Record):
     seconds: float = field(validator=[ge(0.0), le(MAX_LEASE_SECONDS)])
     digests: bool
     """Whether digests will be asked for, so that the seed can begin to compute them."""
+    publication: int | None = None
+    """What the fork's layout is of. Refused as `CHANGED` where the seed has published something else since."""
 
 
 @frozen(eq=False, repr=False)
@@ -107,6 +138,7 @@ class Leased(Record):
     generation: int
     offer: bytes = field(validator=max_len(MAX_OFFER))
     pages: int = field(validator=[ge(0), le(MAX_FRAMES)])
+    version: WeightsVersion
 
 
 @frozen(eq=False, repr=False)
@@ -133,7 +165,11 @@ class Digests(Record):
 
 @frozen(eq=False, repr=False)
 class CheckLease(Record):
-    """Asks for the current generation; `release` ends the lease as well. The reply is `Checked`."""
+    """Asks for the current generation; `release` ends the lease as well. The reply is `Checked`.
+
+    Without `release` the seed looks whether its tensors still lie where they were published, and refuses as `MOVED`
+    if not.
+    """
 
     lease: bytes = field(validator=max_len(64))
     release: bool
@@ -148,16 +184,22 @@ class Checked(Record):
 
 @frozen(eq=False, repr=False)
 class Refused(Record):
-    """The reply to a request that is refused, with the reason. `code` is one of CODES."""
+    """The reply to a request that is refused, with the reason. `code` is one of CODES.
+
+    `tensors` are the names of those concerned, `MAX_NAMES` at most.
+    """
 
     code: str = field(validator=_short)
     reason: str = field(validator=max_len(65536))
+    tensors: list[Any] = field(factory=list, validator=_names)
 
 
-VERSION_CODE, UNAVAILABLE, CHANGED, BUSY, UNKNOWN, MALFORMED = CODES = (
+VERSION_CODE, UNAVAILABLE, CHANGED, MOVED, ASLEEP, BUSY, UNKNOWN, MALFORMED = CODES = (
     "version",
     "unavailable",
     "changed",
+    "moved",
+    "asleep",
     "busy",
     "unknown-lease",
     "malformed",

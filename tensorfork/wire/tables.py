@@ -15,10 +15,11 @@ import msgpack
 from tensorfork.errors import ProtocolError
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
+from tensorfork.lineage import Version
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
 from tensorfork.validators import is_text
-from tensorfork.wire.messages import MAX_TENSORS, Pages, Welcome, unpack
+from tensorfork.wire.messages import MAX_TENSORS, Pages, WeightsVersion, Welcome, unpack
 
 PAGE = 500
 """Rows in one page: packed in well under a millisecond."""
@@ -87,6 +88,17 @@ def unpack_identity(welcome: Welcome) -> tuple[Identity | None, Rank | None]:
             None if welcome.identity is None else Identity(**welcome.identity),
             None if welcome.rank is None else Rank(**{name: tuple(value) for name, value in welcome.rank.items()}),
         )
+
+
+def pack_version(version: Version) -> WeightsVersion:
+    """A version as it travels."""
+    return WeightsVersion(version.lineage, version.counter, version.label, version.content)
+
+
+def unpack_version(version: WeightsVersion) -> Version:
+    """The version that `pack_version` packed; raises `ProtocolError`."""
+    with _protocol_errors("version"):
+        return Version(version.lineage, version.counter, version.label, version.content)
 
 
 def pack_places(regions: Sequence[RemoteRegion], places: Mapping[int, Place]) -> list[bytes]:

@@ -12,7 +12,7 @@ from real_models import hash_of
 
 import tensorfork
 from tensorfork.fork import lease, strided
-from tensorfork.fork.runs import MAX_RUNS
+from tensorfork.runs import MAX_RUNS
 from tensorfork.testing import FaultyTransport
 from tensorfork.testing.faults import Fault, Job
 from tensorfork.transports.zeromq import ZeroMQ

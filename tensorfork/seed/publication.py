@@ -1,0 +1,102 @@
+"""What a seed has published at one time. It never changes: a model whose tensors were replaced is published anew."""
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import evolve, field, frozen
+
+from tensorfork.errors import TransportUnavailable, UnsupportedTensor
+from tensorfork.interpreter.garbage_collection import gc_paused
+from tensorfork.layout import ModelLayout
+from tensorfork.model.describe import LocalModel
+from tensorfork.regions import Region, RemoteRegion
+from tensorfork.seed.look import PublishedPlaces
+from tensorfork.transports.base import Transport
+from tensorfork.wire import messages, tables
+
+
+@frozen(eq=False, repr=False)
+class Publication:
+    """A model as it was published.
+
+    Attributes:
+        number: counts what the seed has published in turn. Two of one number are the same tensors in the same memory.
+        layout: what forks are told.
+        tensors: by name, in the layout's order.
+        regions: their memory.
+        places: where they lie; see `PublishedPlaces`.
+        pages: the layout, packed.
+        offered: the transports, each with its facts or why it cannot work.
+    """
+
+    number: int
+    layout: ModelLayout
+    tensors: Mapping[str, torch.Tensor]
+    regions: Sequence[Region]
+    places: PublishedPlaces
+    pages: tuple[messages.Pages, list[bytes]]
+    offered: Mapping[str, messages.Offered]
+    _covered: dict[str, tuple[Sequence[Region], list[bytes]]] = field(factory=dict)
+    _lock: threading.Lock = field(factory=threading.Lock)
+
+    @classmethod
+    def of(cls, number: int, model: LocalModel, transports: Mapping[str, Transport], *, stable: bool) -> "Publication":
+        """Publish a described model: ask each transport, pack the layout.
+
+        Raises:
+            UnsupportedTensor: tensors have no memory.
+            ValueError: there are more of them than a fork can be told.
+        """
+        check_publishable(model)
+        regions = model.memory.regions(model.layout, stable=stable)
+        return cls(
+            number,
+            model.layout,
+            model.tensors,
+            regions,
+            PublishedPlaces(model, regions),
+            tables.pack_layout(model.layout),
+            {name: _offer(transport, regions) for name, transport in transports.items()},
+        )
+
+    def renewed(self, model: LocalModel, transports: Mapping[str, Transport], *, stable: bool) -> "Publication":
+        """The model as it is now: this publication where only values have changed, or one with the next number.
+
+        Raises as `of` does.
+        """
+        check_publishable(model)
+        places = PublishedPlaces(model, model.memory.regions(model.layout, stable=stable))
+        if model.layout == self.layout and places.same_as(self.places):
+            return evolve(self, places=places)
+        return Publication.of(self.number + 1, model, transports, stable=stable)
+
+    @property
+    def gpus(self) -> set[torch.device]:
+        """The GPUs that the tensors are on."""
+        return {torch.device(one.device) for one in self.layout.storages if one.device.startswith("cuda")}
+
+    def cover(self, transport: Transport) -> tuple[Sequence[Region], list[bytes]]:
+        """The regions that `Transport.cover` returns, and the pages that tell forks of them: equal for all leases."""
+        with self._lock:
+            if transport.name not in self._covered:
+                with gc_paused():  # a full collection would stop the engine for as long as it takes
+                    regions, places = transport.cover(self.regions)
+                    remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
+                    by_storage = {region.id: place for region, place in zip(self.regions, places, strict=True)}
+                    self._covered[transport.name] = regions, tables.pack_places(remote, by_storage)
+                    del remote, places, by_storage
+            return self._covered[transport.name]
+
+
+def check_publishable(model: LocalModel) -> None:
+    """Raise `UnsupportedTensor` for a tensor on the meta device."""
+    if meta := [name for name, tensor in model.tensors.items() if tensor.is_meta]:
+        raise UnsupportedTensor(f"{meta[0]} is on the meta device and has no bytes to fork; load the model first")
+
+
+def _offer(transport: Transport, regions: Sequence[Region]) -> messages.Offered:
+    try:
+        return messages.Offered(dict(transport.facts(regions)), None)
+    except TransportUnavailable as error:
+        return messages.Offered({}, str(error))
