@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from attrs import frozen
 
 from tensorfork.fork.pairs import Pair, Run, extent_of_pair, runs_of_pair
-from tensorfork.fork.runs import MAX_RUNS, runs_of, union
 from tensorfork.regions import Copy, Place
+from tensorfork.runs import MAX_RUNS, runs_of, union
 
 
 @frozen

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from attrs import frozen
 
-from tensorfork.fork.runs import runs_of
 from tensorfork.layout import TensorLayout
+from tensorfork.runs import runs_of
 
 
 @frozen

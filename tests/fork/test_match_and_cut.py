@@ -16,7 +16,7 @@ from tensorfork.fork import cut as cut_module
 from tensorfork.fork.cut import Plan, complete, cut
 from tensorfork.fork.match import match
 from tensorfork.fork.pairs import Pair
-from tensorfork.fork.runs import MAX_RUNS, grid_of, runs_of
+from tensorfork.runs import MAX_RUNS, grid_of, runs_of
 
 # Matching.
 
