@@ -175,6 +175,8 @@ def test_what_travels_is_what_was_said(identity: Identity | None, rank: Rank | N
         0,
         "",
         {},
+        0,
+        messages.WeightsVersion("lineage", 0),
         None if identity is None else identity.as_dict(),
         None if rank is None else rank.as_dict(),
     )
@@ -214,6 +216,8 @@ def test_a_seed_that_says_nonsense_of_itself_is_a_protocol_error(identity: Any, 
         "nbytes": 0,
         "digest": "",
         "transports": {},
+        "publication": 0,
+        "version": {"lineage": "", "counter": 0, "label": None, "content": None},
         "identity": identity,
         "rank": rank,
     }

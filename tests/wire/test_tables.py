@@ -19,7 +19,17 @@ TEXT = st.text(max_size=40)
 
 # Layouts.
 
-WELCOME = messages.Welcome("0.1", b"id", 3, 2, 1000, "sums3/1", {"zeromq": messages.Offered({"a": [1]}, None)})
+WELCOME = messages.Welcome(
+    "0.1",
+    b"id",
+    3,
+    2,
+    1000,
+    "sums3/1",
+    {"zeromq": messages.Offered({"a": [1]}, None)},
+    0,
+    messages.WeightsVersion("l", 0),
+)
 
 
 def sent(layout: ModelLayout) -> ModelLayout:
