@@ -111,19 +111,22 @@ def fork_into(
     wait: float = 0.0,
     version: Version | str | None = None,
     at_least: Version | int | None = None,
+    arena: bool = True,
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
 
-    Tensors on the meta device get memory on `device`, in one allocation for each device, and share storages as the
-    seed's do. They get it once everything has been verified; until then, and after any failure, they stay meta.
+    Tensors on the meta device get memory on `device`, in one allocation for each device, and go on sharing storages as
+    they do: two that are one in the seed get a copy each. They take the seed's strides. They get memory once everything
+    has been verified; until then, and after any failure, they stay meta.
 
     If the model is itself published, fill it under its seed's `Seed.updating`, as any change of it: otherwise its forks
     may take a mixture of old and new. Garbage collection is paused for the first two seconds, at most
     (docs/process_settings.md). docs/errors.md says how a fork is cancelled.
 
     Args:
-        model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and strides: built
-            by the same code, and at the same stage of its life as the seed's was when it was published.
+        model: an `nn.Module` or a mapping of names to tensors, with the seed's names, dtypes, shapes and, where they
+            have memory, strides: built by the same code, and at the same stage of its life as the seed's was when it
+            was published.
         peer: the seed's address, as in `Seed.address`.
         device: where meta tensors go; by default to the devices of the seed's, or to the current GPU if the seed's are
             on a single one.
@@ -142,6 +145,8 @@ def fork_into(
         wait: seconds to wait for a seed that is suspended. With `restarts` the fork waits until its timeout.
         version: the version that the seed must have: a label, or a `Version`, whose content is compared too if known.
         at_least: the oldest version that will do, in its lineage; or a counter, of any lineage.
+        arena: whether new tensors on a device lie in one allocation, which is fastest to fill, and free once all of
+            them are. Without, each storage is an allocation of its own: for models that free tensors one by one.
 
     Raises:
         TensorForkError: docs/errors.md lists each kind, and the state in which it leaves the model.
@@ -161,7 +166,7 @@ def fork_into(
             enter("match")
             pairs = match(theirs, ours.layout)
             enter("allocate")
-            return destination.memory_for(pairs, theirs, ours, device)
+            return destination.memory_for(pairs, theirs, ours, device, arena=arena)
 
         with exclusive_fill(ours):
             filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory))
@@ -186,11 +191,12 @@ def fork(
     wait: float = 0.0,
     version: Version | str | None = None,
     at_least: Version | int | None = None,
+    arena: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Copy all tensors of the seed at `peer` into new memory on `device`, and return them by name.
 
-    Tied tensors are one tensor under several names. The arguments and errors are those of `fork_into`. After a failure
-    nothing is kept.
+    Tied tensors are one tensor under several names, and storages are shared as the seed's are. The arguments and errors
+    are those of `fork_into`. After a failure nothing is kept.
     """
     check_wanted(version, at_least)
     selection = Selection(include, exclude)
@@ -202,7 +208,7 @@ def fork(
         if unused := terms.selection.unmatched([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
-        return destination.memory_for_all(theirs, device)
+        return destination.memory_for_all(theirs, device, arena=arena)
 
     with gc_paused(GC_PAUSE):
         report, copied = steps.run(peer, Filling(allocate, destination.tensors_of_copy), terms, Stopwatch())

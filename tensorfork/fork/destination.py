@@ -3,22 +3,26 @@
 It is made in two steps. `DestinationMemory` is what a transport needs, and takes milliseconds to make. `Destination`
 has the tensors in that memory; there may be many, so they are made while the transport opens.
 
-New tensors lie in one allocation for each device, sharing storages as the seed's do. A meta tensor takes its new
-memory only in `Destination.install`, the last step of a fork, and stays the same object.
+New tensors lie in one allocation for each device, or in one for each storage; `fork.slots` says where, and which share
+a storage. A meta tensor takes its new memory only in `Destination.install`, the last step of a fork, and stays the same
+object.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from attrs import evolve, frozen
 
-from tensorfork.fork.new_storages import Device, NewStorages, allocate
+from tensorfork.fork.new_storages import Device, NewStorages, allocate, device_chooser
 from tensorfork.fork.pairs import Pair
+from tensorfork.fork.slots import Slots, slots_for, slots_of_copy
 from tensorfork.layout import ModelLayout, TensorLayout
 from tensorfork.model.describe import LocalModel
 from tensorfork.model.install import Installation, check_installable, like_original, normal_mode
 from tensorfork.regions import Region
+
+_META = torch.device("meta")
 
 
 @frozen(eq=False, repr=False)
@@ -27,10 +31,11 @@ class DestinationMemory:
 
     Attributes:
         pairs: our tensors, meta or not, with the seed's that fill them.
-        regions: all of the memory, one region for each storage. A new storage has the seed's number for it as its id.
+        regions: all of the memory: one region for each new slot, and one for each storage that we had already.
         gapped: the tensors with gaps between their elements, each with its device.
         new: the new storages.
-        own_id_offset: added to the number of a storage that we had already, so that no new storage has the same id.
+        placed: the layouts of the new tensors, by name, in the new storages.
+        own_id_offset: added to the number of a storage that we had already, so that no slot has the same id.
         keep_alive: the owners of the memory.
     """
 
@@ -38,6 +43,7 @@ class DestinationMemory:
     regions: Sequence[Region]
     gapped: Sequence[tuple[TensorLayout, torch.device]]
     new: NewStorages
+    placed: Mapping[str, TensorLayout]
     own_id_offset: int
     keep_alive: Sequence[Any]
 
@@ -47,32 +53,51 @@ class DestinationMemory:
         return {torch.device(region.device) for region in self.regions}
 
 
-def memory_for(pairs: Sequence[Pair], theirs: ModelLayout, ours: LocalModel, device: Device) -> DestinationMemory:
+def memory_for(
+    pairs: Sequence[Pair], theirs: ModelLayout, ours: LocalModel, device: Device, *, arena: bool = True
+) -> DestinationMemory:
     """The memory of our tensors: new storages on `device` (see `device_chooser`) for meta ones, their own for others.
+
+    `arena` is whether new storages lie in one allocation for each device.
 
     Raises:
         ValueError: the device cannot be used.
         UnsupportedTensor: one of the meta tensors cannot take memory in place.
     """
-    meta = [pair.theirs for pair in pairs if ours.tensors[pair.name].is_meta]
-    by_object = {id(ours.tensors[one.name]): (one.name, ours.tensors[one.name]) for one in reversed(meta)}
+    meta = [pair for pair in pairs if ours.tensors[pair.name].is_meta]
+    by_object = {id(ours.tensors[pair.name]): (pair.name, ours.tensors[pair.name]) for pair in reversed(meta)}
     check_installable(dict(by_object.values()))
-    new = allocate(theirs, sorted({tensor.storage for tensor in meta}), device) if meta else NewStorages({}, {}, {})
-    own_id_offset = len(theirs.storages) if meta else 0
+    device_of = _device_of(theirs, sorted({pair.theirs.storage for pair in meta}), device)
+    slots = slots_for(meta, theirs, device_of, apart=not arena)
+    new = allocate(slots.slots, arena=arena)
+    own_id_offset = max(slots.slots, default=-1) + 1
+    gapped = _gapped(slots)
+    gapped += [(t, on) for t in ours.layout.tensors if not t.is_dense and (on := ours.tensors[t.name].device) != _META]
     regions = ours.memory.regions(ours.layout)
-    placed = [(tensor, new.slots[tensor.storage].device) for tensor in meta]
-    placed += [(tensor, ours.tensors[tensor.name].device) for tensor in ours.layout.tensors]
-    gapped = [(tensor, device) for tensor, device in placed if device.type != "meta" and not tensor.is_dense]
     if meta:
         regions = [*new.regions, *(evolve(region, id=own_id_offset + region.id) for region in regions)]
-    return DestinationMemory(pairs, regions, gapped, new, own_id_offset, [ours.memory, new])
+    return DestinationMemory(pairs, regions, gapped, new, slots.tensors, own_id_offset, [ours.memory, new])
 
 
-def memory_for_all(theirs: ModelLayout, device: Device) -> DestinationMemory:
-    """Memory for a whole copy of the seed's tensors. Raises as `memory_for` does."""
-    new = allocate(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device)
-    gapped = [(tensor, new.slots[tensor.storage].device) for tensor in theirs.tensors if not tensor.is_dense]
-    return DestinationMemory([Pair(t, t) for t in theirs.tensors], new.regions, gapped, new, 0, [new])
+def memory_for_all(theirs: ModelLayout, device: Device, *, arena: bool = True) -> DestinationMemory:
+    """Memory for a whole copy of the seed's tensors, sharing storages as the seed's do. Raises as `memory_for` does."""
+    slots = slots_of_copy(theirs, _device_of(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device))
+    new = allocate(slots.slots, arena=arena)
+    pairs = [Pair(tensor, tensor) for tensor in theirs.tensors]
+    return DestinationMemory(pairs, new.regions, _gapped(slots), new, slots.tensors, 0, [new])
+
+
+def _device_of(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Callable[[int], torch.device]:
+    """A function that gives the device for what is filled from each of these storages of the seed's."""
+    devices: dict[int, torch.device] = {}
+    if storages:
+        choose = device_chooser([theirs.storages[i] for i in storages], device)
+        devices = {i: choose(theirs.storages[i]) for i in storages}
+    return devices.__getitem__
+
+
+def _gapped(slots: Slots) -> list[tuple[TensorLayout, torch.device]]:
+    return [(one, slots.slots[one.storage].device) for one in slots.tensors.values() if not one.is_dense]
 
 
 @frozen(eq=False, repr=False)
@@ -80,7 +105,7 @@ class Destination:
     """The tensors that a fork fills.
 
     Attributes:
-        pairs: which of the seed's tensors fills which of ours; for meta tensors, in the new storages.
+        pairs: which of the seed's tensors fills which of ours; ours as they lie in `DestinationMemory.regions`.
         tensors: the tensors to fill, by name. For a meta tensor it is a new one, which `install` turns it into.
         installation: the pending change of the meta tensors.
         wrappers: the model's tensors of subclasses that are made of other tensors.
@@ -124,10 +149,13 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
         for pair in meta:
             old = tensors[pair.name]
             if id(old) not in made:
-                made[id(old)] = pair.name, old, like_original(old, memory.new.tensor(pair.theirs, old.stride()))
+                # strides that matter become the seed's; those that do not stay as they are
+                stride = old.stride() if pair.ours.stride == pair.theirs.stride else None
+                new = memory.new.tensor(memory.placed[pair.name], stride)
+                made[id(old)] = pair.name, old, like_original(old, new)
             ready[pair.name] = made[id(old)][2]
         installation = Installation.prepare({name: (old, new) for name, old, new in made.values()}, ours.wrappers)
-    renumbered = [Pair(pair.theirs, pair.theirs) for pair in meta]
+    renumbered = [Pair(pair.theirs, memory.placed[pair.name]) for pair in meta]
     renumbered += [
         Pair(pair.theirs, evolve(pair.ours, storage=memory.own_id_offset + pair.ours.storage))
         for pair in memory.pairs

@@ -1,10 +1,13 @@
 """Matching our tensors with the seed's: pairs, or one error with every difference. Pure: no memory, no sockets."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+
+from attrs import evolve
 
 from tensorfork.errors import LayoutMismatch
 from tensorfork.fork.pairs import Pair, Run, extent_of_pair, runs_of_pair
-from tensorfork.layout import ModelLayout
+from tensorfork.layout import ModelLayout, TensorLayout
 
 MAX_RUNS_COMPARED = 1 << 18
 """Runs of one tensor that are compared, at most, to tell whether interleaved tensors really overlap."""
@@ -13,15 +16,20 @@ MAX_RUNS_COMPARED = 1 << 18
 def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
     """Pair every tensor of ours with the seed's of the same name.
 
+    One on the meta device may differ in its stride: with its memory it takes the seed's, if nothing but its ties lies
+    in its storage. Not so the shard of a `DTensor`, since the whole has a stride as well.
+
     Raises `LayoutMismatch` with every tensor that only one side has, that differs, or that shares memory with another
     one here as the seed's two do not.
     """
     their_tensors = {tensor.name: tensor for tensor in theirs.tensors}
     our_tensors = {tensor.name: tensor for tensor in ours.tensors}
     pairs = [Pair(their_tensors[name], tensor) for name, tensor in our_tensors.items() if name in their_tensors]
-    mismatched = [(pair.name, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
+    differences = [(pair, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
+    mismatched, restrided = _differing(differences, pairs, ours)
     differing = {name for name, _ in mismatched}
-    mismatched += _conflicts([pair for pair in pairs if pair.name not in differing])
+    comparable = [restrided.get(pair.name, pair) for pair in pairs if pair.name not in differing]
+    mismatched += _conflicts(comparable)
     missing = [name for name in our_tensors if name not in their_tensors]
     unexpected = [name for name in their_tensors if name not in our_tensors]
     if missing or unexpected or mismatched:
@@ -29,6 +37,38 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
             missing=missing, unexpected=unexpected, mismatched=mismatched, left_out=frozenset(theirs.left_out)
         )
     return pairs
+
+
+def _differing(
+    differences: Sequence[tuple[Pair, str]], pairs: Sequence[Pair], ours: ModelLayout
+) -> tuple[list[tuple[str, str]], dict[str, Pair]]:
+    """Of pairs that differ, those that cannot be filled, with the reason; and the others as they will be, by name."""
+    mismatched, restrided = [], {}
+    on_meta = {i for i, storage in enumerate(ours.storages) if storage.device == "meta"}
+    changed = {pair.ours.storage for pair, _ in differences} & on_meta
+    sharing: dict[int, list[Pair]] = defaultdict(list)
+    for pair in pairs if changed else ():
+        if pair.ours.storage in changed:
+            sharing[pair.ours.storage].append(pair)
+    for pair, why in differences:
+        new = evolve(pair.ours, stride=pair.theirs.stride)
+        if pair.ours.storage in on_meta and new.placement is None and new == pair.theirs:
+            others = [one for one in sharing[pair.ours.storage] if not _same_change(one, pair)]
+            if not others:
+                restrided[pair.name] = Pair(pair.theirs, new)
+                continue
+            why += f"; it shares memory with {others[0].name} here, so it cannot take the seed's stride"
+        mismatched.append((pair.name, why))
+    return mismatched, restrided
+
+
+def _same_change(one: Pair, other: Pair) -> bool:
+    """Whether two of our tensors are the same elements in the same order, and will be so with the seed's strides."""
+    return _elements(one.ours) == _elements(other.ours) and one.theirs.stride == other.theirs.stride
+
+
+def _elements(tensor: TensorLayout) -> tuple[object, ...]:
+    return tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride
 
 
 def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:

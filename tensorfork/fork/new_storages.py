@@ -1,4 +1,4 @@
-"""New storages for meta tensors and whole copies: one allocation for each device."""
+"""Memory for new tensors: one allocation for each device, or one for each slot."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -6,76 +6,81 @@ from typing import NamedTuple
 import torch
 from attrs import field, frozen
 
-from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
+from tensorfork.fork.slots import Slot
+from tensorfork.layout import StorageLayout, TensorLayout
 from tensorfork.model.storages import ALIGNMENT
 from tensorfork.regions import Region
 
 Device = str | torch.device | None
 
 
-class Slot(NamedTuple):
-    """Where a new storage lies: the offset and the bytes in its device's buffer."""
+class AllocatedSlot(NamedTuple):
+    """Where a slot lies: the number of its allocation, and the offset and the bytes in that."""
 
-    device: torch.device
+    buffer: int
     offset: int
     nbytes: int
 
 
 @frozen(eq=False, repr=False)
 class NewStorages:
-    """New storages, in one allocation for each device.
+    """Allocated slots.
 
     Attributes:
         buffers: the allocations.
-        slots: where each storage lies, by its index in the seed's layout.
-        storages: torch's storage of each buffer, which keeps it alive.
+        slots: where each slot lies, by its id.
     """
 
-    buffers: Mapping[torch.device, torch.Tensor]
-    slots: Mapping[int, Slot]
-    storages: Mapping[torch.device, torch.UntypedStorage]
-    _typed_buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = field(factory=dict, init=False)
+    buffers: Sequence[torch.Tensor]
+    slots: Mapping[int, AllocatedSlot]
+    _typed_buffers: dict[tuple[int, torch.dtype], torch.Tensor] = field(factory=dict, init=False)
 
     @property
     def regions(self) -> list[Region]:
-        """One for each storage that has bytes, with the storage's index as its id."""
-        bases = {device: (buffer.data_ptr(), str(device)) for device, buffer in self.buffers.items()}
-        return [
-            Region(storage, bases[device][0] + offset, nbytes, bases[device][1], self.storages[device])
-            for storage, (device, offset, nbytes) in self.slots.items()
-            if nbytes
-        ]
+        """One for each slot that has bytes, with the same id. The storage that it lies in is kept alive."""
+        bases = [(buffer.data_ptr(), str(buffer.device), buffer.untyped_storage()) for buffer in self.buffers]
+        regions = []
+        for slot, (buffer, offset, nbytes) in self.slots.items():
+            if nbytes:
+                base, device, storage = bases[buffer]
+                regions.append(Region(slot, base + offset, nbytes, device, storage))
+        return regions
 
     def tensor(self, layout: TensorLayout, stride: Sequence[int] | None = None) -> torch.Tensor:
-        """A tensor in its storage, with a version counter of its own. Call it inside `normal_mode`.
+        """A tensor in its slot, with a version counter of its own. Call it inside `normal_mode`.
 
         `stride` replaces the layout's by one that reaches the same elements: the strides of dimensions of size 1 may
         differ, and operations choose their memory format by them.
         """
-        device, start, _ = self.slots[layout.storage]
+        number, start, _ = self.slots[layout.storage]
         dtype = layout.torch_dtype
-        buffer = self._typed_buffers.get((device, dtype))
+        buffer = self._typed_buffers.get((number, dtype))
         if buffer is None:
-            buffer = self._typed_buffers[device, dtype] = self.buffers[device].view(dtype)
+            whole = self.buffers[number]
+            buffer = whole[: whole.nbytes - whole.nbytes % dtype.itemsize].view(dtype)
+            self._typed_buffers[number, dtype] = buffer
         offset = (start + layout.offset) // dtype.itemsize
         # A view would share its base's version counter. `.data` does not, and costs less than making a new tensor.
         return buffer.as_strided(layout.shape, layout.stride if stride is None else stride, offset).data
 
 
-def allocate(theirs: ModelLayout, storages: Sequence[int], device: Device) -> NewStorages:
-    """Allocate some of the seed's storages, given by index. Raises as `device_chooser` does."""
-    choose = device_chooser([theirs.storages[i] for i in storages], device)
-    ends: dict[torch.device, int] = {}
-    slots = {}
-    for i in storages:
-        nbytes = theirs.storages[i].nbytes
-        on = choose(theirs.storages[i])
-        start = ends.get(on, 0)
-        slots[i] = Slot(on, start, nbytes)
-        ends[on] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
+def allocate(slots: Mapping[int, Slot], *, arena: bool) -> NewStorages:
+    """Allocate slots: in one allocation for each device, in their order; or, without `arena`, each in its own."""
     with torch.inference_mode(False):
-        buffers = {on: torch.empty(max(end, ALIGNMENT), dtype=torch.uint8, device=on) for on, end in ends.items()}
-    return NewStorages(buffers, slots, {on: buffer.untyped_storage() for on, buffer in buffers.items()})
+        if not arena:
+            buffers = [torch.empty(nbytes, dtype=torch.uint8, device=device) for device, nbytes in slots.values()]
+            return NewStorages(
+                buffers, {id: AllocatedSlot(i, 0, slot.nbytes) for i, (id, slot) in enumerate(slots.items())}
+            )
+        ends: dict[torch.device, int] = {}
+        numbers: dict[torch.device, int] = {}
+        allocated = {}
+        for id, (device, nbytes) in slots.items():
+            start = ends.get(device, 0)
+            allocated[id] = AllocatedSlot(numbers.setdefault(device, len(numbers)), start, nbytes)
+            ends[device] = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        buffers = [torch.empty(max(end, ALIGNMENT), dtype=torch.uint8, device=on) for on, end in ends.items()]
+        return NewStorages(buffers, allocated)
 
 
 def device_chooser(storages: Sequence[StorageLayout], device: Device) -> Callable[[StorageLayout], torch.device]:

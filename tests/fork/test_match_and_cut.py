@@ -7,15 +7,17 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
+from attrs import evolve
 from bytewise import Byte, Case, at, bytes_of, cases, conflicting, fetched, layout, places, shapes, tensor, wanted
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tensorfork import Copy, LayoutMismatch, Place
+from tensorfork import Copy, LayoutMismatch, ModelLayout, Place, TensorLayout
 from tensorfork.fork import cut as cut_module
 from tensorfork.fork.cut import Plan, complete, cut
 from tensorfork.fork.match import match
 from tensorfork.fork.pairs import Pair
+from tensorfork.placement import Placement
 from tensorfork.runs import MAX_RUNS, grid_of, runs_of
 
 # Matching.
@@ -129,6 +131,77 @@ def test_views_that_interleave_and_share_a_byte_are_a_conflict() -> None:
     ours = layout(tensor("even", [4, 4], [8, 2]), tensor("odd", [4, 4], [8, 3], at=(0, 1)))
     with pytest.raises(LayoutMismatch):
         match(theirs, ours)
+
+
+# Strides on the meta device.
+
+
+def on_meta(*tensors: TensorLayout) -> ModelLayout:
+    made = layout(*tensors)
+    return evolve(made, storages=tuple(evolve(storage, device="meta") for storage in made.storages))
+
+
+SHARD = Placement((4, 3), "Shard(dim=0) 0/2")
+TRANSPOSED = tensor("w", [2, 3], [1, 2])
+GAPPED = tensor("w", [2, 3], [5, 1])
+EXPANDED = tensor("w", [2, 3], [0, 1])
+
+
+@pytest.mark.parametrize("theirs", [TRANSPOSED, GAPPED, EXPANDED], ids=["transposed", "gapped", "expanded"])
+def test_a_tensor_on_the_meta_device_may_have_another_stride_than_the_seed_s(theirs: TensorLayout) -> None:
+    ours = tensor("w", [2, 3])
+    assert match(layout(theirs), on_meta(ours)) == [Pair(theirs, ours)]
+    assert match(layout(ours), on_meta(theirs)) == [Pair(ours, theirs)]
+
+
+def test_a_tensor_that_has_memory_may_not() -> None:
+    with pytest.raises(LayoutMismatch, match=r"w: stride \(1, 2\) in the seed, \(3, 1\) here$"):
+        match(layout(TRANSPOSED), layout(tensor("w", [2, 3])))
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [tensor("w", [3, 2], [2, 1]), tensor("w", [2, 3], dtype="int8"), evolve(tensor("w", [2, 3]), placement=SHARD)],
+    ids=["shape", "dtype", "placement"],
+)
+def test_a_tensor_on_the_meta_device_may_not_differ_in_more_than_its_stride(ours: TensorLayout) -> None:
+    with pytest.raises(LayoutMismatch) as raised:
+        match(layout(TRANSPOSED), on_meta(ours))
+    assert [name for name, _ in raised.value.mismatched] == ["w"]
+
+
+def test_a_shard_of_a_whole_keeps_its_stride() -> None:
+    theirs, ours = evolve(TRANSPOSED, placement=SHARD), evolve(tensor("w", [2, 3]), placement=SHARD)
+    with pytest.raises(LayoutMismatch, match="w: stride"):
+        match(layout(theirs), on_meta(ours))
+
+
+def test_where_another_tensor_of_ours_lies_in_the_same_storage_the_stride_stays_and_the_error_says_why() -> None:
+    theirs = layout(TRANSPOSED, tensor("row", [3], at=(1, 0)))
+    with pytest.raises(
+        LayoutMismatch,
+        match=r"w: stride \(1, 2\) in the seed, \(3, 1\) here; it shares memory with row here, so it cannot take",
+    ):
+        match(theirs, on_meta(tensor("w", [2, 3]), tensor("row", [3], at=(0, 6))))
+
+
+def test_ties_on_the_meta_device_take_another_stride_together() -> None:
+    theirs = layout(TRANSPOSED, evolve(TRANSPOSED, name="tied"))
+    ours = on_meta(tensor("w", [2, 3]), tensor("tied", [2, 3]))
+    assert [pair.name for pair in match(theirs, ours)] == ["w", "tied"]
+
+
+@pytest.mark.parametrize(
+    ("tied", "reason"),
+    [
+        (tensor("tied", [2, 3]), "w: stride .* it shares memory with tied here, so it cannot take the seed's stride"),
+        (tensor("tied", [2, 3], [1, 2], at=(1, 0)), "tied: shares memory with w here, and not so in the seed"),
+    ],
+    ids=["stride", "memory"],
+)
+def test_ties_on_the_meta_device_do_not_become_two_different_tensors(tied: TensorLayout, reason: str) -> None:
+    with pytest.raises(LayoutMismatch, match=reason):
+        match(layout(TRANSPOSED, tied), on_meta(tensor("w", [2, 3]), tensor("tied", [2, 3])))
 
 
 def identity(pairs: Sequence[Pair]) -> tuple[dict[int, Place], dict[int, Place]]:
