@@ -25,6 +25,7 @@ _IPC_LAZY_PEER_ACCESS = 1
 _CAPTURE_RELAXED = 2
 _ACCESS_IN_STREAM_ORDER = 1
 _INVALID_VALUE, _NOT_SUPPORTED = 1, 801
+_TO_HOST, _TO_DEVICE, _WITHIN_GPUS = "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoDAsync_v2"
 
 
 class _IpcHandle(ctypes.Structure):
@@ -38,7 +39,8 @@ def driver() -> ctypes.CDLL:
         found = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise TransportUnavailable(f"there is no NVIDIA driver here ({error}); this needs one") from error
-    found.cuMemcpyAsync.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    for name in (_TO_HOST, _TO_DEVICE, _WITHIN_GPUS):
+        getattr(found, name).argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     found.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _IpcHandle, ctypes.c_uint]
     found.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_IpcHandle), ctypes.c_uint64]
     found.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
@@ -96,14 +98,35 @@ def close_ipc_handle(address: int) -> None:
     raise_on_error(driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
 
 
+# The calls that copy name the direction. cuMemcpyAsync does not: it takes an address that is not mapped on a GPU for
+# host memory, and reads or writes it on the CPU, which ends the process. These refuse it.
+
+
+def copy_to_host(stream: "torch.cuda.Stream", copies: Iterable[tuple[int, int, int]]) -> None:
+    """Enqueue copies of (to, from, bytes) from GPU memory to pinned host memory on a stream; about 2 µs each.
+
+    Raises `DriverError` for an address that is not GPU memory, or not any more. The copies before it are enqueued then.
+    """
+    _enqueue_each(_TO_HOST, stream, copies)
+
+
+def copy_to_device(stream: "torch.cuda.Stream", copies: Iterable[tuple[int, int, int]]) -> None:
+    """The same from pinned host memory to GPU memory."""
+    _enqueue_each(_TO_DEVICE, stream, copies)
+
+
 def copy_one_by_one(stream: "torch.cuda.Stream", copies: Iterable[tuple[int, int, int]]) -> None:
-    """Enqueue copies of (to, from, bytes) between addresses on a stream; about 2 µs each. Raises `DriverError`."""
-    memcpy, handle = driver().cuMemcpyAsync, ctypes.c_void_p(stream.cuda_stream)
+    """The same between addresses on GPUs: of this process, or opened with an IPC handle."""
+    _enqueue_each(_WITHIN_GPUS, stream, copies)
+
+
+def _enqueue_each(call: str, stream: "torch.cuda.Stream", copies: Iterable[tuple[int, int, int]]) -> None:
+    memcpy, handle = getattr(driver(), call), ctypes.c_void_p(stream.cuda_stream)
     with current_context(stream.device.index):
         for to, source, nbytes in copies:
             code = memcpy(to, source, nbytes, handle)
             if code:
-                raise_on_error(code, "cuMemcpyAsync")
+                raise_on_error(code, call.removesuffix("_v2"))
 
 
 class _CopyAttributes(ctypes.Structure):

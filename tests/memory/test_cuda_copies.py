@@ -1,8 +1,9 @@
-"""Many copies in one call of the driver, in either version of that call; the driver is a fake."""
+"""Copies name their direction; many are one call of the driver, in either version of that; the driver is a fake."""
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,15 +21,20 @@ class Driver:
     def __init__(self, *, first: bool = False, second: bool = False) -> None:
         self.batches: list[list[tuple[int, int, int]]] = []
         self.single: list[tuple[int, int, int]] = []
+        self.to_host: list[tuple[int, int, int]] = []
+        self.to_device: list[tuple[int, int, int]] = []
+        self.cuMemcpyDtoDAsync_v2 = partial(self._copy, self.single)
+        self.cuMemcpyDtoHAsync_v2 = partial(self._copy, self.to_host)
+        self.cuMemcpyHtoDAsync_v2 = partial(self._copy, self.to_device)
         self.code = self.batch_code = 0
         if first:
             self.cuMemcpyBatchAsync = self._first
         if second:
             self.cuMemcpyBatchAsync_v2 = self._second
 
-    def cuMemcpyAsync(self, to: int, source: int, nbytes: int, stream: Any) -> int:  # noqa: N802
+    def _copy(self, copies: list[tuple[int, int, int]], to: int, source: int, nbytes: int, stream: Any) -> int:
         assert stream.value == 77
-        self.single.append((to, source, nbytes))
+        copies.append((to, source, nbytes))
         return self.code
 
     def cuGetErrorName(self, code: int, name: Any) -> int:  # noqa: N802
@@ -103,3 +109,20 @@ def test_what_the_call_for_many_refuses_is_copied_one_by_one(monkeypatch: pytest
     driver.batch_code = code
     cuda.copy_batch(STREAM, COPIES)
     assert driver.single == COPIES
+
+
+def test_a_copy_tells_the_driver_its_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = use(monkeypatch, Driver())
+    cuda.copy_to_host(STREAM, COPIES[:1])
+    cuda.copy_to_device(STREAM, COPIES[1:2])
+    cuda.copy_one_by_one(STREAM, COPIES[2:])
+    assert (driver.to_host, driver.to_device, driver.single) == (COPIES[:1], COPIES[1:2], COPIES[2:])
+
+
+@pytest.mark.parametrize("copy", [cuda.copy_to_host, cuda.copy_to_device, cuda.copy_one_by_one])
+def test_an_address_that_the_driver_refuses_ends_the_copies_there(monkeypatch: pytest.MonkeyPatch, copy: Any) -> None:
+    driver = use(monkeypatch, Driver())
+    driver.code = 1
+    with pytest.raises(cuda.DriverError, match=r"cuMemcpy[DH]to[DH]Async: CUDA_ERROR_OF_THE_TEST \(1\)"):
+        copy(STREAM, COPIES)
+    assert driver.to_host + driver.to_device + driver.single == COPIES[:1]
