@@ -18,11 +18,11 @@ libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, cty
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
-@pytest.fixture(params=["process_vm_readv", "pwrite"])
+@pytest.fixture(params=["process_vm_writev", "pwrite"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to read: a container may forbid the first."""
     if request.param == "pwrite":
-        monkeypatch.setattr(host_reads, "_process_vm_readv", lambda *_: -1)
+        monkeypatch.setattr(host_reads, "_process_vm_writev", lambda *_: -1)
     return str(request.param)
 
 
