@@ -53,7 +53,10 @@ class IdentityMismatch(TensorForkError):
 
 
 class VersionMismatch(TensorForkError):
-    """The seed has another version of the weights than `version=` or `at_least=` asked for. Nothing was copied."""
+    """The seed has another version of the weights than `version=` or `at_least=` asked for.
+
+    Nothing was copied; unless it is the content that differs, which only the digests show. Meta models stay meta.
+    """
 
 
 class LayoutMismatch(TensorForkError):

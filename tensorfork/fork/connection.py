@@ -51,7 +51,7 @@ class SeedConnection:
         """The version of a lease, by default that of the welcome. Raises `VersionMismatch` if it will not do."""
         version = tables.unpack_version(packed or self.welcome.version)
         if why_not := why_not_wanted(version, wanted, at_least):
-            raise VersionMismatch(f"{self.address}: {why_not}; nothing was copied. Fork from another seed, or later")
+            raise VersionMismatch(f"{self.address}: {why_not}. Fork from another seed, or later")
         return version
 
     def layout(self, deadline: float) -> ModelLayout:
