@@ -1,17 +1,20 @@
 """The last step of a fork: meta tensors take their memory, all of them or none, and stay the same objects.
 
-The content of each tensor is swapped with that of a tensor that has memory (`torch.utils.swap_tensors`). A tensor that
-is made of others is swapped after these, with one rebuilt from what they become: its own device and shape cannot be
+The content of each tensor is swapped with that of a tensor that has memory, as `torch.utils.swap_tensors` does it. A
+tensor that is made of others is swapped too, with one rebuilt from what they become: its own device and shape cannot be
 changed otherwise.
 
-torch swaps a tensor only while nothing in torch refers to it, such as a view. So views that are in the model are
-swapped first and release their old content. For any other reference `check_installable` refuses, before a byte moves.
+What else in torch refers to a content, such as a view or a graph of computations, would not notice the swap. Views that
+are in the model are swapped with it. For any other reference a swap is refused: by `check_installable` before a byte
+moves, and again before the first swap.
+
+All swaps are one call of a C function, which runs no Python code: an interrupt, another thread and a trace function see
+the model before it or after it.
 """
 
 import copyreg
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +39,7 @@ class Installation:
     """The swaps that give a model its memory. Made by `prepare`; `run` does them, once.
 
     Attributes:
-        tensors: of tensors that are not made of others; views before what they are views of.
+        tensors: of tensors that are not made of others.
         wrappers: of tensors that are, the inner ones first.
     """
 
@@ -58,7 +61,6 @@ class Installation:
         """
         becomes = {id(old): new for old, new in replacements.values()}
         tensors = [TensorSwap(name, old, new) for name, (old, new) in replacements.items()]
-        tensors.sort(key=lambda swap: swap.old._base is None or id(swap.old._base) not in becomes)
         rebuilt: dict[int, TensorSwap] = {}
         for name, old in wrappers.items():
             if id(old) not in rebuilt and (new := _rebuild(name, old, becomes)) is not None:
@@ -69,48 +71,98 @@ class Installation:
 
     def run(self) -> None:
         """Do all swaps. Raises `UnsupportedTensor` if torch refuses one; all tensors are then as they were."""
-        undo: list[Callable[[], None]] = []
-        with normal_mode():
+        swaps = [*self.tensors, *self.wrappers]
+        with torch._C.DisableTorchFunctionSubclass():
+            graphs = self._check(swaps)
+            contents = [swap.old._cdata for swap in swaps]
             try:
-                self._swap_all(undo)
+                _swap_all(swaps)
             except BaseException:
-                for undo_one in reversed(undo):
-                    undo_one()
+                # whatever was done: what has another content than before gets that back
+                _swap_all([one for one, content in zip(swaps, contents, strict=True) if one.old._cdata != content])
                 raise
+        for node in graphs:
+            node.register_prehook(_refuse_backward)
 
-    def _swap_all(self, undo: list[Callable[[], None]]) -> None:
-        swapped = {id(swap.old) for swap in self.tensors}
-        for swap in self.tensors:
-            base = swap.old._base
-            if base is not None and id(base) in swapped:
-                undo_view = _undo_of_view(swap, base)
-                _run_swap(swap)
-                undo.append(undo_view)
-                _release_content(swap)
-            else:
-                _run_swap(swap)
-                undo.append(lambda swap=swap: _swap_contents(swap.old, swap.new))  # type: ignore[misc]
-        for swap in self.wrappers:
-            _copy_attributes(swap.new, swap.old)
-            _run_swap(swap)
-            undo.append(lambda swap=swap: _swap_contents(swap.old, swap.new))  # type: ignore[misc]
+    def _check(self, swaps: Sequence[TensorSwap]) -> list[Any]:
+        """Raise `UnsupportedTensor` for a tensor that cannot be swapped now.
+
+        Returns autograd's nodes for the gradients of those that a graph refers to. It refers to the old content, and
+        its backward pass must not be run.
+        """
+        views = _count_views([swap.old for swap in self.tensors])
+        nodes = []
+        for swap in swaps:
+            references, node = _other_references(swap.old, views[id(swap.old)])
+            if references:
+                raise _refusal(swap, "a view that is not in the model, or a graph of computations, holds on to it")
+            if node is not None:
+                nodes.append(node)
+        try:
+            _swap_all([one for swap in swaps for one in (swap, swap)])  # there and back
+        except RuntimeError:
+            for swap in swaps:
+                try:
+                    _swap_all([swap, swap])
+                except RuntimeError as error:
+                    raise _refusal(swap, str(error)) from error
+            raise
+        return nodes
+
+
+def _refusal(swap: TensorSwap, reason: str) -> UnsupportedTensor:
+    return UnsupportedTensor(f"{swap.name} cannot take its memory in place: {reason}. All are as they were.")
+
+
+def _swap_all(swaps: Sequence[TensorSwap]) -> None:
+    """Swap contents, in order, in one call of a C function. Raises `RuntimeError` where torch refuses one.
+
+    The objects keep their classes and attributes, and Python's weak references to them stay valid.
+    """
+    old, new = [swap.old for swap in swaps], [swap.new for swap in swaps]
+    deque(map(torch._C._swap_tensor_impl, old, new), maxlen=0)
 
 
 def check_installable(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise `UnsupportedTensor` for a meta tensor among these that cannot take memory in place. Each is given once."""
-    views = Counter(id(tensor._base) for tensor in tensors.values())
+    views = _count_views(tensors.values())
     for name, tensor in tensors.items():
         _check_swappable(name, tensor, views[id(tensor)])
 
 
 def _check_swappable(name: str, tensor: torch.Tensor, views: int) -> None:
-    """Raise where `swap_tensors` would once the tensor's views in the model, so many, are released."""
-    graph = views + 1 if tensor.requires_grad else 0  # views refer to its node in autograd's graph as well
-    if tensor._use_count() > 1 + views + graph:  # type: ignore[attr-defined]
+    if _other_references(tensor, views)[0]:
         raise UnsupportedTensor(
             f"{name} is on the meta device and cannot take memory in place: a view that is not in the model, or a "
             "graph of computations, holds on to it. Let go of that first"
         )
+
+
+def _count_views(tensors: Iterable[torch.Tensor]) -> Counter[int]:
+    """How many of these are views of a tensor, by its id."""
+    return Counter(id(base) for tensor in tensors if (base := tensor._base) is not None)
+
+
+def _other_references(tensor: torch.Tensor, views: int) -> tuple[int, Any]:
+    """How many references torch holds to a tensor's content, beyond those of the object and of so many views.
+
+    Not among them is that of autograd's node for a leaf's gradient. It is returned where there is one: a graph ends
+    there, perhaps that of a view.
+    """
+    before: int = tensor._use_count()  # type: ignore[attr-defined]
+    references = before - 1 - views
+    if references and tensor.is_leaf and tensor.requires_grad:
+        node = torch.autograd.graph.get_gradient_edge(tensor).node  # it is made where there was none, and refers too
+        if tensor._use_count() == before:  # type: ignore[attr-defined]
+            return references - 1, node
+    return references, None
+
+
+def _refuse_backward(_: Any) -> None:
+    """What autograd's node calls that belongs to a content which the tensor has no longer."""
+    raise RuntimeError(
+        "this graph was made while the tensor was on the meta device, before a fork gave it memory; run forward again"
+    )
 
 
 def _rebuild(name: str, old: torch.Tensor, becomes: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
@@ -124,7 +176,7 @@ def _rebuild(name: str, old: torch.Tensor, becomes: Mapping[int, torch.Tensor]) 
         parts, context = old.__tensor_flatten__()  # type: ignore[attr-defined]
         new_inner = {part: becomes.get(id(getattr(old, part)), getattr(old, part)) for part in parts}
         new: torch.Tensor = type(old).__tensor_unflatten__(  # type: ignore[attr-defined]
-            new_inner, context, old.size(), old.stride()
+            new_inner, context, old.size(), _outer_stride(old, inner, becomes)
         )
         if new.is_leaf and new.requires_grad != old.requires_grad:
             new.requires_grad_(old.requires_grad)
@@ -135,65 +187,33 @@ def _rebuild(name: str, old: torch.Tensor, becomes: Mapping[int, torch.Tensor]) 
     return new
 
 
+def _outer_stride(
+    old: torch.Tensor, inner: Mapping[str, torch.Tensor], becomes: Mapping[int, torch.Tensor]
+) -> tuple[int, ...]:
+    """The stride of a tensor that is made of others: that of an inner one, where it was like that inner one before."""
+    for part in inner.values():
+        if id(part) in becomes and (part.shape, part.stride()) == (old.shape, old.stride()):
+            return becomes[id(part)].stride()
+    return old.stride()
+
+
 def like_original(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The new tensor's memory as a tensor with the old one's class, attributes and requires_grad."""
-    if type(old) is torch.Tensor:
+    """The new tensor's memory as a tensor with the old one's class, attributes and requires_grad.
+
+    The class of a tensor that is made of this one may ask for them when it is rebuilt.
+    """
+    kind = type(old)
+    if kind is torch.Tensor:
         made = new.requires_grad_(old.requires_grad)
     else:
-        made = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
-    _copy_attributes(made, old)
+        made = torch.Tensor._make_subclass(kind, new, old.requires_grad)
+    if old.__dict__:
+        made.__dict__.update(old.__dict__)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        for slot in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+            if hasattr(old, slot):
+                setattr(made, slot, getattr(old, slot))
     return made
-
-
-def _copy_attributes(new: torch.Tensor, old: torch.Tensor) -> None:
-    """Give the new tensor all attributes of the old one. Inner tensors among them must have their memory by now."""
-    new.__dict__.clear()
-    new.__dict__.update(old.__dict__)
-    for slot in _slots(old):
-        if hasattr(old, slot):
-            setattr(new, slot, getattr(old, slot))
-
-
-def _slots(tensor: torch.Tensor) -> Sequence[str]:
-    slots: Sequence[str] = copyreg._slotnames(type(tensor))  # type: ignore[attr-defined]
-    return slots
-
-
-def _run_swap(swap: TensorSwap) -> None:
-    try:
-        _swap_contents(swap.old, swap.new)
-    except RuntimeError as error:
-        raise UnsupportedTensor(
-            f"{swap.name} cannot take its memory in place: {error}. All are as they were."
-        ) from error
-
-
-def _swap_contents(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Swap the content of two tensors that have one class and the same attributes."""
-    if weakref.getweakrefcount(one):
-        # swap_tensors refuses these. But they refer to the object, which stays: an LSTM has them to its own weights.
-        torch._C._swap_tensor_impl(one, other)
-    else:
-        torch.utils.swap_tensors(one, other)
-
-
-def _release_content(swap: TensorSwap) -> None:
-    """After the swap of a view, release the view's old content, so that nothing refers to what it is a view of."""
-    empty: Any = torch.empty(0, dtype=swap.new.dtype, device="meta")
-    if type(swap.new) is not torch.Tensor:
-        empty = torch.Tensor._make_subclass(type(swap.new), empty, False)
-    torch.utils.swap_tensors(swap.new, empty)
-
-
-def _undo_of_view(swap: TensorSwap, base: torch.Tensor) -> Callable[[], None]:
-    """A function that makes the tensor, once swapped, the view of `base` again that it is now."""
-    size, stride, offset, dtype = swap.old.size(), swap.old.stride(), swap.old.storage_offset(), swap.old.dtype
-
-    def undo() -> None:
-        view = torch.empty(0, dtype=dtype, device="meta").set_(base.untyped_storage(), offset, size, stride)
-        _swap_contents(swap.old, like_original(swap.old, view))
-
-    return undo
 
 
 @contextmanager
