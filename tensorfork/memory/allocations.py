@@ -2,12 +2,23 @@
 
 Which allocation contains an address, whether another process can open it, whether it is still the same. Names and
 numbers are those of the CUDA driver API (`cuPointerGetAttribute`).
+
+Memory of `cuMemCreate`, which engines that sleep and torch's ``expandable_segments`` use, is mapped piece by piece into
+a range of addresses that was reserved. Of such memory the driver says (read with driver 580, CUDA 13.0, on H100):
+
+* The start and size of the range are those of the *reservation*, for every address in it, mapped or not.
+* Each mapping has a buffer id of its own. It is another one after unmapping and mapping, also of the same handle.
+* For an address that is not mapped, `cuPointerGetAttribute` fails with INVALID_VALUE. `cuPointerGetAttributes` does
+  not: the ordinal is then -2 and the buffer id 0, and in a reservation the range is there all the same.
+
+So a mapping, for us the allocation, is found by its buffer id.
 """
 
 import ctypes
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 
 from tensorfork.errors import TransportUnavailable
 from tensorfork.memory import cuda
@@ -15,10 +26,13 @@ from tensorfork.regions import Place, Region
 
 _BUFFER_ID, _ORDINAL, _LEGACY_IPC, _RANGE_START, _RANGE_SIZE = 7, 9, 10, 11, 12
 
+_GRANULE = 2 << 20
+"""Bytes of which mappings are multiples, at addresses that are multiples of it."""
+
 
 @frozen
 class Allocation:
-    """One allocation of device memory, as the driver knows it.
+    """One allocation of device memory, or one mapping of `cuMemMap`, as the driver knows it.
 
     Attributes:
         start: its address.
@@ -54,20 +68,40 @@ class _PointerQuery:
 
     def allocation_at(self, address: int) -> Allocation:
         code = cuda.driver().cuPointerGetAttributes(5, self._attributes, self._results, address)
-        if code or not self._nbytes.value:
+        if code or not self._nbytes.value or self._ordinal.value < 0:
             raise _not_gpu_memory(address, code)
         start, nbytes = self._start.value, self._nbytes.value
-        return Allocation(start, nbytes, self._ordinal.value, self._buffer.value, bool(self._legacy.value))
+        found = Allocation(start, nbytes, self._ordinal.value, self._buffer.value, bool(self._legacy.value))
+        return found if found.exportable else self._mapping_in(found, address)
 
-    def buffer_id(self, address: int) -> int:
-        code = cuda.driver().cuPointerGetAttribute(self._buffer_result, _BUFFER_ID, address)
-        if code:
-            raise _not_gpu_memory(address, code)
+    def buffer_id(self, address: int) -> int | None:
+        """None for what is not mapped."""
+        if cuda.driver().cuPointerGetAttribute(self._buffer_result, _BUFFER_ID, address):
+            return None
         return self._buffer.value
 
+    def _mapping_in(self, reserved: Allocation, address: int) -> Allocation:
+        """The mapping at an address, of which only the reservation that it lies in is known."""
+        granule = address - address % _GRANULE
+        start = granule - (self._granules(address, -_GRANULE, reserved.buffer_id) - 1) * _GRANULE
+        end = granule + self._granules(address, _GRANULE, reserved.buffer_id) * _GRANULE
+        start, end = max(start, reserved.start), min(end, reserved.end)
+        return evolve(reserved, start=start, nbytes=end - start)
 
-def _not_gpu_memory(address: int, code: int) -> TransportUnavailable:
-    return TransportUnavailable(f"{address:#x} is not memory that this process has on a GPU (driver error {code})")
+    def _granules(self, address: int, step: int, buffer_id: int) -> int:
+        """How many granules have this buffer id, counted from the one at an address in one direction."""
+        beyond = 1
+        while self.buffer_id(address + beyond * step) == buffer_id:
+            beyond *= 2
+        return bisect_left(
+            range(beyond), True, lo=beyond // 2, key=lambda i: self.buffer_id(address + i * step) != buffer_id
+        )
+
+
+def _not_gpu_memory(address: int, code: int = 0) -> TransportUnavailable:
+    return TransportUnavailable(
+        f"{address:#x} is not memory that this process has on a GPU, or not any more (driver error {code})"
+    )
 
 
 def allocation_at(address: int) -> Allocation:
@@ -75,18 +109,32 @@ def allocation_at(address: int) -> Allocation:
     return _PointerQuery().allocation_at(address)
 
 
+class _Cursor:
+    """Finds the allocations of regions. Where these come by address, each allocation is queried once."""
+
+    def __init__(self) -> None:
+        self._query, self._last = _PointerQuery(), Allocation(0, 0, 0, 0, False)
+
+    def under(self, region: Region) -> Iterator[Allocation]:
+        """The allocations that a region on a GPU lies in, in order."""
+        at, end = region.address, region.address + max(1, region.nbytes)
+        while at < end:
+            if not self._last.start <= at < self._last.end:
+                self._last = self._query.allocation_at(at)
+            yield self._last
+            at = self._last.end
+
+
+def _gpu_regions(regions: Sequence[Region]) -> list[Region]:
+    """Those on GPUs, by address."""
+    return sorted((one for one in regions if one.device != "cpu"), key=lambda one: one.address)
+
+
 def allocations_of(regions: Sequence[Region]) -> list[Allocation]:
     """The allocations that the regions on GPUs lie in, by address. Queries the driver once for each allocation."""
-    found: list[Allocation] = []
-    query = _PointerQuery()
-    for region in sorted((one for one in regions if one.device != "cpu"), key=lambda one: one.address):
-        at, end = region.address, region.address + max(1, region.nbytes)
-        if found:  # the allocations up to its end have been found already
-            at = max(at, found[-1].end)
-        while at < end:
-            found.append(query.allocation_at(at))
-            at = max(at + 1, found[-1].end)
-    return found
+    cursor = _Cursor()
+    found = {one.start: one for region in _gpu_regions(regions) for one in cursor.under(region)}
+    return [found[start] for start in sorted(found)]
 
 
 class PublishedAllocations:
@@ -109,7 +157,7 @@ class PublishedAllocations:
     def check(self, regions: Sequence[Region]) -> list[Allocation]:
         """The allocations of regions on GPUs that `enclosing_allocations` returned, if they are still the same.
 
-        Raises `TransportUnavailable` if one is not.
+        Raises `TransportUnavailable` if one is not, or is not mapped.
         """
         found: list[Allocation] = []
         query = _PointerQuery()
@@ -127,7 +175,9 @@ class PublishedAllocations:
         return found
 
     @staticmethod
-    def _check_same(known: Allocation, buffer_id: int, region: Region) -> Allocation:
+    def _check_same(known: Allocation, buffer_id: int | None, region: Region) -> Allocation:
+        if buffer_id is None:
+            raise _not_gpu_memory(region.address)
         if buffer_id != known.buffer_id:
             raise TransportUnavailable(
                 f"memory of the model at {region.address:#x} was freed and mapped anew since it was "
@@ -174,26 +224,56 @@ def why_not_exportable(allocations: Sequence[Allocation]) -> str | None:
     )
 
 
+@frozen
 class MappedMemory:
-    """The allocations of regions on GPUs as they were, to tell later whether they still are."""
+    """The memory of regions on GPUs as it was, to tell later whether it still is."""
 
-    def __init__(self, allocations: Sequence[tuple[int, Allocation]]) -> None:
-        self._allocations = allocations
+    _allocations: Sequence[tuple[Allocation, Sequence[int]]] = field(repr=False)
+    """Each with the ids of the regions that it holds, or a part of."""
 
     @classmethod
     def of(cls, regions: Sequence[Region]) -> "MappedMemory":
-        """Remember the allocation that each region begins in. Asks no driver where no region is on a GPU."""
-        query = _PointerQuery()
-        return cls([(one.id, query.allocation_at(one.address)) for one in regions if one.device != "cpu"])
+        """Remember every allocation that the regions lie in. Needs no driver where none is on a GPU.
+
+        Raises `TransportUnavailable` for memory that is not mapped.
+        """
+        cursor = _Cursor()
+        found: dict[int, tuple[Allocation, list[int]]] = {}
+        for region in _gpu_regions(regions):
+            for one in cursor.under(region):
+                found.setdefault(one.start, (one, []))[1].append(region.id)
+        return cls(list(found.values()))
 
     def moved(self) -> dict[int, str]:
-        """By the ids of regions whose memory is not what it was, what happened, in words."""
+        """By the ids of regions whose memory is not what it was, what happened, in words.
+
+        Asks the driver one question an allocation, 1.5 µs each, whatever the number of regions.
+        """
         found: dict[int, str] = {}
         query = _PointerQuery()
-        for region, known in self._allocations:
-            try:
-                if query.buffer_id(known.start) != known.buffer_id:
-                    found[region] = "its memory was unmapped, and mapped anew"
-            except TransportUnavailable:
-                found[region] = "its memory is not mapped any more"
+        for known, regions in self._allocations:
+            buffer_id = query.buffer_id(known.start)
+            if buffer_id != known.buffer_id:
+                gone = "its memory is not mapped any more"
+                found |= dict.fromkeys(
+                    regions, gone if buffer_id is None else "its memory was unmapped, and mapped anew"
+                )
         return found
+
+
+def why_unmapped(regions: Sequence[Region]) -> dict[int, str]:
+    """By the ids of regions on GPUs, or in part, that cannot be written or read now, why not, in words.
+
+    Where that is none, an engine that puts its memory to sleep can still make it so at any moment.
+    """
+    found: dict[int, str] = {}
+    cursor = _Cursor()
+    for region in _gpu_regions(regions):
+        try:
+            devices = {one.device for one in cursor.under(region)}
+        except TransportUnavailable:
+            found[region.id] = f"its memory on {region.device} is not mapped: freed, or put to sleep"
+        else:
+            if elsewhere := devices - {cuda.device_index(region.device)}:
+                found[region.id] = f"its memory is on cuda:{elsewhere.pop()} and not on {region.device}"
+    return found

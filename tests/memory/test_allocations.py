@@ -7,7 +7,7 @@ from fake_driver import Driver
 
 from tensorfork import Region, TransportUnavailable
 from tensorfork.memory import allocations, cuda
-from tensorfork.memory.allocations import PublishedAllocations
+from tensorfork.memory.allocations import MappedMemory, PublishedAllocations
 
 
 @pytest.fixture
@@ -103,3 +103,83 @@ def test_memory_that_is_published_again_counts_as_it_is_now(driver: Driver) -> N
     published.add(at((0x1000, 8)))
     enclosing, _ = allocations.enclosing_allocations(at((0x1000, 8)))
     assert [one.buffer_id for one in published.check(enclosing)] == [70]
+
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def virtual(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """A reservation of 100 MiB, in which 4, 20 and 6 MiB are mapped, with a hole of 2 MiB before the last."""
+    at = 100 * MIB
+    mapped = {
+        at: (4 * MIB, 1, False),
+        at + 4 * MIB: (20 * MIB, 2, False),
+        at + 26 * MIB: (6 * MIB, 3, False),
+    }
+    fake = Driver(mapped, reserved=(at, at + 100 * MIB))
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
+    return fake
+
+
+@pytest.mark.parametrize("offset", [0, 5, 4 * MIB - 1, 4 * MIB, 13 * MIB + 7, 24 * MIB - 1, 26 * MIB, 32 * MIB - 1])
+def test_of_reserved_addresses_the_mapping_is_the_allocation(virtual: Driver, offset: int) -> None:
+    start = max(one for one in virtual.memory if one <= 100 * MIB + offset)
+    found = allocations.allocation_at(100 * MIB + offset)
+    assert (found.start, found.nbytes, found.buffer_id) == (start, *virtual.memory[start][:2])
+
+
+@pytest.mark.parametrize("address", [124 * MIB, 126 * MIB - 1, 132 * MIB, 199 * MIB, 300 * MIB])
+def test_reserved_addresses_without_memory_are_no_gpu_memory(virtual: Driver, address: int) -> None:
+    with pytest.raises(TransportUnavailable, match=f"{address:#x}"):
+        allocations.allocation_at(address)
+
+
+def test_a_tensor_that_lies_in_two_mappings_stays_one_region(virtual: Driver) -> None:
+    wide = at((103 * MIB, 2 * MIB), (101 * MIB, MIB))
+    enclosing, places = allocations.enclosing_allocations(wide)
+    assert sorted((one.address, one.nbytes) for one in enclosing) == [(100 * MIB, 4 * MIB), (103 * MIB, 2 * MIB)]
+    assert [one.offset for one in places] == [0, MIB]
+
+
+def test_a_later_look_asks_one_question_an_allocation(driver: Driver) -> None:
+    mapped = MappedMemory.of(at((0x1000, 8), (0x1800, 8), (0x1FF8, 16), (0x8000, 8)))
+    driver.queries.clear()
+    assert mapped.moved() == {}
+    assert driver.queries == ["id"] * 3
+
+
+def test_a_look_names_every_region_whose_memory_is_gone_or_mapped_anew(virtual: Driver) -> None:
+    MappedMemory.of(at((100 * MIB, MIB), device="cpu"))
+    mapped = MappedMemory.of(at((100 * MIB, MIB), (101 * MIB, MIB), (103 * MIB, 2 * MIB), (127 * MIB, MIB)))
+    assert mapped.moved() == {}
+    del virtual.memory[100 * MIB]
+    virtual.memory[126 * MIB] = 6 * MIB, 33, False
+    gone, anew = "its memory is not mapped any more", "its memory was unmapped, and mapped anew"
+    assert mapped.moved() == {10: gone, 11: gone, 12: gone, 13: anew}
+    virtual.memory[100 * MIB] = 4 * MIB, 11, False
+    assert mapped.moved() == {10: anew, 11: anew, 12: anew, 13: anew}
+
+
+def test_memory_that_is_not_mapped_cannot_be_remembered(virtual: Driver) -> None:
+    with pytest.raises(TransportUnavailable):
+        MappedMemory.of(at((123 * MIB, 2 * MIB)))
+
+
+def test_a_fork_learns_which_of_its_regions_are_not_mapped(virtual: Driver) -> None:
+    given = at((126 * MIB, MIB), (100 * MIB, 24 * MIB), (123 * MIB, 2 * MIB), (150 * MIB, MIB))
+    assert set(allocations.why_unmapped(given)) == {12, 13}
+    assert "put to sleep" in allocations.why_unmapped(given)[12]
+    assert allocations.why_unmapped([*given[:2], *at((150 * MIB, MIB), device="cpu")]) == {}
+
+
+def test_a_region_on_another_device_than_it_says_is_named(driver: Driver) -> None:
+    assert allocations.why_unmapped(at((0x1000, 8), device="cuda:1")) == {
+        10: "its memory is on cuda:0 and not on cuda:1"
+    }
+
+
+def test_the_driver_is_not_queried_about_a_model_without_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "driver", lambda: pytest.fail("there may be none"))
+    host = at((0x1000, 8), device="cpu")
+    assert MappedMemory.of(host).moved() == allocations.why_unmapped(host) == {}
