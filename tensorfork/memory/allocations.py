@@ -94,7 +94,7 @@ class _PointerQuery:
         while self.buffer_id(address + beyond * step) == buffer_id:
             beyond *= 2
         return bisect_left(
-            range(beyond), True, lo=beyond // 2, key=lambda i: self.buffer_id(address + i * step) != buffer_id
+            range(beyond), True, lo=(beyond + 1) // 2, key=lambda i: self.buffer_id(address + i * step) != buffer_id
         )
 
 
