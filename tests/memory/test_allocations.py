@@ -185,12 +185,9 @@ def test_the_driver_is_not_queried_about_a_model_without_gpu_memory(monkeypatch:
     assert MappedMemory.of(host).moved() == allocations.why_unmapped(host) == {}
 
 
-def test_memory_that_is_unmapped_while_it_is_looked_at_ends_the_look(
+def test_memory_that_is_unmapped_while_it_is_measured_still_contains_the_address(
     virtual: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unmapped(value: object, kind: int, address: int) -> int:
-        return 1
-
-    monkeypatch.setattr(virtual, "cuPointerGetAttribute", unmapped)
+    monkeypatch.setattr(Driver, "cuPointerGetAttribute", lambda *_: 1)
     found = allocations.allocation_at(110 * MIB + 5)
     assert found.start <= 110 * MIB + 5 < found.end
