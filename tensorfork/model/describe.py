@@ -29,27 +29,23 @@ class ModelMemory:
     Attributes:
         addresses: of each storage of the layout; None on the meta device.
         storages: torch's objects, which keep the memory alive.
+        published: of each storage of the layout, the ranges that its tensors' elements fill; see `Region`. Of a tensor
+            in more than `MAX_RUNS` runs, from its first byte to its last.
     """
 
     addresses: Sequence[int | None]
     storages: Sequence[torch.UntypedStorage]
+    published: Sequence[Sequence[tuple[int, int]]]
 
     def regions(self, layout: ModelLayout, *, stable: bool = False) -> list[Region]:
         """One region for each storage that has bytes and memory, with the storage's index as its id.
 
-        Its published ranges are those of the layout's tensors; of one in more than `MAX_RUNS` runs, from its first byte
-        to its last. `stable` is for the regions.
+        `stable` is for the regions.
         """
-        ranges: dict[int, list[tuple[int, int]]] = {}
-        for tensor in layout.tensors:
-            at = tensor.offset
-            runs = [(0, tensor.nbytes)] if tensor.is_dense else runs_of(tensor, MAX_RUNS)
-            if len(runs) > MAX_RUNS:
-                runs = [(0, tensor.extent)]
-            ranges.setdefault(tensor.storage, []).extend((at + start, at + start + nbytes) for start, nbytes in runs)
+        storages = zip(self.addresses, layout.storages, self.published, strict=True)
         return [
-            Region(index, address, storage.nbytes, storage.device, self, union(ranges.get(index, ())), stable)
-            for index, (address, storage) in enumerate(zip(self.addresses, layout.storages, strict=True))
+            Region(index, address, storage.nbytes, storage.device, self, published, stable)
+            for index, (address, storage, published) in enumerate(storages)
             if address is not None and storage.nbytes
         ]
 
@@ -97,9 +93,26 @@ def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None)
     memory = ModelMemory(
         [extent.address for extent in extents.values()],
         [storage for extent in extents.values() for storage in extent.storages],
+        _published(locations, layouts, len(storages)),
     )
     layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
     return LocalModel(layout, found.tensors, found.wrappers, memory, found.holders)
+
+
+def _published(
+    locations: Sequence[TensorLocation], layouts: Sequence[TensorLayout], storages: int
+) -> list[list[tuple[int, int]]]:
+    """The ranges that the tensors' elements fill, of each storage."""
+    ranges: list[list[tuple[int, int]]] = [[] for _ in range(storages)]
+    for location, layout in zip(locations, layouts, strict=True):
+        start = layout.offset
+        runs = [(0, location.end - location.start)]
+        if not location.contiguous:
+            exact = runs_of(layout, MAX_RUNS)
+            runs = exact if len(exact) <= MAX_RUNS else runs
+        if location.end > location.start:
+            ranges[layout.storage] += [(start + at, start + at + nbytes) for at, nbytes in runs]
+    return [one if len(one) == 1 else union(one) for one in ranges]
 
 
 def _tensor_layout(

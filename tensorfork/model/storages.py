@@ -18,14 +18,17 @@ class TensorLocation:
     """Where one tensor lies: the bytes from `start` to `end` of an allocation.
 
     `key` tells allocations apart; `base` is the allocation's address, None on the meta device; `storage` owns it.
+    `contiguous` says that the tensor's elements fill all of these bytes, in order.
     """
 
-    __slots__ = ("base", "device", "end", "extent", "key", "start", "storage")
+    __slots__ = ("base", "contiguous", "device", "end", "extent", "key", "start", "storage")
     extent: "StorageExtent"
     """The extent that it lies in. Set by `storage_extents`."""
 
-    def __init__(self, key: Any, base: int | None, device: str, start: int, end: int, storage: Any) -> None:
-        self.key, self.base, self.device = key, base, device
+    def __init__(
+        self, key: Any, base: int | None, device: str, start: int, end: int, storage: Any, contiguous: bool
+    ) -> None:
+        self.key, self.base, self.device, self.contiguous = key, base, device, contiguous
         self.start, self.end, self.storage = start, end, storage
 
 
@@ -62,21 +65,22 @@ def locate(name: str, tensor: torch.Tensor) -> TensorLocation:
     itemsize = tensor.element_size()
     start = int(tensor.storage_offset()) * itemsize
     end = start
-    if tensor.is_contiguous():
+    contiguous = tensor.is_contiguous()
+    if contiguous:
         end += tensor.numel() * itemsize
     elif tensor.numel():
         end += (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * itemsize
     if device == "meta":
-        return TensorLocation((device, storage._cdata), None, device, start, end, storage)
+        return TensorLocation((device, storage._cdata), None, device, start, end, storage, contiguous)
     base = storage.data_ptr()
     if not tensor.numel():  # it has no bytes; a key of its own keeps it out of the extents of others
-        return TensorLocation((device, "empty"), 0, device, 0, 0, storage)
+        return TensorLocation((device, "empty"), 0, device, 0, 0, storage, contiguous)
     if end > storage.nbytes():
         raise UnsupportedTensor(
             f"{name}: its storage has {storage.nbytes():,} bytes, and its elements need {end:,}: it was freed or "
             "shrunk (resize_). Give it its memory back first, or exclude it"
         )
-    return TensorLocation((device, base), base, device, start, end, storage)
+    return TensorLocation((device, base), base, device, start, end, storage, contiguous)
 
 
 @cache

@@ -6,6 +6,8 @@ two steps. It does not read the tensors' memory.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -13,8 +15,11 @@ import torch
 from tensorfork.errors import SeedMoved
 from tensorfork.memory.allocations import MappedMemory
 from tensorfork.model.describe import LocalModel
+from tensorfork.model.walk import Holder
 from tensorfork.regions import Region
 from tensorfork.wire.messages import MAX_NAMES
+
+_REPLACED = "the model holds another object in its place"
 
 STEP = 1000
 """Objects looked at in a row: half a millisecond, in which the interpreter is not given away."""
@@ -39,8 +44,10 @@ class PublishedPlaces:
             storages.setdefault(storage._cdata, (name, storage))
         self._storages = [storage for _, storage in storages.values()]
         self._storage_names = [name for name, _ in storages.values()]
-        self._extents = [(storage.data_ptr(), storage.nbytes()) for storage in self._storages]
-        self._holders = model.holders
+        self._sizes = [storage.nbytes() for storage in self._storages]
+        in_dicts = [one for one in model.holders if isinstance(one[1], dict)]
+        elsewhere = [one for one in model.holders if not isinstance(one[1], dict)]
+        self._held = (dict.get, _columns(in_dicts)), (_item, _columns(elsewhere))
         self._layout, self._mapped = model.layout, MappedMemory.of(regions)
 
     def check(self) -> None:
@@ -52,21 +59,19 @@ class PublishedPlaces:
         """What is not as it was: names of tensors, each with what happened, in words."""
         found: dict[str, str] = {}
         for some in _steps(len(self._tensors)):
-            if [tensor.data_ptr() for tensor in self._tensors[some]] != self._addresses[some]:
+            if list(map(torch.Tensor.data_ptr, self._tensors[some])) != self._addresses[some]:
                 found |= self._moved_tensors(some)
         for some in _steps(len(self._storages)):
-            extents = self._extents[some]
-            now = [(storage.data_ptr(), storage.nbytes()) for storage in self._storages[some]]
-            if now != extents:
-                for name, (address, nbytes), was in zip(self._storage_names[some], now, extents, strict=True):
-                    if address != was[0]:
-                        found.setdefault(name, "its storage was freed, or moved to other memory")
-                    elif nbytes < was[1]:
-                        found.setdefault(name, f"its storage was shrunk to {nbytes:,} bytes")
-        for some in _steps(len(self._holders)):
-            for name, container, key, value in self._holders[some]:
-                if not _holds(container, key, value):
-                    found.setdefault(name, "the model holds another object in its place")
+            if list(map(torch.UntypedStorage.nbytes, self._storages[some])) != self._sizes[some]:
+                found = self._shrunk_storages(some) | found
+        for get, (names, containers, keys, values) in self._held:
+            for some in _steps(len(names)):
+                held = list(map(get, containers[some], keys[some]))
+                if not all(map(is_, held, values[some])):
+                    replaced = map(is_not, held, values[some])
+                    found |= dict.fromkeys(
+                        compress(names[some], replaced), "the model holds another object in its place"
+                    )
         if unmapped := self._mapped.moved():
             names: dict[int, str] = {}
             for tensor in self._layout.tensors:
@@ -77,9 +82,17 @@ class PublishedPlaces:
 
     def _moved_tensors(self, some: slice) -> dict[str, str]:
         return {
-            name: "it was given other memory, such as by .data or set_()"
+            name: "it has other memory, or none: it was freed, shared, or given another storage"
             for name, tensor, address in zip(self._names[some], self._tensors[some], self._addresses[some], strict=True)
             if tensor.data_ptr() != address
+        }
+
+    def _shrunk_storages(self, some: slice) -> dict[str, str]:
+        columns = self._storage_names[some], self._storages[some], self._sizes[some]
+        return {
+            name: f"its storage was shrunk to {storage.nbytes():,} bytes"
+            for name, storage, size in zip(*columns, strict=True)
+            if storage.nbytes() < size
         }
 
     def same_as(self, other: "PublishedPlaces") -> bool:
@@ -87,20 +100,22 @@ class PublishedPlaces:
         return (
             list(map(id, self._tensors)) == list(map(id, other._tensors))
             and self._addresses == other._addresses
-            and self._extents == other._extents
+            and self._sizes == other._sizes
             and not other._mapped.moved()
         )
 
 
-def _holds(container: Any, key: Any, value: Any) -> bool:
+def _columns(holders: Sequence[Holder]) -> Sequence[Sequence[Any]]:
+    """Their names, containers, keys and values."""
+    return list(zip(*holders, strict=True)) or [()] * 4
+
+
+def _item(container: Any, key: Any) -> Any:
+    """What a list or another container holds under a key; None where it has none."""
     try:
-        if isinstance(container, dict):  # without code that a subclass may have
-            return dict.get(container, key) is value
-        if isinstance(container, list):
-            return list.__getitem__(container, key) is value
-        return container[key] is value
+        return list.__getitem__(container, key) if isinstance(container, list) else container[key]
     except (LookupError, TypeError):
-        return False
+        return None
 
 
 def _steps(count: int) -> Iterator[slice]:

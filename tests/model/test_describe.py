@@ -122,7 +122,7 @@ def test_storages_of_a_gpu_are_in_order_of_address_so_that_a_fork_s_have_the_sam
             return 1024
 
     def located(device: str, base: int) -> TensorLocation:
-        return TensorLocation((device, base), base, device, 0, 1024, Storage())
+        return TensorLocation((device, base), base, device, 0, 1024, Storage(), True)
 
     locations = [
         located("cuda:1", 1024),

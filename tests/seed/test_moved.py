@@ -209,7 +209,7 @@ def test_a_digest_of_memory_that_moved_meanwhile_is_never_given_out(monkeypatch:
     with tensorfork.publish(model) as seed, connected(seed.address) as conversation:
         lease = take(conversation)
         request = messages.GetDigests(lease.lease)
-        with pytest.raises(tensorfork.SeedMoved, match="a: it was given other memory"):
+        with pytest.raises(tensorfork.SeedMoved, match="a: it has other memory"):
             conversation.request(request, messages.Digests, soon(), "digests")
         assert seed.version.content is None
 
