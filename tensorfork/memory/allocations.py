@@ -109,20 +109,27 @@ def allocation_at(address: int) -> Allocation:
     return _PointerQuery().allocation_at(address)
 
 
-class _Cursor:
-    """Finds the allocations of regions. Where these come by address, each allocation is queried once."""
+class AllocationCursor:
+    """Finds allocations, and asks no driver for one that was found just before. So what is looked up by address in
+    order is queried once for each allocation.
+    """
 
     def __init__(self) -> None:
         self._query, self._last = _PointerQuery(), Allocation(0, 0, 0, 0, False)
+
+    def at(self, address: int) -> Allocation:
+        """The allocation that contains an address. Raises `TransportUnavailable` if it is not GPU memory."""
+        if not self._last.start <= address < self._last.end:
+            self._last = self._query.allocation_at(address)
+        return self._last
 
     def under(self, region: Region) -> Iterator[Allocation]:
         """The allocations that a region on a GPU lies in, in order."""
         at, end = region.address, region.address + max(1, region.nbytes)
         while at < end:
-            if not self._last.start <= at < self._last.end:
-                self._last = self._query.allocation_at(at)
-            yield self._last
-            at = self._last.end
+            found = self.at(at)
+            yield found
+            at = found.end
 
 
 def _gpu_regions(regions: Sequence[Region]) -> list[Region]:
@@ -132,7 +139,7 @@ def _gpu_regions(regions: Sequence[Region]) -> list[Region]:
 
 def allocations_of(regions: Sequence[Region]) -> list[Allocation]:
     """The allocations that the regions on GPUs lie in, by address. Queries the driver once for each allocation."""
-    cursor = _Cursor()
+    cursor = AllocationCursor()
     found = {one.start: one for region in _gpu_regions(regions) for one in cursor.under(region)}
     return [found[start] for start in sorted(found)]
 
@@ -237,7 +244,7 @@ class MappedMemory:
 
         Raises `TransportUnavailable` for memory that is not mapped.
         """
-        cursor = _Cursor()
+        cursor = AllocationCursor()
         found: dict[int, tuple[Allocation, list[int]]] = {}
         for region in _gpu_regions(regions):
             for one in cursor.under(region):
@@ -267,7 +274,7 @@ def why_unmapped(regions: Sequence[Region]) -> dict[int, str]:
     Where that is none, an engine that puts its memory to sleep can still make it so at any moment.
     """
     found: dict[int, str] = {}
-    cursor = _Cursor()
+    cursor = AllocationCursor()
     for region in _gpu_regions(regions):
         try:
             devices = {one.device for one in cursor.under(region)}

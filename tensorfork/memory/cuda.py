@@ -7,10 +7,9 @@ memory. Names and numbers are those of the CUDA driver API.
 
 import ctypes
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -23,8 +22,6 @@ STREAM_NON_BLOCKING = 1
 
 _IPC_LAZY_PEER_ACCESS = 1
 _CAPTURE_RELAXED = 2
-_ACCESS_IN_STREAM_ORDER = 1
-_INVALID_VALUE, _NOT_SUPPORTED = 1, 801
 _TO_HOST, _TO_DEVICE, _WITHIN_GPUS = "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoDAsync_v2"
 
 
@@ -127,48 +124,6 @@ def _enqueue_each(call: str, stream: "torch.cuda.Stream", copies: Iterable[tuple
             code = memcpy(to, source, nbytes, handle)
             if code:
                 raise_on_error(code, call.removesuffix("_v2"))
-
-
-class _CopyAttributes(ctypes.Structure):
-    """CUmemcpyAttributes: when the sources may be read, and hints where the memory is."""
-
-    _fields_ = [
-        ("source_access", ctypes.c_int),
-        ("source_hint", ctypes.c_int * 2),
-        ("destination_hint", ctypes.c_int * 2),
-        ("flags", ctypes.c_uint),
-    ]
-
-
-def copy_batch(stream: "torch.cuda.Stream", copies: Sequence[tuple[int, int, int]]) -> None:
-    """Enqueue copies of (to, from, bytes) between addresses on a stream, in any order among themselves.
-
-    Where the driver has one call for all of them, its copy engines go from one to the next without a pause: 396 instead
-    of 366 GB/s for copies of 20 MB between two H200. Raises `DriverError`.
-    """
-    copies = [copy for copy in copies if copy[2]]  # the call refuses copies of no bytes
-    call, failed_index = _batch_call()
-    if call is None or len(copies) < 2:
-        copy_one_by_one(stream, copies)
-        return
-    array = ctypes.c_uint64 * len(copies)
-    to, sources, sizes = (array(*column) for column in zip(*copies, strict=True))
-    same_for_all, first_copy = _CopyAttributes(_ACCESS_IN_STREAM_ORDER), ctypes.c_size_t(0)
-    attributes = ctypes.byref(same_for_all), ctypes.byref(first_copy), 1
-    with current_context(stream.device.index), relaxed_capture():
-        code = call(to, sources, sizes, len(copies), *attributes, *failed_index, stream.cuda_stream)
-    if code in (_INVALID_VALUE, _NOT_SUPPORTED):  # this memory or driver; single copies work, or give a better error
-        copy_one_by_one(stream, copies)
-        return
-    raise_on_error(code, "cuMemcpyBatchAsync")
-
-
-@cache
-def _batch_call() -> tuple[Any, Sequence[Any]]:
-    """The driver's call for many copies at once, or None; and the argument that only CUDA 12's version of it takes."""
-    if hasattr(driver(), "cuMemcpyBatchAsync_v2"):
-        return driver().cuMemcpyBatchAsync_v2, ()
-    return getattr(driver(), "cuMemcpyBatchAsync", None), (ctypes.byref(ctypes.c_size_t()),)
 
 
 @contextmanager

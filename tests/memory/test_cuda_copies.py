@@ -7,9 +7,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import fake_driver
 import pytest
 
-from tensorfork.memory import cuda
+from tensorfork.memory import copy_batch, cuda
 
 STREAM: Any = SimpleNamespace(cuda_stream=77, device=SimpleNamespace(index=1))
 COPIES = [(1000, 5000, 10), (2000, 6000, 20), (3000, 7000, 30)]
@@ -26,6 +27,8 @@ class Driver:
         self.cuMemcpyDtoDAsync_v2 = partial(self._copy, self.single)
         self.cuMemcpyDtoHAsync_v2 = partial(self._copy, self.to_host)
         self.cuMemcpyHtoDAsync_v2 = partial(self._copy, self.to_device)
+        self.gpu = fake_driver.Driver({1000: (4000, 1, True), 5000: (4000, 2, True)})
+        self.cuPointerGetAttributes = self.gpu.cuPointerGetAttributes
         self.code = self.batch_code = 0
         if first:
             self.cuMemcpyBatchAsync = self._first
@@ -60,9 +63,9 @@ class Driver:
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "current_context", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "relaxed_capture", nullcontext)
-    cuda._batch_call.cache_clear()
+    copy_batch._batch_call.cache_clear()
     yield
-    cuda._batch_call.cache_clear()
+    copy_batch._batch_call.cache_clear()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
@@ -73,14 +76,14 @@ def use(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
 @pytest.mark.parametrize("versions", [{"first": True}, {"second": True}, {"first": True, "second": True}])
 def test_many_copies_are_one_call(monkeypatch: pytest.MonkeyPatch, versions: dict[str, bool]) -> None:
     driver = use(monkeypatch, Driver(**versions))
-    cuda.copy_batch(STREAM, COPIES)
+    copy_batch.copy_batch(STREAM, COPIES)
     assert driver.batches == [COPIES]
     assert not driver.single
 
 
 def test_a_driver_without_such_a_call_is_called_for_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = use(monkeypatch, Driver())
-    cuda.copy_batch(STREAM, COPIES)
+    copy_batch.copy_batch(STREAM, COPIES)
     assert driver.single == COPIES
 
 
@@ -88,10 +91,10 @@ def test_copies_of_no_bytes_are_left_out_and_a_single_copy_is_not_batched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = use(monkeypatch, Driver(second=True))
-    cuda.copy_batch(STREAM, [(1, 2, 0), *COPIES, (3, 4, 0)])
-    cuda.copy_batch(STREAM, [(1, 2, 0), COPIES[0]])
-    cuda.copy_batch(STREAM, [(1, 2, 0)])
-    cuda.copy_batch(STREAM, [])
+    copy_batch.copy_batch(STREAM, [(1, 2, 0), *COPIES, (3, 4, 0)])
+    copy_batch.copy_batch(STREAM, [(1, 2, 0), COPIES[0]])
+    copy_batch.copy_batch(STREAM, [(1, 2, 0)])
+    copy_batch.copy_batch(STREAM, [])
     assert driver.batches == [COPIES]
     assert driver.single == [COPIES[0]]
 
@@ -100,14 +103,14 @@ def test_copies_of_no_bytes_are_left_out_and_a_single_copy_is_not_batched(
 def test_what_the_driver_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> None:
     use(monkeypatch, driver).code = 700
     with pytest.raises(cuda.DriverError, match=r"cuMemcpy.*CUDA_ERROR_OF_THE_TEST \(700\)"):
-        cuda.copy_batch(STREAM, COPIES)
+        copy_batch.copy_batch(STREAM, COPIES)
 
 
 @pytest.mark.parametrize("code", [1, 801])
 def test_what_the_call_for_many_refuses_is_copied_one_by_one(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     driver = use(monkeypatch, Driver(second=True))
     driver.batch_code = code
-    cuda.copy_batch(STREAM, COPIES)
+    copy_batch.copy_batch(STREAM, COPIES)
     assert driver.single == COPIES
 
 
@@ -126,3 +129,22 @@ def test_an_address_that_the_driver_refuses_ends_the_copies_there(monkeypatch: p
     with pytest.raises(cuda.DriverError, match=r"cuMemcpy[DH]to[DH]Async: CUDA_ERROR_OF_THE_TEST \(1\)"):
         copy(STREAM, COPIES)
     assert driver.to_host + driver.to_device + driver.single == COPIES[:1]
+
+
+@pytest.mark.parametrize("gone", [1000, 5000])
+def test_many_copies_are_not_given_to_the_driver_if_an_address_is_not_gpu_memory(
+    monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    """The call for many would take it for host memory, and read or write it on the CPU."""
+    driver = use(monkeypatch, Driver(second=True))
+    del driver.gpu.memory[gone]
+    with pytest.raises(cuda.DriverError, match="not memory that this process has on a GPU"):
+        copy_batch.copy_batch(STREAM, COPIES)
+    assert not driver.batches
+    assert not driver.single
+
+
+def test_whether_memory_is_mapped_is_asked_once_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = use(monkeypatch, Driver(second=True))
+    copy_batch.copy_batch(STREAM, COPIES)
+    assert driver.gpu.queries == ["allocation"] * 2

@@ -12,6 +12,7 @@ from attrs import frozen
 
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.memory import cuda, streams
+from tensorfork.memory.copy_batch import copy_batch
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Session
 from tensorfork.transports.checks import check_bounds, check_going_on
@@ -130,7 +131,7 @@ class IpcSession(Session):
                 operations.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
             self._limiter.spend(sum(nbytes for _, _, nbytes in operations), time.monotonic())
             with self._handles.paused():
-                cuda.copy_batch(stream, operations)
+                copy_batch(stream, operations)
                 event = torch.cuda.Event()
                 event.record(stream)
             in_flight.append(_InFlightBatch(queue.device, event, batch))
