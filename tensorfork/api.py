@@ -19,9 +19,10 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version, check_wanted
-from tensorfork.model.describe import LocalModel, describe
+from tensorfork.model.describe import LocalModel, check_mapped, describe
 from tensorfork.model.inherited import remember_version, version_of
 from tensorfork.model.selection import Patterns, Selection
+from tensorfork.model.snapshot import snapshot as take_snapshot
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed.handle import Seed
 from tensorfork.seed.publication import check_publishable
@@ -45,6 +46,7 @@ def publish(
     include: Patterns = None,
     exclude: Patterns = None,
     stable: bool = False,
+    snapshot: bool | str | torch.device = False,
     version: Version | str | None = None,
 ) -> Seed:
     """Let other processes fork this model, from now until the seed is closed.
@@ -66,6 +68,9 @@ def publish(
         exclude: the tensors to leave out, in the same form: caches, and integers that hold addresses or handles.
         stable: promise that the tensors' memory on the CPU stays where it is until the seed is closed. Then it is sent
             without a copy, some 1.4 times as fast over ZeroMQ. If it moves all the same, the process may end.
+        snapshot: publish a copy of the model as it is now, made here: True for one on the same devices, or a device,
+            such as ``cpu``. Ties and shared memory are kept. Whatever becomes of the model, the copy stays, and takes
+            its memory, until the seed is closed.
         version: which weights these are: a label, or the `Version` that a fork's report has. A model that was forked
             into, and not changed since, has that version by itself; any other begins a lineage of its own.
 
@@ -91,7 +96,10 @@ def publish(
     offered = registry.offered(transports)
     first = version_of(found.tensors, version)
     with gc_paused():
-        return Seed(found, describe_model, offered, first, stable, bind, advertise)
+        if snapshot is False:
+            return Seed(found, describe_model, offered, first, stable, bind, advertise)
+        copied = take_snapshot(found, None if snapshot is True else snapshot)
+        return Seed(copied, None, offered, first, True, bind, advertise)
 
 
 def fork_into(
@@ -159,6 +167,7 @@ def fork_into(
         watch = Stopwatch()
         watch.enter("survey")
         ours = describe(model, terms.selection)
+        check_mapped(ours)
         if verify:
             warm_up.begin({tensor.device for tensor in ours.tensors.values()} | named_device(device))
 

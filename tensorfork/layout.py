@@ -152,6 +152,10 @@ class ModelLayout:
         """Bytes of all storages: the size of a whole copy."""
         return sum(storage.nbytes for storage in self.storages)
 
+    def first_names(self) -> dict[int, str]:
+        """The name of the first tensor in each storage, by the storage's index."""
+        return {tensor.storage: tensor.name for tensor in reversed(self.tensors)}
+
     def only(self, takes: Callable[[str], bool]) -> tuple["ModelLayout", list[str]]:
         """The same layout with only the tensors whose names `takes` accepts, and the names of the others."""
         taken = tuple(tensor for tensor in self.tensors if takes(tensor.name))

@@ -14,6 +14,7 @@ from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import DTYPE_NAMES, ModelLayout, StorageLayout, TensorLayout, plain_stride
+from tensorfork.memory.allocations import why_unmapped
 from tensorfork.model.selection import Selection
 from tensorfork.model.storages import TensorLocation, locate, storage_extents
 from tensorfork.model.walk import FoundTensors, Holder, walk
@@ -80,6 +81,16 @@ def describe(
     """
     with gc_paused():
         return _describe(walk(model, selection), identity, rank)
+
+
+def check_mapped(model: LocalModel) -> None:
+    """Raise `UnsupportedTensor` for a tensor on a GPU whose memory is not mapped there, as the driver says."""
+    if unmapped := why_unmapped(model.memory.regions(model.layout)):
+        storage, why = next(iter(unmapped.items()))
+        raise UnsupportedTensor(
+            f"{model.layout.first_names()[storage]}: {why} ({len(unmapped):,} storages in all). Wake the engine, or "
+            "give the model its memory back, first"
+        )
 
 
 def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None) -> LocalModel:

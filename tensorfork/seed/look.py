@@ -69,15 +69,11 @@ class PublishedPlaces:
                 held = list(map(get, containers[some], keys[some]))
                 if not all(map(is_, held, values[some])):
                     replaced = map(is_not, held, values[some])
-                    found |= dict.fromkeys(
-                        compress(names[some], replaced), "the model holds another object in its place"
-                    )
+                    found |= dict.fromkeys(compress(names[some], replaced), _REPLACED)
         if unmapped := self._mapped.moved():
-            names: dict[int, str] = {}
-            for tensor in self._layout.tensors:
-                names.setdefault(tensor.storage, tensor.name)
+            first_names = self._layout.first_names()
             for region, what in unmapped.items():
-                found.setdefault(names[region], what)
+                found.setdefault(first_names[region], what)
         return found
 
     def _moved_tensors(self, some: slice) -> dict[str, str]:

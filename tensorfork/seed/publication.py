@@ -9,7 +9,7 @@ from attrs import evolve, field, frozen
 from tensorfork.errors import TransportUnavailable, UnsupportedTensor
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
-from tensorfork.model.describe import LocalModel
+from tensorfork.model.describe import LocalModel, check_mapped
 from tensorfork.regions import Region, RemoteRegion
 from tensorfork.seed.look import PublishedPlaces
 from tensorfork.transports.base import Transport
@@ -90,9 +90,10 @@ class Publication:
 
 
 def check_publishable(model: LocalModel) -> None:
-    """Raise `UnsupportedTensor` for a tensor on the meta device."""
+    """Raise `UnsupportedTensor` for a tensor that has no memory: on the meta device, or not mapped on its GPU."""
     if meta := [name for name, tensor in model.tensors.items() if tensor.is_meta]:
         raise UnsupportedTensor(f"{meta[0]} is on the meta device and has no bytes to fork; load the model first")
+    check_mapped(model)
 
 
 def _offer(transport: Transport, regions: Sequence[Region]) -> messages.Offered:
