@@ -26,10 +26,9 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
     our_tensors = {tensor.name: tensor for tensor in ours.tensors}
     pairs = [Pair(their_tensors[name], tensor) for name, tensor in our_tensors.items() if name in their_tensors]
     differences = [(pair, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
-    mismatched, restrided = _differing(differences, pairs, ours)
+    mismatched = _mismatched(differences, pairs, ours)
     differing = {name for name, _ in mismatched}
-    comparable = [restrided.get(pair.name, pair) for pair in pairs if pair.name not in differing]
-    mismatched += _conflicts(comparable)
+    mismatched += _conflicts([pair for pair in pairs if pair.name not in differing])
     missing = [name for name in our_tensors if name not in their_tensors]
     unexpected = [name for name in their_tensors if name not in our_tensors]
     if missing or unexpected or mismatched:
@@ -39,27 +38,30 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
     return pairs
 
 
-def _differing(
+def _mismatched(
     differences: Sequence[tuple[Pair, str]], pairs: Sequence[Pair], ours: ModelLayout
-) -> tuple[list[tuple[str, str]], dict[str, Pair]]:
-    """Of pairs that differ, those that cannot be filled, with the reason; and the others as they will be, by name."""
-    mismatched, restrided = [], {}
+) -> list[tuple[str, str]]:
+    """The names of those among pairs that differ which cannot be filled, each with the reason in words."""
     on_meta = {i for i, storage in enumerate(ours.storages) if storage.device == "meta"}
     changed = {pair.ours.storage for pair, _ in differences} & on_meta
     sharing: dict[int, list[Pair]] = defaultdict(list)
     for pair in pairs if changed else ():
         if pair.ours.storage in changed:
             sharing[pair.ours.storage].append(pair)
+    mismatched = []
     for pair, why in differences:
-        new = evolve(pair.ours, stride=pair.theirs.stride)
-        if pair.ours.storage in on_meta and new.placement is None and new == pair.theirs:
+        if pair.ours.storage in on_meta and _differ_in_stride(pair) and pair.ours.placement is None:
             others = [one for one in sharing[pair.ours.storage] if not _same_change(one, pair)]
             if not others:
-                restrided[pair.name] = Pair(pair.theirs, new)
                 continue
             why += f"; it shares memory with {others[0].name} here, so it cannot take the seed's stride"
         mismatched.append((pair.name, why))
-    return mismatched, restrided
+    return mismatched
+
+
+def _differ_in_stride(pair: Pair) -> bool:
+    """Whether two tensors that are not equal differ in nothing but their stride."""
+    return evolve(pair.ours, stride=pair.theirs.stride) == pair.theirs
 
 
 def _same_change(one: Pair, other: Pair) -> bool:

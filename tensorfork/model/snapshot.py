@@ -51,7 +51,7 @@ def snapshot(model: LocalModel, device: str | torch.device | None = None) -> Loc
 
 
 def _fill(buffer: torch.Tensor, tensors: Sequence[TensorLayout], model: LocalModel) -> None:
-    """Copy the bytes of all the tensors of one storage, each byte once."""
+    """Copy the bytes of all the tensors of one storage, each byte once. The last of them ends where the storage does."""
     reached = 0
     for layout in sorted(tensors, key=lambda one: one.offset):
         start, end = max(reached, layout.offset), layout.offset + layout.extent
@@ -59,7 +59,6 @@ def _fill(buffer: torch.Tensor, tensors: Sequence[TensorLayout], model: LocalMod
             buffer[reached:start].zero_()
             buffer[start:end].copy_(_bytes_of(model.tensors[layout.name], start - layout.offset, end - start))
             reached = end
-    buffer[reached:].zero_()
 
 
 def _bytes_of(tensor: torch.Tensor, start: int, nbytes: int) -> torch.Tensor:

@@ -101,9 +101,9 @@ def test_a_view_of_the_seed_s_that_is_an_object_of_its_own_here_gets_memory_of_i
 
 def test_tensors_that_the_seed_has_in_one_flat_buffer_stay_side_by_side_and_are_fetched_by_one_copy() -> None:
     flat = layout(*(tensor(f"t{i}", [100], at=(0, 100 * i)) for i in range(50)))
-    slots = placed(flat, own(*flat.tensors))
-    assert slots.slots == {0: Slot(CPU, 5000)}
-    assert copies(flat, own(*flat.tensors)) == 1
+    for ours in (own(*flat.tensors), own(*reversed(flat.tensors))):
+        assert placed(flat, ours).slots == {0: Slot(CPU, 5000)}
+        assert copies(flat, ours) == 1
 
 
 def test_of_a_flat_buffer_only_what_is_used_is_allocated() -> None:
@@ -124,6 +124,15 @@ def test_what_shares_a_storage_here_and_not_in_the_seed_shares_one_as_it_does_he
     assert slots.slots == {3: Slot(CPU, 32)}
     assert [slots.tensors[name].offset for name in "qkv"] == [0, 8, 24]
     assert copies(theirs, ours) == 3
+
+
+def test_what_shares_a_storage_here_is_as_well_aligned_as_it_was() -> None:
+    """The bytes before it are allocated, up to the boundary."""
+    theirs = layout(tensor("q", [8], at=(0, 0)), tensor("k", [2], at=(1, 0), dtype="int64"))
+    ours = layout(tensor("q", [8], at=(0, 10_003)), tensor("k", [2], at=(0, 10_016), dtype="int64"))
+    slots = placed(theirs, ours)
+    assert slots.slots == {2: Slot(CPU, 10_032 - 9728)}
+    assert [slots.tensors[name].offset for name in "qk"] == [10_003 - 9728, 10_016 - 9728]
 
 
 def test_what_shares_a_storage_here_goes_to_the_devices_of_the_seed_s() -> None:

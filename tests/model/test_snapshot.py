@@ -105,6 +105,12 @@ def test_every_kind_of_element_is_copied_bit_for_bit(dtype: torch.dtype) -> None
         assert torch.equal(bits(copy[name].contiguous()), bits(tensor.contiguous()))
 
 
+def test_strides_stay_where_they_do_not_matter_too() -> None:
+    kernel = torch.randn(8, 3, 1, 1).to(memory_format=torch.channels_last)
+    assert kernel.stride() != (3, 1, 1, 1)
+    assert snapshot(describe({"w": kernel})).tensors["w"].stride() == kernel.stride()
+
+
 def test_of_tensors_that_are_made_of_others_the_inner_ones_are_copied() -> None:
     module = nn.Module()
     module.quantized = Pair(torch.ones(3, 4, dtype=torch.int8), torch.full((1,), 3.0))
