@@ -30,6 +30,10 @@ _ENTRY = 3
 """64-bit words of one entry in the kernel's table, which has an entry for each segment: `Segment` in digest.cu."""
 
 
+class TensorMoved(TensorForkError):
+    """A tensor was given other memory after its digest was prepared."""
+
+
 @define(eq=False, repr=False)
 class DigestBatch:
     """The digests of some tensors, to be computed once their bytes are there, and again after these have changed.
@@ -78,12 +82,27 @@ class DigestBatch:
                 by_torch[number] = tensor
         return cls(names, by_torch, dict(by_kernel), addresses, dict(tables))
 
-    def compute(self, cancelled: Callable[[], bool] = lambda: False, *, gentle: bool = False) -> dict[str, int]:
+    def compute(
+        self,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        gentle: bool = False,
+        checked_reads: bool = False,
+    ) -> dict[str, int]:
         """Each digest by name, as an unsigned 64-bit integer; nothing once `cancelled` returns true.
 
-        `gentle` uses a quarter of a GPU's multiprocessors at most, and leaves the others to other work. Takes at most
-        16 MiB of scratch on each device. Work is enqueued on the current stream of each; the values are on the host
-        when this returns. Raises `RuntimeError` if a tensor's data pointer has changed since this was made.
+        Takes at most 16 MiB of scratch on each device. Work is enqueued on the current stream of each; the values are
+        on the host when this returns.
+
+        Args:
+            cancelled: asked between groups of tensors.
+            gentle: use a quarter of a GPU's multiprocessors at most, and leave the others to other work.
+            checked_reads: copy what is on the CPU by the kernel before it is summed (`host_reads`), so that memory
+                that is freed or unmapped meanwhile is an error, and not the end of the process.
+
+        Raises:
+            TensorMoved: a GPU tensor's data pointer has changed since this was made.
+            UnreadableMemory: with `checked_reads`: memory of a tensor is not mapped any more.
         """
         values: dict[int, int] = {}
         by_torch = dict(self._by_torch)
@@ -92,7 +111,7 @@ class DigestBatch:
                 return {}
             for number, tensor in self._by_kernel[device].items():
                 if tensor.data_ptr() != self._addresses[number]:
-                    raise RuntimeError(
+                    raise TensorMoved(
                         f"{self._names[number][0]} was given other memory; what is published is changed in place, or "
                         "published again"
                     )
@@ -101,7 +120,8 @@ class DigestBatch:
                 values.update((number, found[number]) for number in self._by_kernel[device])
             else:
                 by_torch.update(self._by_kernel[device])
-        rest = definition.digests({str(number): tensor for number, tensor in by_torch.items()}, cancelled)
+        numbered = {str(number): tensor for number, tensor in by_torch.items()}
+        rest = definition.digests(numbered, cancelled, checked_reads=checked_reads)
         if len(rest) < len(by_torch):
             return {}
         values.update((int(number), value) for number, value in rest.items())

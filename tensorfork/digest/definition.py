@@ -26,6 +26,7 @@ and more.
 This module computes it in plain torch on any device; `batch` does so with a kernel on NVIDIA GPUs.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,15 +35,8 @@ from functools import cache
 import torch
 from attrs import evolve, frozen
 
-from tensorfork.digest.elements import (
-    as_bytes,
-    as_integers,
-    by_stride,
-    copy_elements,
-    gather_on_device,
-    gather_on_host,
-    is_dense,
-)
+from tensorfork.digest.elements import as_bytes, copy_elements, is_dense
+from tensorfork.digest.reads import CheckedReads, HostReads, TorchReads
 from tensorfork.digest.sums import COLUMNS, OTHER_WIDTH, WIDTH, SegmentSums
 from tensorfork.interpreter.openmp import single_threaded
 
@@ -59,12 +53,14 @@ _Key = tuple[object, ...]
 _Keyed = tuple[_Key, torch.Tensor]
 
 
-def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] = lambda: False) -> dict[str, int]:
+def digests(
+    tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] = lambda: False, *, checked_reads: bool = False
+) -> dict[str, int]:
     """The digest of each tensor's elements, as an unsigned 64-bit integer, by name. Ties are computed once.
 
     Reads in place, with at most 16 MiB of scratch on each device. Work is enqueued on the current stream of each
     tensor's device; the values are back on the host when this returns. Checks `cancelled` between groups of tensors;
-    once that is true, returns nothing.
+    once that is true, returns nothing. For `checked_reads` see `batch.DigestBatch.compute`.
     """
     names: dict[_Key, list[str]] = defaultdict(list)
     by_device: dict[torch.device, dict[_Key, torch.Tensor]] = defaultdict(dict)
@@ -76,9 +72,11 @@ def digests(tensors: Mapping[str, torch.Tensor], cancelled: Callable[[], bool] =
     with torch.inference_mode():
         for device, unique in by_device.items():
             with ExitStack() as stack:
-                tuning = _TUNING.get(device.type, _TUNING["cuda"])
+                kind = "cpu, checked" if checked_reads and device.type == "cpu" else device.type
+                tuning = _TUNING.get(kind, _TUNING["cuda"])
                 if device.type == "cpu" and stack.enter_context(single_threaded()):
-                    tuning = evolve(tuning, block=tuning.single_threaded_block)
+                    block = tuning.single_threaded_block
+                    tuning = evolve(tuning, block=block, scratch=block)
                 computation = _DeviceDigests(device, tuning)
                 for _ in computation.add_groups(unique):
                     if cancelled():
@@ -108,21 +106,23 @@ class _DeviceTuning:
     """Tensors up to this size are copied and summed side by side."""
     pool: int
     """Sums that are collected before they are folded into digests."""
-    gather: Callable[[torch.Tensor, Sequence[torch.Tensor], int, int], None]
-    """Copies bytes of several tensors into rows of the scratch."""
+    reads: Callable[[torch.device], TorchReads]
+    """How tensors are read that are copied."""
 
 
 _TUNING = {
-    "cpu": _DeviceTuning(31 * WIDTH, 110 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, gather_on_host),
-    "cuda": _DeviceTuning(_WORDS, _WORDS, 1 << 20, 1 << 14, 320 << 10, gather_on_device),
+    "cpu": _DeviceTuning(31 * WIDTH, 110 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, HostReads),
+    "cpu, checked": _DeviceTuning(31 * WIDTH, 256 * WIDTH, 31 * WIDTH, sys.maxsize, 31 * WIDTH, CheckedReads),
+    "cuda": _DeviceTuning(_WORDS, _WORDS, 1 << 20, 1 << 14, 320 << 10, TorchReads),
 }
+"""256 rows of words nearly fill a huge page."""
 
 
 class _DeviceDigests:
     """Computes the digests of one device's tensors: sums their segments into a pool, and folds many at a time."""
 
     def __init__(self, device: torch.device, tuning: _DeviceTuning) -> None:
-        self._device, self._tuning = device, tuning
+        self._device, self._tuning, self._reads = device, tuning, tuning.reads(device)
         self._adder = SegmentSums(tuning.block)
         self._weights = half_weights(_SUMS).to(device)
         self._short_weights = self._weights[: 2 * WIDTH] + self._weights[2 * WIDTH : 4 * WIDTH]
@@ -190,7 +190,7 @@ class _DeviceDigests:
         if words > self._tuning.small:
             yield from _evenly_spaced(same_size, nbytes, max(1, min(most, self._tuning.block // words)))
         else:
-            most = min(most, self._tuning.scratch // words)
+            most = max(1, min(most, self._tuning.scratch // words))
             yield from ((same_size[start : start + most], 0) for start in range(0, len(same_size), most))
 
     def _sum_in_place(self, keys: Sequence[_Key], rows: torch.Tensor) -> None:
@@ -232,7 +232,8 @@ class _DeviceDigests:
         """Sum a tensor with gaps or overlaps through the scratch, in parts of whole rows but for the last."""
         scratch, at = self._get_scratch(), _WORDS
         as_uint8 = scratch.view(torch.uint8)
-        for filled in copy_elements(as_uint8, as_integers(by_stride(tensor)), WIDTH * 8, self._tuning.block):
+        most = min(self._tuning.scratch * 4 // tensor.element_size(), self._tuning.block)
+        for filled in copy_elements(as_uint8, self._reads.slabs(tensor, most), WIDTH * 8):
             words = -(-filled // 8)
             as_uint8[filled : words * 8] = 0
             x = scratch[:words].view(1, words)
@@ -249,12 +250,12 @@ class _DeviceDigests:
         rows = self._get_scratch()[: len(tensors) * words].view(len(tensors), words)
         if nbytes % 8:
             rows[:, -1] = 0
-        self._tuning.gather(rows, tensors, start, nbytes)
+        self._reads.gather(rows, tensors, start, nbytes)
         return rows
 
     def _get_scratch(self) -> torch.Tensor:
         if self._scratch is None:
-            self._scratch = torch.empty(self._tuning.scratch, dtype=torch.int64, device=self._device)
+            self._scratch = self._reads.new_scratch(self._tuning.scratch)
         return self._scratch
 
     def _new_sums(self, keys: Sequence[_Key], words: int) -> torch.Tensor:

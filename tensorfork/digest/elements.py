@@ -1,24 +1,10 @@
 """A tensor's bytes in the order in which they lie in memory: as views where possible, otherwise copied in parts."""
 
-import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from tensorfork import layout
-
-
-def gather_on_host(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes from byte `start` of each dense tensor to a row of words. Any alignment; without torch."""
-    target, step = rows.data_ptr(), rows.stride(0) * 8
-    for i, tensor in enumerate(tensors):
-        ctypes.memmove(target + i * step, tensor.data_ptr() + start, nbytes)
-
-
-def gather_on_device(rows: torch.Tensor, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> None:
-    """The same in one operation, for memory that only torch can copy."""
-    parts = [as_bytes(tensor, start, (nbytes,), (1,)) for tensor in tensors]
-    torch.stack(parts, out=rows.view(torch.uint8)[:, :nbytes])
 
 
 def as_bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
@@ -27,18 +13,17 @@ def as_bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: t
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at, shape, stride)
 
 
-def copy_elements(scratch: torch.Tensor, tensor: torch.Tensor, row: int, most: int) -> Iterator[int]:
-    """Copy the tensor's elements through the scratch, in order; no operation takes more than `most` of them.
+def copy_elements(scratch: torch.Tensor, parts: Iterable[torch.Tensor], row: int) -> Iterator[int]:
+    """Copy these parts of a tensor, of at most half the scratch each, through the scratch, in order.
 
     Yields, each time the scratch is full, the bytes at its beginning that the caller must use before it goes on: whole
     rows of `row` bytes, but for the last time.
     """
-    itemsize = tensor.element_size()
-    view = scratch.view(tensor.dtype)
-    used, capacity = 0, view.numel()
-    for part in slabs(tensor, min(capacity // 2, most)):
-        n = part.numel()
-        if used + n > capacity:
+    used = itemsize = 0
+    for part in parts:
+        n, itemsize = part.numel(), part.element_size()
+        view = scratch.view(part.dtype)
+        if used + n > view.numel():
             whole, rest = divmod(used * itemsize, row)
             yield whole * row
             scratch[:rest] = scratch[whole * row :][:rest]

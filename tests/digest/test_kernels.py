@@ -90,5 +90,5 @@ def test_a_tensor_that_was_given_other_memory_is_refused() -> None:
     digests = batch.DigestBatch.of({"w": tensor})
     digests.compute()
     tensor.data = torch.zeros(1000, device="cuda")
-    with pytest.raises(RuntimeError, match="w was given other memory"):
+    with pytest.raises(batch.TensorMoved, match="w was given other memory"):
         digests.compute()
