@@ -8,6 +8,7 @@ import torch
 
 from tensorfork.testing import Fault, FaultyTransport
 from tensorfork.testing.faults import Job
+from tensorfork.transports.base import Transport
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.wire import messages
 from tensorfork.wire.conversation import Conversation
@@ -48,8 +49,8 @@ def until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def under_way(then: Callable[[], None]) -> FaultyTransport:
-    """A transport that calls `then` once its first copy has arrived, and then makes the others."""
+def under_way(then: Callable[[], object], transport: Transport | None = None) -> FaultyTransport:
+    """A transport, ZeroMQ by default, that calls `then` once its first copy has arrived, and then makes the others."""
 
     class Then(Fault):
         def pull(self, job: Job) -> None:
@@ -57,4 +58,4 @@ def under_way(then: Callable[[], None]) -> FaultyTransport:
             then()
             job.run(range(1, len(job.copies)), job.done)
 
-    return FaultyTransport(ZeroMQ(), Then())
+    return FaultyTransport(transport or ZeroMQ(), Then())
