@@ -51,7 +51,7 @@ def snapshot(model: LocalModel, device: str | torch.device | None = None) -> Loc
 
 
 def _fill(buffer: torch.Tensor, tensors: Sequence[TensorLayout], model: LocalModel) -> None:
-    """Copy the bytes of all the tensors of one storage, each byte once. The last of them ends where the storage does."""
+    """Copy the bytes of all the tensors of one storage, each byte once. The last of these is the storage's last."""
     reached = 0
     for layout in sorted(tensors, key=lambda one: one.offset):
         start, end = max(reached, layout.offset), layout.offset + layout.extent
