@@ -9,8 +9,10 @@ Tensors on the CPU (as a rule, a few buffers) travel over the lease's channel.
 """
 
 import ctypes
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from threading import Event
 from typing import ClassVar
 
@@ -21,9 +23,14 @@ from tensorfork.memory import allocations, cuda
 from tensorfork.memory.allocations import Allocation, PublishedAllocations
 from tensorfork.regions import Place, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Export, Facts, Site, Transport
-from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, write_offer
+from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, RELEASED, STOP, write_offer
 from tensorfork.transports.cuda_ipc.session import SMALL_BATCH, IpcSession
 from tensorfork.transports.rate_limit import check_rate
+
+START_TIMEOUT = 0.2
+"""Seconds that the end of a lease waits for `serve` to begin, where it has not: without it the fork cannot be told."""
+LAST_MESSAGE_TIMEOUT = 0.02
+"""Seconds that it then waits for a message that has come and not been read: a fork that ends by itself sends one."""
 
 
 class CudaIpc(Transport):
@@ -114,10 +121,12 @@ class IpcExport(Export):
         self.offer = offer
         self._cpu_regions = {region.id: region for region in regions if region.device == "cpu"}
         self._released = False  # whether the fork has said that it closed the handles
-        self._serve_started, self._serve_ended = Event(), Event()
+        self._channel: Channel | None = None
+        self._serve_started, self._serve_ended, self._closing = Event(), Event(), Event()
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`: sends the bytes of CPU regions on the channel. Forks read GPU regions by themselves."""
+        self._channel = channel
         self._serve_started.set()
         try:
             self._serve(channel)
@@ -129,18 +138,31 @@ class IpcExport(Export):
     def _serve(self, channel: Channel) -> None:
         while True:
             request = channel.recv(time.monotonic() + 86400)
-            if request == b"":
+            if request == RELEASED:
                 self._released = True
                 return
             id, offset, nbytes = CPU_REQUEST.unpack(request)
             region = self._cpu_regions.get(id)
-            if region is None or nbytes > CPU_CHUNK or offset + nbytes > region.nbytes:
-                channel.send(b"", time.monotonic() + 1)
+            if self._closing.is_set() or region is None or nbytes > CPU_CHUNK or offset + nbytes > region.nbytes:
+                channel.send(STOP, time.monotonic() + 1)
             else:
                 channel.send(ctypes.string_at(region.address + offset, nbytes), time.monotonic() + 1)
 
     def close(self, deadline: float) -> bool:
-        """See `Export.close`: True if the fork has said that it closed the handles; otherwise it may still read."""
-        if self._serve_started.is_set():
-            self._serve_ended.wait(max(0.0, deadline - time.monotonic()))
+        """See `Export.close`. A fork that still reads is told to stop, and waited for, where the channel allows it.
+
+        Returns True if the fork has said that it closed the handles; otherwise it may still read, since nothing can
+        take a handle away from it.
+        """
+        self._closing.set()
+        if self._serve_started.wait(_seconds(deadline, START_TIMEOUT)):
+            assert self._channel is not None
+            if not self._serve_ended.wait(_seconds(deadline, LAST_MESSAGE_TIMEOUT)):
+                with suppress(PeerUnreachable):
+                    self._channel.send(STOP, deadline)
+                self._serve_ended.wait(_seconds(deadline))
         return self._released
+
+
+def _seconds(deadline: float, most: float = math.inf) -> float:
+    return max(0.0, min(deadline - time.monotonic(), most))

@@ -1,4 +1,4 @@
-"""The offer, which tells a fork where the seed's memory is, and the request for bytes of the seed's CPU regions."""
+"""What the two sides say: the offer, which tells a fork where the seed's memory is, and the messages on the channel."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,13 @@ _OFFER = struct.Struct("<16sI")
 _EXPORTED = struct.Struct(f"<QQ{cuda.HANDLE_BYTES}s")
 """For each of them: its id, its address in the seed's process, and its handle."""
 CPU_REQUEST = struct.Struct("<QQQ")
-"""The id of a region on the CPU, the offset in it, and the number of bytes; the answer is the bytes, or none."""
+"""The id of a region on the CPU, the offset in it, and the number of bytes; the answer is the bytes, or `STOP`."""
 CPU_CHUNK = 512 << 10
 """Bytes of a CPU region in one message of the channel."""
+STOP = b""
+"""The seed's word that it serves no more: the lease ends, or a request cannot be answered. No answer is empty."""
+RELEASED = b""
+"""The fork's last word: it has closed all handles."""
 
 
 @frozen
