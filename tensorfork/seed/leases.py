@@ -111,6 +111,10 @@ class LeaseTable:
             return lease.why if lease.ended.is_set() else lease
         return self._ended.get(id, ENDED)
 
+    def get(self, id: bytes) -> Lease | None:
+        """The lease with this id, also one that is ending: its fork's last message says that it does not read now."""
+        return self._leases.get(id)
+
     def running(self) -> list[Lease]:
         """Those that have not been told to end."""
         with self._lock:

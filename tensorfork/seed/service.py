@@ -177,10 +177,10 @@ class SeedService:
             case messages.TakeLease():
                 self._grant_lease(peer, message, reply)
             case messages.Say():
-                found = self._leases.find(message.lease)
-                if isinstance(found, Lease) and not found.channel.deliver(payload):
+                lease = self._leases.get(message.lease)
+                if lease is not None and not lease.channel.deliver(payload):
                     log.warning("a fork sends more messages than its transport reads; its lease is ended")
-                    found.end(gone=True)
+                    lease.end(gone=True)
             case messages.GetDigests():
                 if lease := self._running_lease(message.lease, reply):
                     self._digests.request(lease.generation, reply)

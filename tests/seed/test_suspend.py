@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -215,3 +216,37 @@ def test_a_lease_that_names_another_publication_is_refused(seed: tensorfork.Seed
         ):
             with pytest.raises(tensorfork.SeedChanged, match="published other tensors"):
                 conversation.request(request, expected, soon(), "test")
+
+
+def test_a_lease_that_is_ending_still_hears_that_its_fork_has_stopped() -> None:
+    closing, stopped = threading.Event(), threading.Event()
+
+    class Reading(ZeroMQ):
+        """Its forks read by themselves, and say when they have stopped."""
+
+        def export(self, *args: Any) -> Any:
+            export = super().export(*args)
+            close = export.close
+
+            def serve(channel: Any) -> None:
+                assert channel.recv(soon()) == b"stopped"
+                stopped.set()
+
+            def close_after_the_fork(deadline: float) -> bool:
+                closing.set()
+                return stopped.wait(max(0.0, deadline - time.monotonic())) and close(deadline)
+
+            export.serve, export.close = serve, close_after_the_fork  # type: ignore[assignment, method-assign]
+            return export
+
+    with (
+        tensorfork.publish(model(), transports=[Reading()]) as seed,
+        connected(seed.address) as conversation,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        lease = take(conversation)
+        suspending = pool.submit(seed.suspend, SECONDS)
+        assert closing.wait(SECONDS)
+        conversation.send(lease.lease, b"stopped", soon())
+        suspending.result(SECONDS)
+        assert stopped.is_set()
