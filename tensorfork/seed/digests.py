@@ -101,10 +101,10 @@ class DigestCache:
         publication.places.check()
         if self._batch is None or self._batch[0] != publication.number:
             self._batch = publication.number, DigestBatch.of(publication.tensors)
-        batch, tensors = self._batch[1], publication.tensors
+        batch, tensors, checked = self._batch[1], publication.tensors, not publication.stable
         with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
             try:
-                found = batch.compute(self._cancelled_at(generation), gentle=True)
+                found = batch.compute(self._cancelled_at(generation), gentle=True, checked_reads=checked)
             except Exception:
                 publication.places.check()  # which names the tensors
                 raise

@@ -28,6 +28,7 @@ class Publication:
         places: where they lie; see `PublishedPlaces`.
         pages: the layout, packed.
         offered: the transports, each with its facts or why it cannot work.
+        stable: whether the owner promises that the memory stays mapped.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Publication:
     places: PublishedPlaces
     pages: tuple[messages.Pages, list[bytes]]
     offered: Mapping[str, messages.Offered]
+    stable: bool
     _covered: dict[str, tuple[Sequence[Region], list[bytes]]] = field(factory=dict)
     _lock: threading.Lock = field(factory=threading.Lock)
 
@@ -58,6 +60,7 @@ class Publication:
             PublishedPlaces(model, regions),
             tables.pack_layout(model.layout),
             {name: _offer(transport, regions) for name, transport in transports.items()},
+            stable,
         )
 
     def renewed(self, model: LocalModel, transports: Mapping[str, Transport], *, stable: bool) -> "Publication":

@@ -19,7 +19,7 @@ from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel
 from tensorfork.seed.digests import DigestCache
-from tensorfork.seed.leases import MAX_LEASES, Lease, LeaseTable, SeedStats
+from tensorfork.seed.leases import ENDED, MAX_LEASES, Lease, LeaseTable, SeedStats
 from tensorfork.seed.publication import Publication
 from tensorfork.seed.published_model import PublishedModel
 from tensorfork.sockets.address import Address
@@ -286,16 +286,15 @@ class SeedService:
         try:
             if self.model.suspended:  # since it was granted
                 lease.end(ASLEEP)
-            if lease.ended.is_set():
-                reply(lease.why)
-                return None
-            lease.publication.places.check()
-            regions, _ = lease.publication.cover(transport)
-            return transport.export(regions, self._site, request.facts, lease.expires)
+            if not lease.ended.is_set():
+                lease.publication.places.check()
+                regions, _ = lease.publication.cover(transport)
+                return transport.export(regions, self._site, request.facts, lease.expires)
         except Exception as error:
-            refused = _refusal(lease, transport, error)
+            lease.end(_refusal(lease, transport, error))
         self._leases.refused += 1
-        reply(refused)
+        self._leases.remove(lease)
+        reply(lease.why)
         return None
 
     def _check(self, lease: Lease, reply: SendReply) -> None:
@@ -311,11 +310,20 @@ class SeedService:
         try:
             export.serve(lease.channel)
         except PeerUnreachable as error:
-            log.info("a fork went away: %s", error)
-            lease.end(gone=True)
+            log.info("a fork went away, or a transfer ended: %s", error)
+            lease.end(self._why_failed(lease), gone=True)
         except Exception:
             log.exception("serving a fork failed; its lease is ended")
-            lease.end(gone=True)
+            lease.end(self._why_failed(lease), gone=True)
+
+    def _why_failed(self, lease: Lease) -> messages.Refused:
+        """What a fork is told, if it asks, whose transfer failed at the seed: its memory may not be there any more."""
+        try:
+            if not lease.ended.is_set():
+                lease.publication.places.check()
+        except SeedMoved as moved:
+            return _refusal(lease, self._transports[lease.transport], moved)
+        return ENDED
 
     # The ends of leases.
 
