@@ -4,8 +4,13 @@ import time
 from collections.abc import Mapping
 from threading import Event
 
-from tensorfork.errors import TransferFailed
+from tensorfork.errors import PeerRefused, PeerUnreachable, TransferFailed
 from tensorfork.regions import Copy, Region, RemoteRegion, contains
+from tensorfork.transports.base import Channel
+
+LEASE_POLL_SECONDS = 0.02
+"""Time between two looks at a lease's channel: some 30 µs each."""
+LEASE_ENDED = "the seed ended the lease"
 
 
 def check_bounds(copy: Copy, remote: Mapping[int, RemoteRegion], ours: Mapping[int, Region]) -> None:
@@ -24,3 +29,27 @@ def check_going_on(deadline: float, cancel: Event, source: object = None) -> Non
     if time.monotonic() >= deadline:
         sender = "" if source is None else f" from {source}"
         raise TransferFailed(f"not everything{sender} had arrived by the deadline")
+
+
+class LeaseEnd:
+    """Looks now and then whether the seed has said on a lease's channel that it ends the lease.
+
+    For a session that reads by itself, while the seed has nothing else to say.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._next_look = channel, 0.0
+
+    def check(self) -> None:
+        """Raise `TransferFailed` if the seed has ended the lease. A seed that is gone is not noticed here."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LEASE_POLL_SECONDS
+        try:
+            self._channel.recv(now)
+        except PeerUnreachable:
+            return  # nothing has come
+        except PeerRefused as error:
+            raise TransferFailed(f"{LEASE_ENDED}: {error}") from error
+        raise TransferFailed(LEASE_ENDED)

@@ -10,12 +10,12 @@ from threading import Event
 import torch
 from attrs import frozen
 
-from tensorfork.errors import PeerRefused, PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.memory import cuda, streams
 from tensorfork.memory.copy_batch import copy_batch
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Session
-from tensorfork.transports.checks import check_bounds, check_going_on
+from tensorfork.transports.checks import LEASE_ENDED, LeaseEnd, check_bounds, check_going_on
 from tensorfork.transports.cuda_ipc.handles import RemoteHandles
 from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, RELEASED, STOP, read_offer
 from tensorfork.transports.rate_limit import RateLimiter
@@ -30,9 +30,6 @@ WINDOW = 3
 """Batches in flight on a device."""
 POLL_SECONDS = 50e-6
 """Time between two polls of the events."""
-STOP_POLL_SECONDS = 0.02
-"""Time between two looks whether the seed has ended the lease: some 30 µs each."""
-_STOPPED = "the seed ended the lease"
 
 
 class IpcSession(Session):
@@ -50,7 +47,7 @@ class IpcSession(Session):
         self.fabric = "same process" if same_process else "cuda ipc"
         self._channel, self._closed = channel, False
         self._rate_limit, self._limiter, self._deadline = rate_limit, RateLimiter(rate_limit), 0.0
-        self._next_stop_poll = 0.0
+        self._lease_end = LeaseEnd(channel)
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
         devices = sorted({cuda.device_index(region.device) for region in regions if region.device != "cpu"})
@@ -89,7 +86,7 @@ class IpcSession(Session):
         try:
             while queues or in_flight:
                 check_going_on(deadline, cancel)
-                self._check_not_stopped()
+                self._lease_end.check()
                 queues = [queue for queue in queues if self._enqueue(queue, copies, in_flight)]
                 while in_flight and in_flight[0].event.query():
                     for i in in_flight.popleft().copies:
@@ -175,20 +172,6 @@ class IpcSession(Session):
         if (remote.device == "cpu") != (ours.device == "cpu"):
             raise TransportUnavailable("cuda_ipc does not move bytes between a GPU and a CPU; zeromq does")
 
-    def _check_not_stopped(self) -> None:
-        """Raise `TransferFailed` if the seed has ended the lease. Looks only now and then."""
-        now = time.monotonic()
-        if now < self._next_stop_poll:
-            return
-        self._next_stop_poll = now + STOP_POLL_SECONDS
-        try:
-            self._channel.recv(now)  # nothing but `STOP`: no request of ours is open
-        except PeerUnreachable:
-            return  # nothing has come
-        except PeerRefused as error:
-            raise TransferFailed(f"{_STOPPED}: {error}") from error
-        raise TransferFailed(_STOPPED)
-
     def _read_from_cpu(self, copy: Copy, deadline: float, cancel: Event) -> None:
         """Make a copy from one of the seed's CPU regions, over the channel."""
         for start in range(0, copy.nbytes, CPU_CHUNK):
@@ -197,7 +180,7 @@ class IpcSession(Session):
             self._channel.send(CPU_REQUEST.pack(copy.region, copy.offset + start, nbytes), deadline)
             answer = self._channel.recv(deadline)
             if answer == STOP:
-                raise TransferFailed(f"{_STOPPED}, or cannot read its memory any more")
+                raise TransferFailed(f"{LEASE_ENDED}, or cannot read its memory any more")
             if len(answer) != nbytes:
                 raise TransferFailed("the seed sent another number of bytes than was requested")
             ctypes.memmove(self._regions[copy.into].address + copy.at + start, answer, nbytes)

@@ -4,6 +4,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from attrs import frozen
 
@@ -15,8 +16,14 @@ from tensorfork.transports.transfer_engine.registrations import Registration
 
 READS_DONE = b"quiet"
 """The message of a fork that will not read from the seed any more, and has no read in flight."""
+STOP = b"stop"
+"""The message of a seed that ends a lease whose fork may still read."""
 RECV_TIMEOUT = 0.25
 """Seconds that `serve` waits for a message before it checks whether the lease has ended."""
+LAST_MESSAGE_TIMEOUT = 0.02
+"""Seconds that `close` waits for a message that has come and not been read, before it tells the fork to stop."""
+STOP_TIMEOUT = 1.0
+"""Seconds that it waits for a fork that was told to stop."""
 _MAGIC = b"tfTE1"
 _HEADER = struct.Struct("<5sB8s8sHI")
 _REGION = struct.Struct("<QQI")
@@ -98,13 +105,13 @@ class EngineExport(Export):
     def __init__(self, engine: Engine, registration: Registration, offer: bytes, *, stays_registered: bool) -> None:
         self.offer = offer
         self._engine, self._registration, self._stays_registered = engine, registration, stays_registered
-        self._closed, self._serve_started = threading.Event(), threading.Event()
-        self._serve_ended = threading.Event()
+        self._closed, self._serve_ended = threading.Event(), threading.Event()
         self._reads_done = False
+        self._channel: Channel | None = None
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`. The engine serves the reads; this only waits for the fork's `READS_DONE`."""
-        self._serve_started.set()
+        self._channel = channel
         try:
             while not self._closed.is_set():
                 until = time.monotonic() + RECV_TIMEOUT
@@ -118,16 +125,22 @@ class EngineExport(Export):
             self._serve_ended.set()
 
     def close(self, deadline: float) -> bool:
-        """See `Export.close`.
+        """See `Export.close`. A fork that still reads is told to stop, and waited for, where the channel allows it.
 
         Over tcp, memory that is not registered cannot be read, but a read in flight is served to its end: True if the
         fork has sent `READS_DONE`. Over rdma, the NIC refuses reads from now on, unless the memory stays registered.
         Over nvlink, the fork's engine keeps the memory mapped until its process ends, and nothing can revoke that.
         """
-        if self._serve_started.is_set():  # the fork's last message may not have reached `serve` yet
-            self._serve_ended.wait(max(0.0, min(deadline - time.monotonic(), 4 * RECV_TIMEOUT)))
+        if self._channel is not None and not self._serve_ended.wait(_seconds(deadline, LAST_MESSAGE_TIMEOUT)):
+            with suppress(PeerUnreachable):
+                self._channel.send(STOP, deadline)
+            self._serve_ended.wait(_seconds(deadline, STOP_TIMEOUT))
         self._closed.set()
         self._registration.release()
         if self._stays_registered or self._engine.fabric == "nvlink":
             return False
         return self._engine.fabric == "rdma" or self._reads_done
+
+
+def _seconds(deadline: float, most: float) -> float:
+    return max(0.0, min(deadline - time.monotonic(), most))

@@ -19,7 +19,7 @@ from tensorfork.transports.transfer_engine.engine import Engine, set_thread_devi
 from tensorfork.transports.transfer_engine.reads import WINDOWS, PendingCopies, Read, in_batches
 
 DEADLINE_INTERVAL = 0.05
-"""Seconds between two checks of the deadline and of `cancel`, while a batch is read."""
+"""Seconds between two checks of the deadline, of `cancel` and of the lease, while a batch is read."""
 HANDLES_PER_BATCH = 32
 """Handles that are opened by one call before the pull begins: some 2 ms."""
 BATCHES_PER_THREAD = 4
@@ -41,9 +41,13 @@ class NvlinkReader:
         address: of the peer, by `Engine.address_of`.
         gpus: the devices that are read into.
         rate: bytes a second; None for no limit.
+        still_leased: called now and then; raises `TransferFailed` once the seed has ended the lease.
     """
 
-    def __init__(self, engine: Engine, address: str, gpus: Sequence[str], rate: float | None) -> None:
+    def __init__(
+        self, engine: Engine, address: str, gpus: Sequence[str], rate: float | None, still_leased: Callable[[], None]
+    ) -> None:
+        self._still_leased = still_leased
         self._engine, self._address, self._gpus, self._rate = engine, address, gpus, rate
         self._first_contact = not engine.has_contacted(address)
         self._stop_opening = Event()
@@ -98,12 +102,24 @@ class NvlinkReader:
             for thread in threads:
                 thread.start()
             for _ in range(expected):
-                for read in _next_batch(results, deadline, cancel):
+                for read in self._next_batch(results, deadline, cancel):
                     check_going_on(deadline, cancel)
                     pending.read_arrived(read.copy)
         finally:
             stop.set()
             _join(threads)
+
+    def _next_batch(self, results: queue.SimpleQueue[_Result], deadline: float, cancel: Event) -> Sequence[Read]:
+        while True:
+            check_going_on(deadline, cancel)
+            self._still_leased()
+            try:
+                result = results.get(timeout=min(DEADLINE_INTERVAL, max(0.0, deadline - time.monotonic())))
+            except queue.Empty:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            return result
 
     def _read_batches(
         self, batches: deque[list[Read]], deadline: float, report: Callable[[_Result], None], stop: Event
@@ -136,18 +152,6 @@ class NvlinkReader:
         batch = [(scratch.data_ptr() + i, source, 1) for i, source in enumerate(sources)]
         if batch:
             self._engine.read_batch(self._address, batch, device, deadline, stop)
-
-
-def _next_batch(results: queue.SimpleQueue[_Result], deadline: float, cancel: Event) -> Sequence[Read]:
-    while True:
-        check_going_on(deadline, cancel)
-        try:
-            result = results.get(timeout=min(DEADLINE_INTERVAL, max(0.0, deadline - time.monotonic())))
-        except queue.Empty:
-            continue
-        if isinstance(result, BaseException):
-            raise result
-        return result
 
 
 def _join(threads: Sequence[threading.Thread]) -> None:

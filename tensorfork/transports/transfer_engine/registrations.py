@@ -15,7 +15,7 @@ from hashlib import blake2b
 from itertools import count, groupby
 from typing import Any
 
-from attrs import define, field
+from attrs import define
 
 from tensorfork.errors import TransportUnavailable
 from tensorfork.regions import Region
@@ -35,14 +35,12 @@ class _RegisteredSpan:
         mapping_id: of the memory when it was registered; another one now means that it was mapped anew.
         number: no two registrations of an engine have the same.
         users: how many `Registration`s include it.
-        owners: keep the memory alive for as long as it is registered.
     """
 
     region: Region
     mapping_id: int
     number: int
     users: int = 0
-    owners: list[Any] = field(factory=list)
 
     @property
     def start(self) -> int:
@@ -56,11 +54,13 @@ class _RegisteredSpan:
 class Registration:
     """Regions that are registered for one user, until `release`.
 
-    `spans` is for `Registrations`; it is None after the release.
+    `spans` is for `Registrations`, and `owners` keeps the memory alive; both are None after the release. So memory is free
+    once those who use it have released it, whoever else uses spans that it lies in.
     """
 
-    def __init__(self, registrations: "Registrations", spans: Sequence[_RegisteredSpan]) -> None:
+    def __init__(self, registrations: "Registrations", spans: Sequence[_RegisteredSpan], owners: Sequence[Any]) -> None:
         self._registrations = registrations
+        self.owners: Sequence[Any] | None = owners
         self.spans: Sequence[_RegisteredSpan] | None = sorted(spans, key=lambda span: span.start)
         self._starts = [span.start for span in self.spans]
 
@@ -138,10 +138,9 @@ class Registrations:
             for region in wanted:
                 for span in self._overlapping(region):
                     used[id(span)] = span
-                    span.owners.append(region.owner)
             for span in used.values():
                 span.users += 1
-            return Registration(self, list(used.values()))
+            return Registration(self, list(used.values()), [region.owner for region in wanted])
 
     def share(self, registration: Registration, deadline: float) -> Registration:
         """See `Registration.share`."""
@@ -150,7 +149,7 @@ class Registrations:
                 raise TransportUnavailable("the memory is not registered any more")
             for span in registration.spans:
                 span.users += 1
-            return Registration(self, registration.spans)
+            return Registration(self, registration.spans, registration.owners or ())
 
     def release(self, registration: Registration) -> None:
         """See `Registration.release`."""
@@ -166,6 +165,7 @@ class Registrations:
             for _, group in groupby(unused, key=lambda span: span.region.device):
                 self._unregister([span.region for span in group])
             self._remove(unused)
+            registration.owners = None
 
     def any_stale(self, spans: Sequence[_RegisteredSpan]) -> bool:
         """See `Registration.is_stale`."""

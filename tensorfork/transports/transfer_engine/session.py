@@ -10,7 +10,7 @@ from threading import Event
 from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Session
-from tensorfork.transports.checks import check_bounds, check_going_on
+from tensorfork.transports.checks import LeaseEnd, check_bounds, check_going_on
 from tensorfork.transports.transfer_engine.engine import Engine
 from tensorfork.transports.transfer_engine.export import READS_DONE, OfferedRegion
 from tensorfork.transports.transfer_engine.handshake import Handshake
@@ -63,8 +63,9 @@ class EngineSession(Session):
         self._regions = {region.id: region for region in regions}
         self._gpus = sorted({region.device for region in regions} - {"cpu"})
         self._piece = piece
-        self._nvlink = NvlinkReader(engine, address, self._gpus, rate)
-        self._windowed = WindowedReader(engine, address, self._gpus, rate)
+        still_leased = LeaseEnd(channel).check
+        self._nvlink = NvlinkReader(engine, address, self._gpus, rate, still_leased)
+        self._windowed = WindowedReader(engine, address, self._gpus, rate, still_leased)
         self._registration: Registration | None = None
         self._handshake: Handshake | None = None
         self._ready_called = self._closed = False

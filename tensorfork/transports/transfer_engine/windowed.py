@@ -25,9 +25,13 @@ class WindowedReader:
         address: of the peer, by `Engine.address_of`.
         gpus: the GPUs that are read into.
         rate: bytes a second; None for no limit.
+        still_leased: called now and then; raises `TransferFailed` once the seed has ended the lease.
     """
 
-    def __init__(self, engine: Engine, address: str, gpus: Sequence[str], rate: float | None) -> None:
+    def __init__(
+        self, engine: Engine, address: str, gpus: Sequence[str], rate: float | None, still_leased: Callable[[], None]
+    ) -> None:
+        self._still_leased = still_leased
         self._engine, self._address, self._gpus, self._rate = engine, address, gpus, rate
         self._window = WINDOWS[engine.fabric]
 
@@ -51,6 +55,7 @@ class WindowedReader:
         bytes_in_flight = 0
         while to_start or in_flight:
             check_going_on(deadline, cancel)
+            self._still_leased()
             arrived, failed = self._poll(in_flight)
             bytes_in_flight -= sum(read.nbytes for read in arrived)
             if not failed:

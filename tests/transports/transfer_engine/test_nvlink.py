@@ -9,9 +9,9 @@ import pytest
 import torch
 from attrs import define, field
 
-from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnavailable
+from tensorfork import Copy, PeerUnreachable, Region, RemoteRegion, TransferFailed, TransportUnavailable
 from tensorfork.transports.transfer_engine import nvlink
-from tensorfork.transports.transfer_engine.export import READS_DONE, OfferedRegion
+from tensorfork.transports.transfer_engine.export import READS_DONE, STOP, OfferedRegion
 from tensorfork.transports.transfer_engine.peer_lock import PeerLock
 from tensorfork.transports.transfer_engine.session import EngineSession
 
@@ -62,12 +62,16 @@ class Engine:
 @define
 class Channel:
     sent: list[bytes] = field(factory=list)
+    stop: bool = False
 
     def send(self, message: bytes, deadline: float) -> None:
         self.sent.append(message)
 
     def recv(self, deadline: float) -> bytes:
-        raise AssertionError
+        assert deadline <= time.monotonic(), "a fork does not wait for its seed"
+        if self.stop:
+            return STOP
+        raise PeerUnreachable("nothing has come")
 
 
 @pytest.fixture(autouse=True)
@@ -375,4 +379,17 @@ def test_a_session_closes_at_once_while_another_peer_keeps_the_engine_waiting(mo
         assert waiting.wait(SOON)
         made.close(time.monotonic() + SOON)
     assert not fake.broken
+    assert channel.sent == [READS_DONE]
+
+
+def test_a_pull_ends_when_the_seed_ends_the_lease_and_the_fork_says_so_once_nothing_is_read() -> None:
+    channel, done = Channel(), list[int]()
+    fake = Engine(before=lambda number: setattr(channel, "stop", number > 0))
+    made = opened(fake, channel, piece=MIB, rate=1e6)
+    with pytest.raises(TransferFailed, match="the seed ended the lease"):
+        pull(made, done.append)
+    assert len(done) < COUNT
+    assert not readers()
+    assert channel.sent == []
+    made.close(time.monotonic() + SOON)
     assert channel.sent == [READS_DONE]

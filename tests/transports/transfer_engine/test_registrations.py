@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -135,10 +136,34 @@ def test_a_fingerprint_changes_with_the_registration_or_with_the_mapping() -> No
     assert again.fingerprint(by_mapping=True) == before[1]
 
 
-def test_owners_are_kept_alive_for_as_long_as_their_memory_is_registered() -> None:
+class Owner:
+    """Owns memory."""
+
+
+def test_owners_are_kept_alive_by_their_own_registration_and_no_longer() -> None:
+    """A seed that publishes other tensors in the same allocation must not hold those that it published before."""
+    mooncake, owner = Mooncake(), Owner()
+    kept = weakref.ref(owner)
+    replaced = mooncake.registrations.acquire(at((100, 200), owner=owner), soon())
+    shared = replaced.share(soon())
+    now = mooncake.registrations.acquire(at((150, 160), owner="other"), soon())
+    del owner
+    replaced.release()
+    assert kept() is not None
+    shared.release()
+    assert kept() is None
+    assert mooncake.registered
+    now.release()
+    assert mooncake.registered == {}
+
+
+def test_memory_at_the_address_of_replaced_memory_is_registered_once_the_old_lease_has_ended() -> None:
     mooncake = Mooncake()
-    one = mooncake.registrations.acquire(at((100, 200), owner="one"), soon())
-    other = mooncake.registrations.acquire(at((150, 160), owner="other"), soon())
-    one.release()
-    assert [span.owners for span in mooncake.registrations._spans] == [["one", "other"]]
-    other.release()
+    old = mooncake.registrations.acquire(at((100, 200), (300, 400)), soon())
+    mooncake.mappings[100] = 7
+    with pytest.raises(TransportUnavailable, match="mapped anew"):
+        mooncake.registrations.acquire(at((100, 180)), soon())
+    old.release()
+    new = mooncake.registrations.acquire(at((100, 180)), soon())
+    assert mooncake.registered == {100: 80}
+    new.release()
