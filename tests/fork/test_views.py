@@ -3,12 +3,14 @@ arrive, in whatever memory they lie, and nothing between them is touched.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_models import hash_of
+from whole_forks import to_meta
 
 import tensorfork
 from tensorfork.fork import lease, strided
@@ -108,10 +110,7 @@ def test_a_meta_model_of_views_is_made_as_the_seed_s_is(kind: str) -> None:
     """Shapes, strides, and who shares memory with whom."""
     nbytes, make = MODELS[kind]
     theirs = make(memory(nbytes, 0))
-    target = {
-        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        for name, tensor in theirs.items()
-    }
+    target = to_meta(theirs)
     with tensorfork.publish(theirs) as seed:
         tensorfork.fork_into(target, seed.address, timeout=SECONDS)
     first = next(iter(theirs))
@@ -119,6 +118,28 @@ def test_a_meta_model_of_views_is_made_as_the_seed_s_is(kind: str) -> None:
         assert hash_of(target[name]) == hash_of(tensor), name
         assert target[name].stride() == tensor.stride()
         assert target[name].data_ptr() - target[first].data_ptr() == tensor.data_ptr() - theirs[first].data_ptr()
+
+
+@pytest.mark.parametrize("arena", [True, False], ids=["arena", "apart"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_meta_tensors_that_share_nothing_share_nothing_afterwards_whatever_the_seed_s_do(
+    kind: str, arena: bool
+) -> None:
+    nbytes, make = MODELS[kind]
+    theirs = make(memory(nbytes, 0))
+    target = {
+        name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        for name, tensor in theirs.items()
+    }
+    with tensorfork.publish(theirs) as seed:
+        tensorfork.fork_into(target, seed.address, timeout=SECONDS, arena=arena)
+    extents = []
+    for name, tensor in theirs.items():
+        assert hash_of(target[name]) == hash_of(tensor), name
+        assert target[name].stride() == tensor.stride()
+        start = target[name].untyped_storage().data_ptr()
+        extents.append((start + int(places(target[name]).min()), start + int(places(target[name]).max())))
+    assert all(end < start for (_, end), (start, _) in pairwise(sorted(extents)))
 
 
 class Count(Fault):
