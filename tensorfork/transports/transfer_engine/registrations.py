@@ -54,8 +54,8 @@ class _RegisteredSpan:
 class Registration:
     """Regions that are registered for one user, until `release`.
 
-    `spans` is for `Registrations`, and `owners` keeps the memory alive; both are None after the release. So memory is free
-    once those who use it have released it, whoever else uses spans that it lies in.
+    `spans` is for `Registrations`, and `owners` keeps the memory alive; both are None after the release. So memory is
+    free once those who use it have released it, whoever else uses spans that it lies in.
     """
 
     def __init__(self, registrations: "Registrations", spans: Sequence[_RegisteredSpan], owners: Sequence[Any]) -> None:
