@@ -47,7 +47,7 @@ class VirtualMemory:
 
     Args:
         device: the GPU's ordinal.
-        nbytes: of each piece, at least; `nbytes` and `piece` say how many there are.
+        nbytes: of each piece, rounded up to what the driver maps.
         pieces: how many.
     """
 
@@ -65,8 +65,10 @@ class VirtualMemory:
         self._handles: dict[int, ctypes.c_uint64] = {}
         self.map()
 
-    def map(self, *pieces: int) -> None:
-        """Map new memory, with undefined contents, at these pieces; by default, at all that have none."""
+    def map(self, *pieces: int) -> bool:
+        """Map new memory, with undefined contents, at these pieces; by default, at all that have none. True: it is at
+        the same addresses.
+        """
         with cuda.current_context(self.device):
             for i in pieces or [i for i in range(self.nbytes // self.piece) if i not in self._handles]:
                 handle, at = ctypes.c_uint64(), ctypes.c_uint64(self.address + i * self.piece)
@@ -75,6 +77,7 @@ class VirtualMemory:
                 self._handles[i] = handle
                 _call("cuMemMap", at, size, ctypes.c_size_t(0), handle, ctypes.c_uint64(0))
                 _call("cuMemSetAccess", at, size, ctypes.byref(self._access), ctypes.c_size_t(1))
+        return True
 
     def unmap(self, *pieces: int) -> None:
         """Unmap these pieces, by default all, and give their memory back. The addresses stay reserved."""
@@ -98,3 +101,46 @@ class VirtualMemory:
         self.unmap()
         with cuda.current_context(self.device):
             _call("cuMemAddressFree", ctypes.c_uint64(self.address), ctypes.c_size_t(self.nbytes))
+
+
+class DriverMemory:
+    """Allocations of `cuMemAlloc`, which is what torch's allocator takes its memory from, and other processes can open.
+
+    Its methods are those of `VirtualMemory`; but where memory is mapped anew, the driver says.
+    """
+
+    def __init__(self, device: int, nbytes: int, pieces: int = 1) -> None:
+        self.device, self.piece, self.nbytes = device, nbytes, nbytes * pieces
+        self._addresses: list[int] = []
+        self.map()
+
+    def map(self) -> bool:
+        """Allocate. Whether all is where it was before."""
+        before, self._addresses = self._addresses, []
+        with cuda.current_context(self.device):
+            for _ in range(self.nbytes // self.piece):
+                address = ctypes.c_uint64()
+                _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(self.piece))
+                self._addresses.append(address.value)
+        self._mapped = True
+        return self._addresses == before
+
+    def unmap(self) -> None:
+        """Free all."""
+        if self._mapped:
+            self._mapped = False
+            with cuda.current_context(self.device):
+                for address in self._addresses:
+                    _call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def tensor(self, piece: int, nbytes: int) -> torch.Tensor:
+        """The first bytes of a piece as a uint8 tensor, which does not own them."""
+        return bytes_at(self._addresses[piece], nbytes, torch.device("cuda", self.device))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unmap()
