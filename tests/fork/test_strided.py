@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tensorfork import Copy, Place, Region, Session, TensorLayout
 from tensorfork.fork import strided
 from tensorfork.fork.match import match
-from tensorfork.runs import MAX_RUNS, grid_of
 from tensorfork.fork.strided import Scratch, pull_strided
 from tensorfork.model.describe import describe
+from tensorfork.runs import MAX_RUNS, grid_of
 
 pytestmark = pytest.mark.slow
 
