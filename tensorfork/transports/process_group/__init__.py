@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from attrs import evolve
 
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
 from tensorfork.interpreter.environment import forbidden_changes
@@ -52,7 +53,7 @@ class _GroupTransport(Transport):
         if rate_limit is not None:
             batch = RateLimiter(rate_limit).piece(settings.batch, seconds=MAX_BATCH_SECONDS, least=256 << 10)
             bucket = min(settings.bucket, batch)
-            settings = Settings(settings.nccl, batch, bucket, min(settings.small, bucket), settings.ctas)
+            settings = evolve(settings, batch=batch, bucket=bucket, small=min(settings.small, bucket))
         self._settings = settings
         self.piece = settings.batch
         self._ports, self._rate_limit, self._joining, self._stall = ports, rate_limit, joining, stall

@@ -1,5 +1,6 @@
 """The seed's side of a lease: it waits for the fork's messages, and sends the batches that the fork asks for."""
 
+import logging
 import secrets
 import threading
 import time
@@ -12,6 +13,7 @@ from attrs import evolve
 
 from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, TransportUnavailable
 from tensorfork.interpreter import process
+from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.regions import Region
 from tensorfork.sockets.address import WILDCARDS, local_address, numeric_host
 from tensorfork.transports.base import Channel, Export, Site
@@ -24,6 +26,8 @@ from tensorfork.transports.process_group.rendezvous import GroupStores, serve_st
 from tensorfork.transports.process_group.sender import CATCH_UP, BatchSender, check_lease
 from tensorfork.transports.process_group.tasks import Watchdog, run_together
 from tensorfork.transports.rate_limit import RateLimiter
+
+log = logging.getLogger("tensorfork")
 
 
 class GroupExport(Export):
@@ -52,7 +56,8 @@ class GroupExport(Export):
         stall: float,
         deadline: float,
     ) -> None:
-        self._settings, self._regions = settings, RegionTensors(regions)
+        self._regions = RegionTensors(regions)
+        self._settings = evolve(settings, stable=self._regions.stable)
         self._site, self._deadline, self._joining, self._stall = site, deadline, joining, stall
         self._limiter = RateLimiter(rate_limit, catch_up=CATCH_UP)
         self._groups: list[PairGroup] = []
@@ -62,9 +67,8 @@ class GroupExport(Export):
         self._server, host, port = serve_store(site.bind, ports, deadline)
         self._stores: GroupStores | None = GroupStores(host, port, token, deadline, self._check_lease)
         ctas = [settings.ctas.min_ctas, settings.ctas.max_ctas, settings.ctas.cga_cluster_size]
-        self.offer = msgpack.packb(
-            [token, port, settings.batch, settings.bucket, settings.small, ctas, process.host_id()]
-        )
+        sizes = [settings.batch, settings.bucket, settings.small]
+        self.offer = msgpack.packb([token, port, *sizes, self._regions.stable, ctas, process.host_id()])
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`."""
@@ -75,7 +79,6 @@ class GroupExport(Export):
                     self._handle(messages.recv(self._deadline, self._check_lease), messages)
             except (TensorForkError, RuntimeError) as error:
                 if not self._ended.is_set():
-                    self._abort()
                     self._fail(messages, error)
             finally:
                 for group in self._groups:
@@ -158,15 +161,16 @@ class GroupExport(Export):
             raise ProtocolError(f"a message {message[0][:20]!r} came where batches are expected")
 
     def _check_batch(self, index: int, packed: bool, ranges: Sequence[ByteRange]) -> None:
-        """Raise `ProtocolError` unless the group exists, all ranges are within the regions, and they fit a bucket."""
+        """Raise `ProtocolError` unless the group exists, all ranges may be read, and they fit one batch."""
         if index >= len(self._groups):
             raise ProtocolError(f"there is no group {index}")
         device = self._pairs[index][SEED]
         for one in ranges:
-            if not self._regions.contains(one, device):
-                raise ProtocolError("a range outside the leased regions was asked for")
-        if packed and sum(nbytes for _, _, nbytes in ranges) > self._settings.bucket:
-            raise ProtocolError("a packed batch was asked for that does not fit a bucket")
+            if not self._regions.may_read(one, device):
+                raise ProtocolError("a range outside what the seed has published was asked for")
+        limits = self._settings.limits(self._pairs[index])
+        if sum(nbytes for _, _, nbytes in ranges) > (limits.bucket if packed else limits.batch):
+            raise ProtocolError("a batch was asked for that is larger than a bucket, or than the offer allows")
 
     def _check_lease(self) -> None:
         check_lease(self._ended)
@@ -176,11 +180,21 @@ class GroupExport(Export):
             group.abort()
 
     def _fail(self, channel: MessageChannel, error: BaseException) -> None:
-        """Tell the fork, if it is still there, and raise `PeerUnreachable`: for the seed, the fork is gone."""
+        """Tell the fork, if it is still there; then abort, which the fork would notice first, and raise
+        `PeerUnreachable`: for the seed, the fork is gone.
+        """
+        reason = str(error)
+        if isinstance(error, UnreadableMemory):
+            log.warning("a fork asked for what was published, and cannot be read any more: %s", error)
+            reason = (
+                "it cannot read that memory any more: what it published was freed, moved or unmapped. Have it publish "
+                "again"
+            )
         try:
-            channel.send("failed", str(error)[:4096], deadline=time.monotonic() + 1.0)
+            channel.send("failed", reason[:4096], deadline=time.monotonic() + 1.0)
         except PeerUnreachable:
             pass
+        self._abort()
         raise PeerUnreachable(f"the transfer ended: {error}") from error
 
 

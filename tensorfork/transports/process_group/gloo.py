@@ -1,7 +1,8 @@
 """A group of two over gloo, between CPUs, through TCP.
 
 A batch is a broadcast from the seed, which for two is a send and a receive: torch can be asked whether a broadcast has
-ended, and waits for one in a thread of its own.
+ended, and waits for one in a thread of its own. The seed copies a batch into a bucket and sends it from there: a thread
+of gloo's would end the process at an address that is not mapped any more. Memory that is stable is sent in place.
 
 Gloo has no abort. It has a wait that times out, which closes the connection. Nothing is sent or written after that. But
 gloo does not tell a thread that waits for a message of which some bytes have moved already: that thread, which is
@@ -15,13 +16,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.interpreter.environment import Changes, environment
-from tensorfork.memory import streams
+from tensorfork.memory import cuda, host_reads, huge_pages
+from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.transports.process_group.batches import ByteRange
 from tensorfork.transports.process_group.pair_group import (
     FORK,
@@ -32,7 +35,7 @@ from tensorfork.transports.process_group.pair_group import (
     handshake_message,
     new_stream,
 )
-from tensorfork.transports.process_group.region_tensors import RegionTensors, gather, scatter
+from tensorfork.transports.process_group.region_tensors import RegionTensors, scatter
 from tensorfork.transports.process_group.rendezvous import time_left
 
 WAIT_SLICES = {SEED: datetime.timedelta(milliseconds=50), FORK: datetime.timedelta(milliseconds=5)}
@@ -71,21 +74,21 @@ class GlooGroup(PairGroup):
         except RuntimeError as error:
             raise TransportUnavailable(f"gloo cannot listen at {address}: {error}. Check the interface.") from error
         self._stream = new_stream(torch.device(device)) if device != "cpu" else None
+        self._sends_in_place = self._stream is None and regions.stable
         self._in_flight: list[Any] = []
         self._group = ProcessGroupGloo(store, rank, 2, options)
 
     def start(self, ranges: Sequence[ByteRange], packed: bool, deadline: float) -> Any:
         """See `PairGroup.start`."""
-        if not packed:
+        if not packed and (self.rank == FORK or self._sends_in_place):
             return [self._broadcast(self._regions.view(one), deadline) for one in ranges], (), None
-        bucket = self._next_bucket(sum(nbytes for _, _, nbytes in ranges), self._allocate)
+        sizes = [nbytes for _, _, nbytes in ranges]
+        bucket = self._next_bucket(sum(sizes), self._allocate)
         if self.rank == FORK:
             return [self._broadcast(bucket, deadline)], ranges, bucket
-        if self._stream is None:
-            gather(self._regions, ranges, bucket)
-        else:
-            self._stage(ranges, bucket)
-        return [self._broadcast(bucket, deadline)], (), bucket
+        self._read(ranges, bucket)
+        messages = [bucket] if packed else bucket.split(sizes)
+        return [self._broadcast(message, deadline) for message in messages], (), bucket
 
     def finish(self, operation: Any, check: Callable[[], object]) -> None:
         """See `PairGroup.finish`."""
@@ -100,10 +103,8 @@ class GlooGroup(PairGroup):
             self._in_flight.remove(work)
         if self.aborted:
             raise TransferFailed("the transfer was aborted")
-        if self._stream is not None and unpack_into:
-            self._stage(unpack_into, bucket)
-        elif unpack_into:
-            scatter(self._regions, unpack_into, bucket)
+        if unpack_into:
+            self._write(unpack_into, bucket)
 
     def abort(self) -> None:
         """See `PairGroup.abort`."""
@@ -172,18 +173,37 @@ class GlooGroup(PairGroup):
         return group.recv([torch.empty(1, dtype=torch.uint8)], 1 - self.rank, 0)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+        if self._stream is None:
+            return huge_pages.empty(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def _stage(self, ranges: Sequence[ByteRange], bucket: torch.Tensor) -> None:
-        """Copy ranges of a GPU's memory into a bucket at the seed, and out of it at the fork."""
-        assert self._stream is not None
-        sizes = [nbytes for _, _, nbytes in ranges]
-        with streams.on_stream(self._stream):
-            for one, part in zip(ranges, bucket.split(sizes), strict=True):
-                if self.rank == SEED:
-                    part.copy_(self._regions.view(one), non_blocking=True)
-                else:
-                    self._regions.view(one).copy_(part, non_blocking=True)
+    def _read(self, ranges: Sequence[ByteRange], bucket: torch.Tensor) -> None:
+        """Copy ranges of our memory into a bucket. Raises `UnreadableMemory` for what is not mapped any more."""
+        spans = self._regions.spans(ranges)
+        if self._stream is None:
+            host_reads.read(spans, bucket.data_ptr())
+            return
+        starts = accumulate((nbytes for _, nbytes in spans), initial=bucket.data_ptr())
+        try:
+            cuda.copy_to_host(self._stream, [(to, *span) for to, span in zip(starts, spans, strict=False)])
+        except cuda.DriverError as error:
+            raise UnreadableMemory(f"GPU memory cannot be read any more: {error}") from error
+        finally:  # also of what was enqueued before an error
+            self._stream.synchronize()
+
+    def _write(self, ranges: Sequence[ByteRange], bucket: torch.Tensor) -> None:
+        """Copy the content of a bucket to ranges of our memory."""
+        if self._stream is None:
+            scatter(self._regions, ranges, bucket)
+            return
+        spans = self._regions.spans(ranges)
+        starts = accumulate((nbytes for _, nbytes in spans), initial=bucket.data_ptr())
+        copies = [(to, start, nbytes) for (to, nbytes), start in zip(spans, starts, strict=False)]
+        try:
+            cuda.copy_to_device(self._stream, copies)
+        except cuda.DriverError as error:
+            raise TransferFailed(f"our GPU memory cannot be written any more: {error}") from error
+        finally:
             self._stream.synchronize()
 
 

@@ -191,7 +191,7 @@ def warm_up_thread(regions: RegionTensors, device: str) -> None:
     first batch does not wait for it.
     """
     with streams.on_stream(_bucket_stream(torch.device(device))):
-        regions.view(regions.one_byte_on(device))
+        regions.view(regions.no_bytes_on(device))
         torch.cuda.Event(blocking=True).record()
 
 

@@ -51,6 +51,8 @@ class Settings:
         bucket: of a packed batch.
         small: copies shorter than this are packed.
         ctas: NCCL's limits.
+        stable: whether the seed's memory on the CPU is sent in place. Otherwise it is copied into a bucket first, so
+            that no batch of it is larger than a bucket.
     """
 
     nccl: bool
@@ -58,6 +60,7 @@ class Settings:
     bucket: int
     small: int
     ctas: CtaLimits = CtaLimits()
+    stable: bool = False
 
     def uses_nccl(self, pair: tuple[str, str]) -> bool:
         """Whether NCCL, not gloo, moves what is copied between these two devices."""
@@ -66,7 +69,9 @@ class Settings:
     def limits(self, pair: tuple[str, str]) -> Limits:
         """How copies between these two devices are divided into batches: all are packed if buckets stage them."""
         direct = pair == ("cpu", "cpu") or self.uses_nccl(pair)
-        return Limits(self.batch, self.bucket, self.small if direct else sys.maxsize)
+        in_place = self.uses_nccl(pair) or (self.stable and pair[SEED] == "cpu")
+        batch = self.batch if in_place else min(self.batch, self.bucket)
+        return Limits(batch, self.bucket, self.small if direct else sys.maxsize)
 
 
 class PairGroup(ABC):

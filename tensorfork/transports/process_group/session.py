@@ -226,17 +226,17 @@ def _parse_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool
     Raises `ProtocolError`.
     """
     try:
-        token, port, batch, bucket, small, theirs, host = msgpack.unpackb(offer)
+        token, port, batch, bucket, small, stable, theirs, host = msgpack.unpackb(offer)
         sizes = [min(int(a), b) for a, b in ((batch, ours.batch), (bucket, ours.bucket), (small, ours.small))]
         mine = ours.ctas.min_ctas, ours.ctas.max_ctas, ours.ctas.cga_cluster_size
         ctas = [their if our is None else our for their, our in zip(theirs, mine, strict=True)]
     except Exception as error:  # msgpack has no common base for what it raises on bad bytes
         raise ProtocolError(f"the seed's offer cannot be read: {error}") from error
-    if min(sizes) < 1 or type(port) is not int or not 0 < port < 65536:
+    if min(sizes) < 1 or type(port) is not int or not 0 < port < 65536 or type(stable) is not bool:
         raise ProtocolError("the seed's offer has values out of range")
     same_host = host == process.host_id()
     batch = sizes[0] if same_host else min(sizes[0], MAX_NETWORK_BATCH)
-    settings = evolve(ours, batch=batch, bucket=sizes[1], small=sizes[2], ctas=CtaLimits(*ctas))
+    settings = evolve(ours, batch=batch, bucket=sizes[1], small=sizes[2], ctas=CtaLimits(*ctas), stable=stable)
     return str(token), port, settings, same_host
 
 

@@ -185,7 +185,7 @@ def connected_groups(theirs: torch.Tensor, ours: torch.Tensor) -> Iterator[tuple
     stores = [PrefixStore("x", connect_store(host, port, deadline)) for _ in range(2)]
 
     def creation(rank: int, tensor: torch.Tensor) -> Callable[[], GlooGroup]:
-        memory = RegionTensors([tensorfork.Region(0, tensor.data_ptr(), tensor.nbytes, "cpu")])
+        memory = RegionTensors([tensorfork.Region(0, tensor.data_ptr(), tensor.nbytes, "cpu", stable=True)])
 
         def create() -> GlooGroup:
             group = GlooGroup(stores[rank], rank, memory, "cpu", 1 << 20, "127.0.0.1", deadline)
