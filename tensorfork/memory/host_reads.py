@@ -12,7 +12,9 @@ GB/s on a core that copies 16 by memcpy, where `process_vm_readv`, which looks u
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from tensorfork.errors import TensorForkError
@@ -29,10 +31,6 @@ _CHUNK = 1 << 20
 
 class UnreadableMemory(TensorForkError):
     """Memory that is not mapped, or not any more. The process goes on."""
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
 
 
 def read(spans: Sequence[Span], into: int) -> None:
@@ -55,8 +53,8 @@ def _read_by_process_vm(spans: Sequence[Span], into: int) -> int:
     total = sum(nbytes for _, nbytes in spans)
     if not total or _process_vm_writev is None:
         return 0
-    source = (_IoVec * len(spans))(*(_IoVec(*span) for span in spans))
-    done = _process_vm_writev(os.getpid(), source, len(spans), ctypes.byref(_IoVec(into, total)), 1, 0)
+    source, target = struct.pack(f"@{2 * len(spans)}N", *chain.from_iterable(spans)), struct.pack("@2N", into, total)
+    done = _process_vm_writev(os.getpid(), source, len(spans), target, 1, 0)
     return int(done)
 
 
@@ -93,7 +91,7 @@ def _find_process_vm_writev() -> "ctypes._NamedFuncPointer | None":
     except (OSError, AttributeError):
         return None
     found.restype = ctypes.c_ssize_t
-    iovecs: list[Any] = [ctypes.c_void_p, ctypes.c_ulong] * 2
+    iovecs: list[Any] = [ctypes.c_char_p, ctypes.c_ulong] * 2  # each an array of struct iovec
     found.argtypes = [ctypes.c_int, *iovecs, ctypes.c_ulong]
     return found
 
