@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from benchmarks import digest, disturbance, fork, imports, limits, publish, settings
+from benchmarks import changes, digest, disturbance, fork, imports, limits, publish, settings
 from benchmarks.bench import Bench
 from benchmarks.measure import Outcome
 
@@ -90,6 +90,7 @@ def _on_cpus() -> Iterator[Case]:
         yield Case(f"cpu-1GiB-{transport}", cpu | {"transports"}, run)
     for shape in ("300x4KiB", "20000x4KiB"):
         yield Case(f"cpu-publish-{shape}", cpu | {"publish"}, partial(publish.case, shape=shape))
+        yield Case(f"cpu-changes-{shape}", cpu | {"changes"}, partial(changes.case, shape=shape))
     yield Case("cpu-digest", cpu, partial(digest.case, shape="256MiB/300", goal=digest.CPU_GOAL))
     yield Case("import", cpu, imports.case, rounds=7)
     quick = frozenset({"quick"})
@@ -116,6 +117,7 @@ def _on_gpus() -> Iterator[Case]:
         )
         yield Case(f"gpu-experts-{transport}", forks | {"gpu-experts"}, run, 1)
     for shape in ("llama", "experts"):
+        yield Case(f"gpu-changes-{shape}", gpu | {"changes"}, partial(changes.case, shape=shape), 1)
         yield Case(f"gpu-baselines-{shape}", gpu | {"gpu-baselines"}, partial(limits.baselines_case, shape=shape), 1)
     for transport in ("cuda_ipc", "transfer_engine:nvlink", "nccl"):
         options = TRANSPORTS[transport] | {"seed": "arena", "into": ("arena",), "transport": transport}

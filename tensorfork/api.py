@@ -19,7 +19,7 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version, check_wanted
-from tensorfork.model.describe import LocalModel, check_mapped, describe
+from tensorfork.model.describe import ModelSource, check_mapped, describe
 from tensorfork.model.inherited import remember_version, version_of
 from tensorfork.model.selection import Patterns, Selection
 from tensorfork.model.snapshot import snapshot as take_snapshot
@@ -81,13 +81,9 @@ def publish(
         TransportUnavailable: one of the transports named cannot work here.
         OSError: the address cannot be listened on.
     """
-    selection = Selection(include, exclude)
-
-    def describe_model() -> LocalModel:
-        return describe(model, selection, identity, rank)
-
+    source = ModelSource(model, Selection(include, exclude), identity, rank)
     with gc_paused():
-        found = describe_model()
+        found = source.describe()
         check_publishable(found)
         gpus = {tensor.device for tensor in found.tensors.values() if tensor.is_cuda}
     for device in gpus:
@@ -97,7 +93,7 @@ def publish(
     first = version_of(found.tensors, version)
     with gc_paused():
         if snapshot is False:
-            return Seed(found, describe_model, offered, first, stable, bind, advertise)
+            return Seed(found, source, offered, first, stable, bind, advertise)
         copied = take_snapshot(found, None if snapshot is True else snapshot)
         return Seed(copied, None, offered, first, True, bind, advertise)
 

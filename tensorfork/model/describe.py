@@ -70,6 +70,32 @@ class LocalModel:
     holders: Sequence[Holder] = ()
 
 
+@frozen(eq=False, repr=False)
+class ModelSource:
+    """A model that can be walked and described whenever it may have changed.
+
+    Attributes:
+        model: an `nn.Module`, or a mapping of names to tensors.
+        selection: which of its tensors.
+        identity: which model it is.
+        rank: which part of it.
+    """
+
+    model: Any
+    selection: Selection
+    identity: Identity | None = None
+    rank: Rank | None = None
+
+    def walk(self) -> FoundTensors:
+        """What the model holds now. Raises as `describe` does."""
+        return walk(self.model, self.selection)
+
+    def describe(self, found: FoundTensors | None = None) -> LocalModel:
+        """The model as it is now, or as it was found. Raises as `describe` does."""
+        with gc_paused():
+            return _describe(self.walk() if found is None else found, self.identity, self.rank)
+
+
 def describe(
     model: Any, selection: Selection | None = None, identity: Identity | None = None, rank: Rank | None = None
 ) -> LocalModel:
@@ -79,8 +105,7 @@ def describe(
         TypeError: it is not a model.
         UnsupportedTensor: it has a tensor that cannot be described; the message names it.
     """
-    with gc_paused():
-        return _describe(walk(model, selection), identity, rank)
+    return ModelSource(model, selection or Selection(), identity, rank).describe()
 
 
 def check_mapped(model: LocalModel) -> None:

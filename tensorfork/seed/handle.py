@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import Self
 
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version
-from tensorfork.model.describe import LocalModel
+from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.leases import SeedStats
 from tensorfork.seed.service import CLOSE_TIMEOUT, SeedService
 from tensorfork.transports.base import Transport
@@ -31,7 +31,7 @@ class Seed:
     def __init__(
         self,
         model: LocalModel,
-        describe: Callable[[], LocalModel] | None,
+        source: ModelSource | None,
         transports: Mapping[str, Transport],
         version: Version,
         stable: bool,
@@ -39,9 +39,9 @@ class Seed:
         advertise: str | None,
     ) -> None:
         self._closed = True  # so that `__del__` does nothing if the next line raises
-        self._service = SeedService(model, describe, transports, version, stable, bind, advertise)
+        self._service = SeedService(model, source, transports, version, stable, bind, advertise)
         self._closed = False
-        self._is_snapshot = describe is None
+        self._is_snapshot = source is None
         _open.add(self)
         _close_at_exit()
         self.address = str(self._service.address)

@@ -6,8 +6,9 @@ two steps. It does not read the tensors' memory.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import compress
-from operator import is_, is_not
+from copy import copy
+from itertools import compress, islice
+from operator import attrgetter, is_, is_not, not_
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class PublishedPlaces:
         self._names = [name for name, _ in by_id.values()]
         self._tensors = [tensor for _, tensor in by_id.values()]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._kinds = [_kinds(self._tensors[some]) for some in _slices(len(self._tensors))]
+        self._forms = _forms(self._tensors)
         storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
         for name, tensor in by_id.values():
             storage = tensor.untyped_storage()
@@ -45,43 +48,68 @@ class PublishedPlaces:
         self._storages = [storage for _, storage in storages.values()]
         self._storage_names = [name for name, _ in storages.values()]
         self._sizes = [storage.nbytes() for storage in self._storages]
-        in_dicts = [one for one in model.holders if isinstance(one[1], dict)]
-        elsewhere = [one for one in model.holders if not isinstance(one[1], dict)]
-        self._held = (dict.get, _columns(in_dicts)), (_item, _columns(elsewhere))
         self._layout, self._mapped = model.layout, MappedMemory.of(regions)
+        self._hold(model.holders)
+
+    def with_holders(self, holders: Sequence[Holder]) -> "PublishedPlaces":
+        """The same places, of tensors that others hold now."""
+        changed = copy(self)
+        changed._hold(holders)
+        return changed
+
+    def _hold(self, holders: Sequence[Holder]) -> None:
+        in_dicts = [one for one in holders if isinstance(one[1], dict)]
+        elsewhere = [one for one in holders if not isinstance(one[1], dict)]
+        self._held = (dict.get, _columns(in_dicts)), (_item, _columns(elsewhere))
 
     def check(self) -> None:
         """Raise `SeedMoved`, with the names of the tensors, unless all is as it was."""
-        if moved := self.moved():
+        if moved := {**self.moved(), **self._replaced()}:
             raise SeedMoved(_describe(moved), tensors=list(moved)[:MAX_NAMES])
 
-    def moved(self) -> Mapping[str, str]:
-        """What is not as it was: names of tensors, each with what happened, in words."""
+    def moved(self) -> dict[str, str]:
+        """The tensors that are not where or what they were, by name, each with what happened, in words."""
         found: dict[str, str] = {}
-        for some in _steps(len(self._tensors)):
-            if list(map(torch.Tensor.data_ptr, self._tensors[some])) != self._addresses[some]:
-                found |= self._moved_tensors(some)
-        for some in _steps(len(self._storages)):
-            if list(map(torch.UntypedStorage.nbytes, self._storages[some])) != self._sizes[some]:
-                found = self._shrunk_storages(some) | found
-        for get, (names, containers, keys, values) in self._held:
-            for some in _steps(len(names)):
-                held = list(map(get, containers[some], keys[some]))
-                if not all(map(is_, held, values[some])):
-                    replaced = map(is_not, held, values[some])
-                    found |= dict.fromkeys(compress(names[some], replaced), _REPLACED)
+        with torch._C.DisableTorchFunctionSubclass():  # no code of a subclass's is run
+            for some, kinds in zip(_steps(len(self._tensors)), self._kinds, strict=True):
+                tensors = self._tensors[some]
+                if list(map(torch.Tensor.data_ptr, tensors)) != self._addresses[some] or _kinds(tensors) != kinds:
+                    found |= self._moved_tensors(some)
+            for some in _steps(len(self._storages)):
+                if list(map(torch.UntypedStorage.nbytes, self._storages[some])) != self._sizes[some]:
+                    found = self._shrunk_storages(some) | found
         if unmapped := self._mapped.moved():
             first_names = self._layout.first_names()
             for region, what in unmapped.items():
                 found.setdefault(first_names[region], what)
         return found
 
+    def _replaced(self) -> dict[str, str]:
+        """The names under which the model holds something else than it did."""
+        found: dict[str, str] = {}
+        for get, (names, containers, keys, values) in self._held:
+            for some in _steps(len(names)):
+                held = list(map(get, containers[some], keys[some]))
+                if not all(map(is_, held, values[some])):
+                    replaced = map(is_not, held, values[some])
+                    found |= dict.fromkeys(compress(names[some], replaced), _REPLACED)
+        return found
+
+    def same_forms(self) -> bool:
+        """Whether the tensors' shapes and strides are what they were. `moved` sees no more of them than their kinds."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _forms(self._tensors) == self._forms
+
     def _moved_tensors(self, some: slice) -> dict[str, str]:
-        return {
-            name: "it has other memory, or none: it was freed, shared, or given another storage"
-            for name, tensor, address in zip(self._names[some], self._tensors[some], self._addresses[some], strict=True)
-            if tensor.data_ptr() != address
-        }
+        found = {}
+        forms = zip(*self._forms, strict=True)
+        places = zip(self._names, self._tensors, self._addresses, forms, strict=True)
+        for name, tensor, address, form in islice(places, some.start, some.stop):
+            if tensor.data_ptr() != address:
+                found[name] = "it has other memory, or none: it was freed, shared, or given another storage"
+            elif next(zip(*_forms([tensor]), strict=True)) != form:
+                found[name] = "its shape, its strides or its dtype are not what they were"
+        return found
 
     def _shrunk_storages(self, some: slice) -> dict[str, str]:
         columns = self._storage_names[some], self._storages[some], self._sizes[some]
@@ -91,14 +119,25 @@ class PublishedPlaces:
             if storage.nbytes() < size
         }
 
-    def same_as(self, other: "PublishedPlaces") -> bool:
-        """Whether both are the same tensors in the same memory, whatever holds them, and nothing was mapped anew."""
-        return (
-            list(map(id, self._tensors)) == list(map(id, other._tensors))
-            and self._addresses == other._addresses
-            and self._sizes == other._sizes
-            and not other._mapped.moved()
-        )
+
+def _kinds(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+    """Their dtypes, whether they are contiguous, and the strides of those that are not.
+
+    A tensor that is viewed as another dtype, or transposed, over the same memory differs in these. A third of the cost
+    of all shapes and strides; what they miss, such as [2, 8] that became [4, 4], has the same bytes in the same order.
+    """
+    contiguous = list(map(torch.Tensor.is_contiguous, tensors))
+    strides = [tensor.stride() for tensor in compress(tensors, map(not_, contiguous))]
+    return list(map(_dtype_of, tensors)), contiguous, strides
+
+
+def _forms(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
+    """Their shapes, strides and dtypes."""
+    shapes, strides = list(map(torch.Tensor.size, tensors)), list(map(torch.Tensor.stride, tensors))
+    return shapes, strides, list(map(_dtype_of, tensors))
+
+
+_dtype_of = attrgetter("dtype")
 
 
 def _columns(holders: Sequence[Holder]) -> Sequence[Sequence[Any]]:
@@ -114,12 +153,17 @@ def _item(container: Any, key: Any) -> Any:
         return None
 
 
+def _slices(count: int) -> Iterator[slice]:
+    """Slices of `STEP` objects."""
+    return (slice(start, start + STEP) for start in range(0, count, STEP))
+
+
 def _steps(count: int) -> Iterator[slice]:
-    """Slices of `STEP` objects. Between two the engine's thread may run, which otherwise waits for up to 5 ms."""
-    for start in range(0, count, STEP):
-        if start:
+    """The same. Between two the engine's thread may run, which otherwise waits for up to 5 ms."""
+    for some in _slices(count):
+        if some.start:
             time.sleep(0)
-        yield slice(start, start + STEP)
+        yield some
 
 
 def _describe(moved: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
+from operator import is_
 
 import torch
 from attrs import evolve, field, frozen
@@ -9,7 +10,8 @@ from attrs import evolve, field, frozen
 from tensorfork.errors import TransportUnavailable, UnsupportedTensor
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
-from tensorfork.model.describe import LocalModel, check_mapped
+from tensorfork.model.describe import LocalModel, ModelSource, check_mapped
+from tensorfork.model.walk import FoundTensors
 from tensorfork.regions import Region, RemoteRegion
 from tensorfork.seed.look import PublishedPlaces
 from tensorfork.transports.base import Transport
@@ -63,16 +65,25 @@ class Publication:
             stable,
         )
 
-    def renewed(self, model: LocalModel, transports: Mapping[str, Transport], *, stable: bool) -> "Publication":
+    def renewed(self, source: ModelSource, transports: Mapping[str, Transport]) -> "Publication":
         """The model as it is now: this publication where only values have changed, or one with the next number.
 
         Raises as `of` does.
         """
-        check_publishable(model)
-        places = PublishedPlaces(model, model.memory.regions(model.layout, stable=stable))
-        if model.layout == self.layout and places.same_as(self.places):
-            return evolve(self, places=places)
-        return Publication.of(self.number + 1, model, transports, stable=stable)
+        found = source.walk()
+        if self._has(found) and self.places.same_forms() and not self.places.moved():
+            return evolve(self, places=self.places.with_holders(found.holders))
+        return Publication.of(self.number + 1, source.describe(found), transports, stable=self.stable)
+
+    def _has(self, found: FoundTensors) -> bool:
+        """Whether what was found are the same tensors under the same names."""
+        placements = {one.name: one.placement for one in self.layout.tensors if one.placement is not None}
+        return (
+            list(found.tensors) == list(self.tensors)
+            and all(map(is_, found.tensors.values(), self.tensors.values()))
+            and found.placements == placements
+            and found.left_out == self.layout.left_out
+        )
 
     @property
     def gpus(self) -> set[torch.device]:

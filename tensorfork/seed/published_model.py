@@ -8,7 +8,7 @@ import torch
 
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.lineage import Version
-from tensorfork.model.describe import LocalModel
+from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.generation import Commit, SeqLock
 from tensorfork.seed.publication import Publication
 from tensorfork.transports.base import Transport
@@ -19,7 +19,7 @@ class PublishedModel:
 
     Args:
         model: as it was described.
-        describe: describes the same model as it is now; None where it cannot change.
+        source: of the same model as it is now; None where it cannot change.
         transports: to offer, by name.
         version: its first.
         stable: whether the owner promises that the tensors' memory stays where it is.
@@ -29,14 +29,13 @@ class PublishedModel:
     def __init__(
         self,
         model: LocalModel,
-        describe: Callable[[], LocalModel] | None,
+        source: ModelSource | None,
         transports: Mapping[str, Transport],
         version: Version,
         stable: bool,
         on_replaced: Callable[[Publication], None],
     ) -> None:
-        self._describe, self._transports, self._stable = describe, transports, stable
-        self._on_replaced = on_replaced
+        self._source, self._transports, self._on_replaced = source, transports, on_replaced
         self.publication = Publication.of(0, model, transports, stable=stable)
         self.version = version
         self._next_version: tuple[str | None] | None = None
@@ -111,12 +110,12 @@ class PublishedModel:
     def _settle(self, values_only: bool) -> Commit:
         """What the model is after a change: what was published, or something else."""
         old = self.publication
-        if values_only or self._describe is None:
+        if values_only or self._source is None:
             old.places.check()
             new = old
         else:
             with gc_paused():
-                new = old.renewed(self._describe(), self._transports, stable=self._stable)
+                new = old.renewed(self._source, self._transports)
             _synchronize(new.gpus - old.gpus)
 
         def commit() -> None:

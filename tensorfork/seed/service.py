@@ -17,7 +17,7 @@ from tensorfork.digest import definition
 from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved, TensorForkError
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
-from tensorfork.model.describe import LocalModel
+from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.digests import DigestCache
 from tensorfork.seed.leases import ENDED, MAX_LEASES, Lease, LeaseTable, SeedStats
 from tensorfork.seed.publication import Publication
@@ -53,7 +53,7 @@ class SeedService:
 
     Args:
         model: what to publish.
-        describe: describes the same model as it is now; None where it cannot change.
+        source: of the same model as it is now; None where it cannot change.
         transports: to offer, by name.
         version: the first that it has.
         stable: whether the owner promises that the tensors' memory stays where it is.
@@ -63,7 +63,7 @@ class SeedService:
     def __init__(
         self,
         model: LocalModel,
-        describe: Callable[[], LocalModel] | None,
+        source: ModelSource | None,
         transports: Mapping[str, Transport],
         version: Version,
         stable: bool,
@@ -73,7 +73,7 @@ class SeedService:
         """Bind and start answering. Raises `ValueError` for an address that cannot be, `OSError` for one in use."""
         self._transports = transports
         self._leases = LeaseTable()
-        self.model = PublishedModel(model, describe, transports, version, stable, self._on_replaced)
+        self.model = PublishedModel(model, source, transports, version, stable, self._on_replaced)
         self._digests = DigestCache(self.model)
         self._draining = False
         self._threads: set[threading.Thread] = set()

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,6 +45,30 @@ def test_what_moves_otherwise_is_refused_until_the_seed_is_told(move: str) -> No
         seed.rescan()
         tensorfork.fork_into(ours, seed.address, timeout=SECONDS)
         assert values(ours) == values(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [(lambda data: data.t(), True), (lambda data: data.view(torch.int32), True), (lambda data: data.view(2, 8), False)],
+    ids=["transposed", "another dtype", "another shape"],
+)
+def test_a_tensor_that_became_another_over_the_same_memory_is_published_anew(
+    change: Callable[[torch.Tensor], torch.Tensor], seen: bool
+) -> None:
+    model = {"a": torch.arange(16.0).view(4, 4)}
+    with tensorfork.publish(model) as seed:
+        model["a"].data = change(model["a"].data)
+        if seen:
+            with pytest.raises(tensorfork.SeedMoved, match="a: its shape, its strides or its dtype"):
+                tensorfork.fork(seed.address, timeout=SECONDS)
+        seed.rescan()
+        found = tensorfork.fork(seed.address, timeout=SECONDS)["a"]
+        assert (found.dtype, found.shape, found.stride()) == (
+            model["a"].dtype,
+            model["a"].shape,
+            model["a"].stride(),
+        )
+        assert torch.equal(found, model["a"])
 
 
 def test_a_model_that_nothing_happened_to_is_not_refused() -> None:
@@ -145,6 +170,31 @@ def test_one_of_two_that_update_at_once_may_replace_tensors() -> None:
         with seed.updating(), seed.updating(values_only=True):
             MOVES["a new parameter"][0](model)
         assert tensorfork.fork(seed.address, timeout=SECONDS)["kv_b.weight"][0, 0] == 2.0
+
+
+def test_a_walk_that_another_change_overtook_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"a": torch.ones(5)}
+    walk, walking, go_on = describe_module.walk, threading.Event(), threading.Event()
+
+    def slow(*args: object, **options: object) -> object:
+        found = walk(*args, **options)  # type: ignore[arg-type]
+        if threading.current_thread() is not threading.main_thread():
+            walking.set()
+            assert go_on.wait(SECONDS)
+        return found
+
+    with tensorfork.publish(model) as seed:
+        monkeypatch.setattr(describe_module, "walk", slow)
+        slower = threading.Thread(target=seed.rescan)
+        slower.start()
+        assert walking.wait(SECONDS)
+        with seed.updating():
+            model["a"] = torch.full((7,), 2.0)
+        assert seed.generation % 2 == 0
+        go_on.set()
+        slower.join()
+        assert seed.generation % 2 == 0
+        assert tensorfork.fork(seed.address, timeout=SECONDS)["a"].tolist() == [2.0] * 7
 
 
 def test_leases_on_what_was_replaced_end_and_its_memory_is_free() -> None:

@@ -12,6 +12,7 @@ from seed_leases import SECONDS, check, connected, model, soon, take, under_way,
 
 import tensorfork
 from tensorfork.digest.batch import DigestBatch
+from tensorfork.seed.leases import Lease
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.transports.zeromq.export import ZeroMQExport
 from tensorfork.wire import messages
@@ -157,22 +158,19 @@ def test_suspending_stops_the_computation_of_digests(seed: tensorfork.Seed, monk
 def test_a_lease_that_is_granted_just_as_the_seed_is_suspended_never_begins(
     seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`suspend` has returned between the listener's decision to grant it and its being recorded."""
     exported: list[bool] = []
-    export = ZeroMQ.export
-    start = seed._service._start_thread
+    export, add = ZeroMQ.export, seed._service._leases.add
 
-    def starting(name: str, work: Callable[[], None]) -> object:
-        if name == "tensorfork-lease":
-            suspending = threading.Thread(target=seed.suspend)
-            suspending.start()
-            until(lambda: seed._service.model.suspended, "it is suspended")
-        return start(name, work)
+    def late(lease: Lease) -> None:
+        seed.suspend()
+        add(lease)
 
     def counted(self: ZeroMQ, *args: object) -> ZeroMQExport:
         exported.append(True)
         return export(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(seed._service, "_start_thread", starting)
+    monkeypatch.setattr(seed._service._leases, "add", late)
     monkeypatch.setattr(ZeroMQ, "export", counted)
     with pytest.raises(tensorfork.SeedAsleep):
         tensorfork.fork(seed.address, timeout=SECONDS)
