@@ -1,16 +1,22 @@
-"""Host access to regions, for transports that send and receive from the host: regions on the CPU are accessed in place,
-those on GPUs through pinned memory, which is bounded, allocated once, and reused.
+"""Host access to regions, for transports that send and receive from the host.
+
+What is read is copied: from the CPU by the kernel, which reports memory that is gone, and from GPUs into pinned memory.
+What is received goes in place on the CPU, and through pinned memory to GPUs. Pinned memory is bounded, allocated once,
+and reused.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, groupby
 
 import torch
 from attrs import define, field
 
-from tensorfork.memory import cuda, streams
+from tensorfork.errors import TransferFailed
+from tensorfork.memory import cuda, host_reads, streams
+from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.memory.raw import view_at
-from tensorfork.regions import Region, contains
+from tensorfork.regions import Region, contains, may_read
 
 
 @define(eq=False, repr=False)
@@ -56,14 +62,21 @@ class PinnedRing:
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
 
-    def copy(self, device: str, copies: Iterable[tuple[int, int, int]]) -> None:
-        """Copy (to, from, bytes) between a GPU and pinned memory; wait until that is done."""
-        self.enqueue_copies(device, copies).synchronize()
-
-    def enqueue_copies(self, device: str, copies: Iterable[tuple[int, int, int]]) -> "torch.cuda.Event":
-        """Enqueue such copies. The event says when they are done."""
+    def read(self, device: str, copies: Iterable[tuple[int, int, int]]) -> None:
+        """Copy (to, from, bytes) from a GPU to pinned memory; wait until that is done. Raises `cuda.DriverError`."""
         stream = self._streams[device]
-        cuda.copy_one_by_one(stream, copies)
+        try:
+            cuda.copy_to_host(stream, copies)
+        finally:
+            stream.synchronize()  # also what was enqueued before an error: nothing is written to the buffer any more
+
+    def enqueue_write(self, device: str, copies: Iterable[tuple[int, int, int]]) -> "torch.cuda.Event":
+        """Enqueue copies (to, from, bytes) from pinned memory to a GPU. The event says when they are done.
+
+        Raises `cuda.DriverError` for memory that is not mapped.
+        """
+        stream = self._streams[device]
+        cuda.copy_to_device(stream, copies)
         event = torch.cuda.Event()
         event.record(stream)
         return event
@@ -95,39 +108,37 @@ class HostAccess:
 
     def contains(self, ranges: Sequence[tuple[int, int, int]], most: int) -> bool:
         """Whether all ranges lie within our regions, and have `most` bytes together at most."""
-        total = 0
-        for id, offset, nbytes in ranges:
-            region = self._regions.get(id)
-            if region is None or not contains(region, offset, nbytes):
-                return False
-            total += nbytes
-        return total <= most
+        return self._all(contains, ranges, most)
 
-    def any_on_gpu(self, ranges: Sequence[tuple[int, int, int]]) -> bool:
-        """Whether any of the ranges is on a GPU, so that reading them takes a buffer."""
-        return self._ring is not None and any(self._regions[id].device != "cpu" for id, _, _ in ranges)
+    def may_read(self, ranges: Sequence[tuple[int, int, int]], most: int) -> bool:
+        """Whether another process may read all ranges, and they have `most` bytes together at most."""
+        return self._all(may_read, ranges, most)
 
-    def addresses(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-        """The (address, bytes) of each range. All of them must be on the CPU."""
+    def all_stable(self, ranges: Sequence[tuple[int, int, int]]) -> bool:
+        """Whether all ranges are on the CPU, in memory that may be lent (`Region.stable`)."""
+        return all(self._regions[id].stable and self._regions[id].device == "cpu" for id, _, _ in ranges)
+
+    def spans(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """The (address, bytes) of each range, in its own memory."""
         return [(self._regions[id].address + offset, nbytes) for id, offset, nbytes in ranges]
 
-    def read(self, ranges: Sequence[tuple[int, int, int]], buffer: PinnedBuffer) -> list[memoryview]:
-        """The bytes of each range: of regions on the CPU in place; those on GPUs are copied to the buffer first."""
-        frames: list[memoryview] = []
-        copies: dict[str, list[tuple[int, int, int]]] = {}
-        used = 0
-        for id, offset, nbytes in ranges:
-            region = self._regions[id]
-            if region.device == "cpu":
-                frames.append(view_at(region.address + offset, nbytes))
-                continue
-            copies.setdefault(region.device, []).append((buffer.address + used, region.address + offset, nbytes))
-            frames.append(buffer.view[used : used + nbytes])
-            used += nbytes
-        for device, of_device in copies.items():
-            assert self._ring is not None
-            self._ring.copy(device, of_device)
-        return frames
+    def read(self, ranges: Sequence[tuple[int, int, int]], into: int) -> list[tuple[int, int]]:
+        """Copy the ranges one after another to the address `into`: pinned memory, if any region is on a GPU.
+
+        Returns the (address, bytes) of each copy. Raises `UnreadableMemory` for memory that is not mapped any more;
+        what lies at `into` is undefined then.
+        """
+        copies: list[tuple[int, int]] = []
+        for device, some in groupby(ranges, lambda one: self._regions[one[0]].device):
+            spans = self.spans(list(some))
+            if device == "cpu":
+                host_reads.read(spans, into)
+            else:
+                self._read_gpu(device, spans, into)
+            for _, nbytes in spans:
+                copies.append((into, nbytes))
+                into += nbytes
+        return copies
 
     def view(self, id: int, offset: int, nbytes: int) -> memoryview:
         """A range of a region on the CPU. The region must outlive the view."""
@@ -143,10 +154,35 @@ class HostAccess:
         return None if self._regions[id].device == "cpu" else self.next_buffer()
 
     def write(self, buffer: PinnedBuffer, id: int, offset: int, nbytes: int) -> "torch.cuda.Event":
-        """Enqueue the copy of a buffer's bytes to a region on a GPU. The event says when it is done."""
+        """Enqueue the copy of a buffer's bytes to a region on a GPU. The event says when it is done.
+
+        Raises `TransferFailed` if that memory is not mapped.
+        """
         assert self._ring is not None
         region = self._regions[id]
-        return self._ring.enqueue_copies(region.device, [(region.address + offset, buffer.address, nbytes)])
+        try:
+            return self._ring.enqueue_write(region.device, [(region.address + offset, buffer.address, nbytes)])
+        except cuda.DriverError as error:
+            raise TransferFailed(f"our own memory on {region.device} is not mapped (any more): {error}") from error
+
+    def _read_gpu(self, device: str, spans: Sequence[tuple[int, int]], into: int) -> None:
+        assert self._ring is not None
+        starts = accumulate((nbytes for _, nbytes in spans), initial=into)
+        try:
+            self._ring.read(device, [(to, *span) for to, span in zip(starts, spans, strict=False)])
+        except cuda.DriverError as error:
+            raise UnreadableMemory(f"memory on {device} is not mapped in this process any more: {error}") from error
+
+    def _all(
+        self, allowed: Callable[[Region, int, int], bool], ranges: Sequence[tuple[int, int, int]], most: int
+    ) -> bool:
+        total = 0
+        for id, offset, nbytes in ranges:
+            region = self._regions.get(id)
+            if region is None or not allowed(region, offset, nbytes):
+                return False
+            total += nbytes
+        return total <= most
 
     def wait_for_current_streams(self) -> None:
         """See `PinnedRing.wait_for_current_streams`."""

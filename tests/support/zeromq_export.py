@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import zmq
+from attrs import evolve
 
 from tensorfork import Copy, RemoteRegion, Site
 from tensorfork.testing.channel import QueueChannel
@@ -19,7 +20,7 @@ from tensorfork.transports.zeromq import ZeroMQ
 SECONDS = 20.0
 """A deadline that is met with ease."""
 SITE = Site("127.0.0.1", "127.0.0.1")
-OFFER = struct.Struct("<16sI")
+OFFER = struct.Struct("<16sII")
 
 
 def soon() -> float:
@@ -32,13 +33,14 @@ def unused_channel() -> QueueChannel:
 
 
 class ServedExport:
-    """An export of one region that is served on a thread."""
+    """An export of one region that is served on a thread. `fields` are those of the region that differ."""
 
-    def __init__(self, transport: ZeroMQ, nbytes: int = 100_000) -> None:
+    def __init__(self, transport: ZeroMQ, nbytes: int = 100_000, **fields: Any) -> None:
         self.transport, self.nbytes = transport, nbytes
         self.memory = GuardedMemory("cpu", [nbytes], 3)
-        self.export = transport.export(self.memory.regions, SITE, {}, soon())
-        self.token, self.port = OFFER.unpack(self.export.offer)
+        regions = [evolve(region, **fields) for region in self.memory.regions]
+        self.export = transport.export(regions, SITE, {}, soon())
+        self.token, self.port, self.frame = OFFER.unpack(self.export.offer)
         self.region = self.memory.regions[0].id
         self._error: list[BaseException] = []
         self._thread = threading.Thread(target=self._serve)

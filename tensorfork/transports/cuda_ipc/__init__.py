@@ -9,6 +9,7 @@ Tensors on the CPU (as a rule, a few buffers) travel over the lease's channel.
 """
 
 import ctypes
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from typing import ClassVar
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
 from tensorfork.interpreter import process
 from tensorfork.interpreter.process import process_token
-from tensorfork.memory import allocations, cuda
+from tensorfork.memory import allocations, cuda, host_reads
 from tensorfork.memory.allocations import Allocation, PublishedAllocations
-from tensorfork.regions import Place, Region, RemoteRegion
+from tensorfork.regions import Place, Region, RemoteRegion, may_read
 from tensorfork.transports.base import Channel, Export, Facts, Site, Transport
 from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, RELEASED, STOP, write_offer
 from tensorfork.transports.cuda_ipc.session import SMALL_BATCH, IpcSession
@@ -31,6 +32,8 @@ START_TIMEOUT = 0.2
 """Seconds that the end of a lease waits for `serve` to begin, where it has not: without it the fork cannot be told."""
 LAST_MESSAGE_TIMEOUT = 0.02
 """Seconds that it then waits for a message that has come and not been read: a fork that ends by itself sends one."""
+
+log = logging.getLogger("tensorfork")
 
 
 class CudaIpc(Transport):
@@ -141,12 +144,23 @@ class IpcExport(Export):
             if request == RELEASED:
                 self._released = True
                 return
-            id, offset, nbytes = CPU_REQUEST.unpack(request)
-            region = self._cpu_regions.get(id)
-            if self._closing.is_set() or region is None or nbytes > CPU_CHUNK or offset + nbytes > region.nbytes:
-                channel.send(STOP, time.monotonic() + 1)
-            else:
-                channel.send(ctypes.string_at(region.address + offset, nbytes), time.monotonic() + 1)
+            channel.send(self._answer(request), time.monotonic() + 1)
+
+    def _answer(self, request: bytes) -> bytes:
+        """The bytes that are requested; `STOP` for what was not published or is gone, and once the lease ends."""
+        if self._closing.is_set() or len(request) != CPU_REQUEST.size:
+            return STOP
+        id, offset, nbytes = CPU_REQUEST.unpack(request)
+        region = self._cpu_regions.get(id)
+        if region is None or not 0 < nbytes <= CPU_CHUNK or not may_read(region, offset, nbytes):
+            return STOP
+        answer = bytearray(nbytes)
+        try:
+            host_reads.read([(region.address + offset, nbytes)], ctypes.addressof(ctypes.c_char.from_buffer(answer)))
+        except host_reads.UnreadableMemory as error:
+            log.warning("a fork requested what was published, and cannot be read any more: %s", error)
+            return STOP
+        return bytes(answer)
 
     def close(self, deadline: float) -> bool:
         """See `Export.close`. A fork that still reads is told to stop, and waited for, where the channel allows it.

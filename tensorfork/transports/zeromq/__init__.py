@@ -1,10 +1,13 @@
 """Bytes over ZeroMQ: works between any two processes that can reach one another, and needs nothing that is optional.
 
-The fork requests ranges of the leased regions. The seed answers with frames that refer to the tensors' own memory, so
-it copies nothing, and the fork receives them directly into its regions. The fork keeps `WINDOW` requests in flight on
-each connection, so that neither side waits for the next request. The fork's libzmq stops reading from a connection when
-a few answers are queued. So neither side ever holds more than that beyond the model, and a fork that stops reading
-delays nobody else.
+The fork requests ranges of the leased regions. The seed copies them through the kernel into slots of a bounded pool
+(`memory.slots`), which libzmq sends without another copy, and the fork receives them directly into its regions. So the
+seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises that
+nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies nothing.
+
+The fork keeps `WINDOW` requests in flight on each connection, so that neither side waits for the next request. The
+fork's libzmq stops reading from a connection when a few answers are queued. So neither side ever holds more than that
+beyond the model, and a fork that stops reading delays nobody else.
 
 GPU memory passes through a bounded number of pinned buffers on either side: while libzmq sends one, the next is filled.
 """
@@ -64,11 +67,13 @@ class ZeroMQ(Transport):
     ) -> ZeroMQSession:
         """See `Transport.open`."""
         try:
-            token, port = OFFER.unpack(offer)
+            token, port, frame = OFFER.unpack(offer)
         except struct.error as error:
             raise ProtocolError(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
+        if not 0 < frame <= FRAME:
+            raise ProtocolError(f"zeromq: the seed offers answers of {frame} bytes, which makes no sense")
         try:
             seed = resolve(Address(host, port), deadline)
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
-        return ZeroMQSession(token, seed, regions, self._connections)
+        return ZeroMQSession(token, seed, regions, self._connections, frame)

@@ -1,26 +1,30 @@
 """The seed's side of a lease: it answers requests with the bytes of its regions."""
 
+import logging
 import secrets
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
 
 import zmq
 
 from tensorfork.errors import TransportUnavailable
-from tensorfork.memory.staging import HostAccess, PinnedBuffer
+from tensorfork.memory.host_reads import UnreadableMemory
+from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.waker import Waker
-from tensorfork.sockets.zero_copy import ZeroCopySender
+from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
 from tensorfork.sockets.zeromq import bind, new_socket, recv_arrived
 from tensorfork.transports.base import Channel, Export
+from tensorfork.transports.zeromq.buffers import PINNED_BUFFERS, AnswerBuffers
 from tensorfork.transports.zeromq.context import new_lease_context
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
     MAX_REQUEST,
+    MOVED,
     OFFER,
     OK,
     OUT_OF_BOUNDS,
@@ -29,8 +33,10 @@ from tensorfork.transports.zeromq.protocol import (
     WINDOW,
 )
 
-PINNED_BUFFERS = 16
-"""Pinned buffers of a lease on GPU memory, `FRAME` bytes each."""
+log = logging.getLogger("tensorfork")
+
+_LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
 SEND_BUFFER = 256 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel's own choice is better."""
@@ -41,26 +47,26 @@ class ZeroMQExport(Export):
 
     def __init__(self, regions: Sequence[Region], host: str, ports: range | None, *, same_host: bool) -> None:
         self._token = secrets.token_bytes(16)
-        self._context = new_lease_context(2)
-        try:
+        self._closing, self._serve_lock = threading.Event(), threading.Lock()
+        self._said_moved = False
+        with ExitStack() as stack:  # what libzmq reads or writes ends after its context
+            self._waker = Waker()
+            stack.callback(self._waker.close)
             self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-        self._socket = new_socket(self._context, zmq.ROUTER, max_message=MAX_REQUEST, queue=4 * WINDOW)
-        self._socket.router_mandatory = True
-        if same_host:
-            self._socket.sndbuf = SEND_BUFFER
-        self._zero_copy = ZeroCopySender(self._socket)
-        self._trackers: dict[int, Sequence[zmq.MessageTracker]] = {}
-        self._waker, self._closing = Waker(), threading.Event()
-        self._serve_lock = threading.Lock()
-        try:
-            port = self._bind(host, ports)
-        except BaseException:
-            self.close(time.monotonic())
-            raise
-        self.offer = OFFER.pack(self._token, port)
+            stack.callback(self._memory.close)
+            self._buffers = AnswerBuffers(regions, self._memory)
+            stack.callback(self._buffers.close)
+            releases = Releases()
+            stack.callback(releases.close)
+            context = new_lease_context(2)
+            stack.callback(context.destroy, linger=0)
+            self._socket = new_socket(context, zmq.ROUTER, max_message=MAX_REQUEST, queue=4 * WINDOW)
+            self._socket.router_mandatory = True
+            if same_host:
+                self._socket.sndbuf = SEND_BUFFER
+            self._sender = ZeroCopySender(self._socket, releases)
+            self.offer = OFFER.pack(self._token, self._bind(host, ports), self._buffers.frame)
+            self._resources = stack.pop_all()
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`."""
@@ -80,9 +86,7 @@ class ZeroMQExport(Export):
         self._waker.wake()
         stopped = self._serve_lock.acquire(timeout=max(0.1, deadline - time.monotonic()))
         if stopped:
-            self._context.destroy(linger=0)
-            self._memory.close()
-            self._waker.close()
+            self._resources.close()
             self._serve_lock.release()
         return stopped
 
@@ -110,37 +114,49 @@ class ZeroMQExport(Export):
         if not secrets.compare_digest(token, self._token) or (len(request) - REQUEST_HEADER.size) % RANGE.size:
             return  # from a stranger, who learns nothing
         ranges = list(RANGE.iter_unpack(memoryview(request)[REQUEST_HEADER.size :]))
-        allowed = bool(ranges) and self._memory.contains(ranges, FRAME)
-        answer = [peer, ANSWER_HEADER.pack(number, OK if allowed else OUT_OF_BOUNDS)]
         try:
-            if not allowed:
-                self._socket.send_multipart(answer, zmq.NOBLOCK)
-            elif self._memory.any_on_gpu(ranges):
-                buffer = self._next_buffer()
-                self._trackers[id(buffer)] = self._send_tracked([*answer, *self._memory.read(ranges, buffer)])
+            if not ranges or not self._memory.may_read(ranges, self._buffers.frame):
+                self._send_status(peer, number, OUT_OF_BOUNDS, _LAST)
+            elif self._memory.all_stable(ranges):
+                self._send_status(peer, number, OK, _MORE)
+                self._sender.send(self._memory.spans(ranges))
             else:
-                self._socket.send_multipart(answer, zmq.NOBLOCK | zmq.SNDMORE)
-                self._zero_copy.send(self._memory.addresses(ranges))
+                self._answer_from_buffer(peer, number, ranges)
         except zmq.ZMQError as error:  # the fork is gone, or requests more than it reads
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
 
-    def _send_tracked(self, frames: Sequence[Any]) -> Sequence[zmq.MessageTracker]:
-        """Send frames without copying them. Returns trackers that say when libzmq has released each frame's memory. The
-        `zmq.Frame` objects must not be kept: libzmq releases the memory of a frame only when its object is gone.
-        """
-        sent = [zmq.Frame(frame, track=True, copy=False) for frame in frames]
-        trackers = [frame.tracker for frame in sent if frame.tracker is not None]
-        self._socket.send_multipart(sent, zmq.NOBLOCK, copy=False)
-        return trackers
+    def _answer_from_buffer(self, peer: bytes, number: int, ranges: Sequence[tuple[int, int, int]]) -> None:
+        """Copy the ranges into a buffer and lend it to libzmq. It is free again once libzmq has sent or dropped it."""
+        taken = self._next_buffer()
+        if taken is None:
+            return
+        buffer, address = taken
+        try:
+            spans = self._memory.read(ranges, address)
+            self._send_status(peer, number, OK, _MORE)
+        except UnreadableMemory as error:
+            self._buffers.give_back(buffer)
+            if not self._said_moved:
+                log.warning("a fork requested what was published, and cannot be read any more: %s", error)
+            self._said_moved = True
+            self._send_status(peer, number, MOVED, _LAST)
+            return
+        except BaseException:
+            self._buffers.give_back(buffer)
+            raise
+        self._sender.send(spans, buffer)
 
-    def _next_buffer(self) -> PinnedBuffer:
-        """The least recently used pinned buffer; waits until libzmq has released it, or the lease ends."""
-        buffer = self._memory.next_buffer()
-        for tracker in self._trackers.pop(id(buffer), ()):
-            while not tracker.done and not self._closing.is_set():
-                try:
-                    tracker.wait(0.1)
-                except zmq.NotDone:
-                    continue
-        return buffer
+    def _send_status(self, peer: bytes, number: int, status: int, flags: int) -> None:
+        self._socket.send(peer, _MORE)
+        self._socket.send(ANSWER_HEADER.pack(number, status), flags)
+
+    def _next_buffer(self) -> tuple[int, int] | None:
+        """The number and the address of a buffer, once libzmq has released one; None when the lease ends first."""
+        while not self._closing.is_set():
+            taken = self._buffers.take()
+            if taken is not None:
+                return taken
+            for number in self._sender.wait(self._waker.fileno()):
+                self._buffers.give_back(number)
+        return None

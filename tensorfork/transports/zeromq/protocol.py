@@ -1,18 +1,19 @@
 """The offer of a lease, and the requests and answers on its port.
 
 A request is one frame: a header (token, number), then ranges (region, offset, nbytes). Its answer begins with a frame
-(number, status); with the status `OK`, one frame for each range follows. The token is the lease's, from the offer. The
-seed ignores a request with another token, and answers one for bytes outside the regions with `OUT_OF_BOUNDS` alone.
+(number, status); with the status `OK`, one frame for each range follows, and an empty one at the end. The token is the
+lease's, from the offer. The seed ignores a request with another token. It answers one for bytes that it has not
+published with `OUT_OF_BOUNDS` alone, and one for memory that is not there any more with `MOVED` alone.
 """
 
 import struct
 
-OFFER = struct.Struct("<16sI")
-"""The token, and the port on which the seed listens for this lease."""
+OFFER = struct.Struct("<16sII")
+"""The token, the port on which the seed listens for this lease, and the bytes of one answer at most."""
 REQUEST_HEADER = struct.Struct("<16sQ")
 RANGE = struct.Struct("<QQQ")
 ANSWER_HEADER = struct.Struct("<QB")
-OK, OUT_OF_BOUNDS = 0, 1
+OK, OUT_OF_BOUNDS, MOVED = 0, 1, 2
 
 FRAME = 2 << 20
 """Bytes of one answer at most. Smaller ones cost more switches between threads, larger ones leave the cache."""

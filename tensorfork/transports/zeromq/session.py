@@ -22,6 +22,7 @@ from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
     MAX_RANGES,
+    MOVED,
     OK,
     RANGE,
     REQUEST_HEADER,
@@ -61,8 +62,8 @@ class ZeroMQSession(Session):
 
     fabric = "tcp"
 
-    def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int) -> None:
-        self._token, self._seed = token, seed
+    def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int, frame: int) -> None:
+        self._token, self._seed, self._frame = token, seed, frame
         self._context = new_lease_context(min(connections, 4))
         try:
             self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
@@ -131,16 +132,16 @@ class ZeroMQSession(Session):
         return _Connection(socket, monitor, deque())
 
     def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
-        """Requests of at most `FRAME` bytes and `MAX_RANGES` ranges for all copies, in order."""
+        """Requests of at most a frame and `MAX_RANGES` ranges for all copies, in order."""
         ranges, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
         for i, copy in enumerate(copies):
             start = 0
             while start < copy.nbytes:
-                size = min(FRAME - nbytes, copy.nbytes - start)
+                size = min(self._frame - nbytes, copy.nbytes - start)
                 ranges += RANGE.pack(copy.region, copy.offset + start, size)
                 targets.append((i, copy.into, copy.at + start, size))
                 nbytes, start = nbytes + size, start + size
-                if nbytes == FRAME or len(targets) == MAX_RANGES:
+                if nbytes == self._frame or len(targets) == MAX_RANGES:
                     yield _Request(bytes(ranges), targets)
                     ranges, targets, nbytes = bytearray(), [], 0
         if targets:
@@ -177,9 +178,17 @@ class ZeroMQSession(Session):
             number, request = connection.in_flight.popleft()
             if len(header) != ANSWER_HEADER.size or ANSWER_HEADER.unpack(header)[0] != number:
                 raise TransferFailed(f"{self._seed} sent something that is not the answer to request {number}")
-            if ANSWER_HEADER.unpack(header)[1] != OK:
-                raise TransferFailed(f"{self._seed} refused a request: a range lies outside the leased regions")
+            self._check_status(ANSWER_HEADER.unpack(header)[1])
             self._recv_ranges(connection.socket, request, remaining, done)
+
+    def _check_status(self, status: int) -> None:
+        if status == MOVED:
+            raise TransferFailed(
+                f"{self._seed} cannot read that memory any more: what it published was freed, moved or unmapped. Have "
+                "it publish again"
+            )
+        if status != OK:
+            raise TransferFailed(f"{self._seed} refused a request: a range lies outside what it published")
 
     def _recv_ranges(
         self, socket: "zmq.Socket[bytes]", request: _Request, remaining: list[int], done: Callable[[int], None]
@@ -201,8 +210,12 @@ class ZeroMQSession(Session):
             else:
                 buffer.event = self._memory.write(buffer, region, at, nbytes)
                 self._gpu_copies.append((buffer.event, i, nbytes))
-        if socket.get(zmq.RCVMORE):
-            raise TransferFailed(f"{self._seed} sent more frames than were requested")
+        try:
+            last = socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            last = None
+        if last != b"" or socket.get(zmq.RCVMORE):
+            raise TransferFailed(f"{self._seed} sent other frames than were requested")
 
     def _report_gpu_copies(self, remaining: list[int], done: Callable[[int], None], wait: bool = False) -> None:
         """Count the bytes whose copy to the GPU has ended, in order; with `wait`, wait for each."""

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from zeromq_export import OFFER, SECONDS, SITE, ServedExport, free_ports, soon, 
 import tensorfork
 from tensorfork import Copy, RemoteRegion, Site, TransferFailed, TransportUnavailable
 from tensorfork.sockets import zero_copy
+from tensorfork.sockets.waker import Waker
+from tensorfork.sockets.zeromq import new_socket
 from tensorfork.testing import TransportSuite
 from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.testing.harness import SAME_PROCESS
-from tensorfork.transports.zeromq import ZeroMQ
+from tensorfork.transports.zeromq import FRAME, ZeroMQ
 
 
 class TestZeroMQ(TransportSuite):
@@ -85,7 +88,7 @@ def test_a_seed_with_a_range_of_ports_serves_forks_from_it() -> None:
 def test_a_port_on_which_nobody_listens_fails_by_the_deadline() -> None:
     with free_ports(1) as ports:
         mine = GuardedMemory("cpu", [1000], 4)
-        offer = OFFER.pack(bytes(16), ports[0])
+        offer = OFFER.pack(bytes(16), ports[0], FRAME)
         started = time.monotonic()
         session = ZeroMQ().open(
             offer, SITE.host, [RemoteRegion(1, 1000, "cpu")], mine.regions, unused_channel(), soon()
@@ -100,7 +103,7 @@ def test_a_port_on_which_nobody_listens_fails_by_the_deadline() -> None:
 
 
 def test_a_host_that_does_not_exist_is_unavailable() -> None:
-    offer = OFFER.pack(bytes(16), 4180)
+    offer = OFFER.pack(bytes(16), 4180, FRAME)
     with pytest.raises(TransportUnavailable, match="no such host"):
         ZeroMQ().open(offer, "no-such-host.invalid", [], [], unused_channel(), soon())
 
@@ -112,26 +115,96 @@ def test_a_host_that_does_not_exist_is_unavailable() -> None:
 def test_the_same_bytes_arrive_if_libzmq_cannot_be_called_directly(
     nbytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert zero_copy._libzmq is not None
-    monkeypatch.setattr(zero_copy, "_libzmq", None)
-    with ServedExport(ZeroMQ(), nbytes) as served:
-        served.fork()
+    assert zero_copy._native is not None
+    monkeypatch.setattr(zero_copy, "_native", None)
+    for stable in (False, True):
+        with ServedExport(ZeroMQ(), nbytes, stable=stable) as served:
+            served.fork()
 
 
-def test_memory_is_sent_without_a_copy() -> None:
+@pytest.fixture(params=["libzmq", "pyzmq"])
+def releases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[zero_copy.Releases]:
+    """Notices of released memory, from libzmq and from pyzmq, where libzmq cannot be called directly."""
+    if request.param == "pyzmq":
+        monkeypatch.setattr(zero_copy, "_native", None)
+    releases = zero_copy.Releases()
+    yield releases
+    releases.close()
+
+
+@pytest.fixture
+def stop() -> Iterator[int]:
+    """A descriptor that can be read after `SECONDS`."""
+    waker = Waker()
+    timer = threading.Timer(SECONDS, waker.wake)
+    timer.start()
+    yield waker.fileno()
+    timer.cancel()
+    timer.join()
+    waker.close()
+
+
+def test_memory_is_sent_without_a_copy(releases: zero_copy.Releases) -> None:
     memory = torch.zeros(1 << 20, dtype=torch.uint8)
     with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
         one.bind("inproc://memory")
         other.connect("inproc://memory")
-        zero_copy.ZeroCopySender(one).send([(memory.data_ptr(), memory.nbytes), (memory.data_ptr() + 5, 10)])
+        sender = zero_copy.ZeroCopySender(one, releases)
+        sender.send([(memory.data_ptr(), memory.nbytes), (memory.data_ptr() + 5, 10)])
         memory.fill_(7)
-        assert other.recv_multipart() == [bytes([7]) * memory.nbytes, bytes([7]) * 10]
+        assert other.recv_multipart() == [bytes([7]) * memory.nbytes, bytes([7]) * 10, b""]
 
 
-def test_sending_without_a_peer_raises() -> None:
+def test_what_is_released_is_told_once_and_not_before(releases: zero_copy.Releases, stop: int) -> None:
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://memory")
+        other.connect("inproc://memory")
+        sender = zero_copy.ZeroCopySender(one, releases)
+        for number in (0, 62, 5):
+            sender.send([(memory.data_ptr(), memory.nbytes)], number)
+        sender.send([(memory.data_ptr(), 1)])
+        told: list[int] = []
+        for _ in range(3):
+            assert releases.take() == ()
+            other.recv_multipart()
+            told += sender.wait(stop)
+        other.recv_multipart()
+        assert told == [0, 62, 5]
+
+
+def test_what_is_never_sent_is_released_when_the_peer_goes(releases: zero_copy.Releases, stop: int) -> None:
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    with zmq.Context() as context, new_socket(context, zmq.PAIR, max_message=1000, queue=0) as one:
+        port = one.bind_to_random_port("tcp://127.0.0.1")
+        with context.socket(zmq.PAIR) as other:
+            other.rcvhwm = 1
+            other.connect(f"tcp://127.0.0.1:{port}")
+            assert one.poll(SECONDS * 1000, zmq.POLLOUT)
+            sender = zero_copy.ZeroCopySender(one, releases)
+            for number in range(40):  # more than the kernel buffers
+                sender.send([(memory.data_ptr(), memory.nbytes)], number)
+            other.close(linger=0)
+        told: set[int] = set()
+        while len(told) < 40:
+            some = sender.wait(stop)
+            assert some, "not everything was released"
+            told.update(some)
+        assert told == set(range(40))
+
+
+def test_waiting_for_releases_ends_when_it_is_to(releases: zero_copy.Releases) -> None:
+    waker = Waker()
+    waker.wake()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one:
+        assert zero_copy.ZeroCopySender(one, releases).wait(waker.fileno()) == ()
+    waker.close()
+
+
+def test_sending_without_a_peer_raises(releases: zero_copy.Releases) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as one:
         with pytest.raises(zmq.ZMQError) as caught:
-            zero_copy.ZeroCopySender(one).send([(1, 0)])
+            zero_copy.ZeroCopySender(one, releases).send([(id(one), 1)])
         assert caught.value.errno == zmq.EAGAIN
 
 
@@ -151,7 +224,7 @@ def test_a_seed_that_sends_what_was_not_requested_does_not_fill_the_forks_memory
     mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.sndhwm, router.router_mandatory, router.linger = 1, True, 0
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"))
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME)
         session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
         ended = threading.Event()
 
