@@ -17,7 +17,10 @@ It needs pytest. Of `tensorfork` it uses the public names alone.
 import pytest
 
 pytest.register_assert_rewrite(
-    "tensorfork.testing.harness", "tensorfork.testing.lease_under_test", "tensorfork.testing.suite"
+    "tensorfork.testing.harness",
+    "tensorfork.testing.lease_under_test",
+    "tensorfork.testing.seed_memory",
+    "tensorfork.testing.suite",
 )
 
 from tensorfork.testing import faults  # noqa: E402

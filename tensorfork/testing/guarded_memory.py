@@ -1,6 +1,8 @@
 """Memory with known contents, and guard bytes on both sides of every region."""
 
-from collections.abc import Sequence
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -10,6 +12,8 @@ _FRONTS = (61, 512, 4096, 3)
 """Guard bytes before a region, in turn; most are odd, so that most regions begin at odd addresses."""
 _BACK = 67
 """Guard bytes after a region."""
+
+_PROT_NONE, _MAP_FIXED = 0, 0x10
 
 
 def pattern(number: int, nbytes: int) -> torch.Tensor:
@@ -29,10 +33,15 @@ class GuardedMemory:
 
     It knows what every byte should be. A test that lets something be written calls `expect`, so that
     `first_difference` finds only what should not have been written.
+
+    Attributes:
+        published: the ranges of each region that another process may read, as in `Region`; None for all.
     """
 
+    published: Sequence[tuple[int, int]] | None = None
+
     def __init__(self, device: str, sizes: Sequence[int], number: int) -> None:
-        self.device, self.sizes = device, list(sizes)
+        self.device, self.sizes, self.number = device, list(sizes), number
         self._fronts = [_FRONTS[i % len(_FRONTS)] for i in range(len(self.sizes))]
         self._expected = [
             pattern(10_000_000 + i, front + nbytes + _BACK)
@@ -45,6 +54,7 @@ class GuardedMemory:
 
     def fill(self, number: int) -> None:
         """Write `contents(number)` into the regions; it is there when this returns."""
+        self.number = number
         for i, new in enumerate(contents(number, self.sizes)):
             self.expect(i, 0, new)
             self.view(i, 0, self.sizes[i]).copy_(new)
@@ -63,9 +73,28 @@ class GuardedMemory:
     def regions(self) -> list[Region]:
         """A region for each size; the ids are neither dense nor in order."""
         return [
-            Region(self.id(i), buffer.data_ptr() + front, nbytes, self.device, buffer)
+            Region(self.id(i), buffer.data_ptr() + front, nbytes, self.device, buffer, self.published)
             for i, (buffer, front, nbytes) in enumerate(zip(self._buffers, self._fronts, self.sizes, strict=True))
         ]
+
+    def unmap(self) -> None:
+        """Unmap the whole pages within each region, on the CPU. Nothing may touch them until `map` is called."""
+        for address, nbytes in self._pages():
+            _map(address, nbytes, _PROT_NONE)
+
+    def map(self) -> None:
+        """Map what `unmap` has unmapped, with the contents that it had."""
+        for address, nbytes in self._pages():
+            _map(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.fill(self.number)
+
+    def _pages(self) -> Iterator[tuple[int, int]]:
+        assert self.device == "cpu", "only memory on the CPU is unmapped"
+        for region in self.regions:
+            start = -(-region.address // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (region.address + region.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < end:
+                yield start, end - start
 
     def id(self, index: int) -> int:
         """The id of a region."""
@@ -103,3 +132,13 @@ class GuardedMemory:
                 count = int(differ.sum())
                 return f"{where} is {int(actual[at])}, not {int(expected[at])}; {count:,} bytes differ in it"
         return None
+
+
+def _map(address: int, nbytes: int, protection: int) -> None:
+    """Replace whole pages by new ones. Without a permission they are as good as unmapped, and nobody else gets them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    if libc.mmap(address, nbytes, protection, flags, -1, 0) != address:
+        raise OSError(ctypes.get_errno(), "mmap failed")

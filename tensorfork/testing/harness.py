@@ -49,12 +49,17 @@ class Harness:
         self.suite, self.setup, self._helper_process = suite, setup, helper_process
         self._numbers = iter(range(1, 1_000_000))
 
-    def seed(self, sizes: Sequence[int], number: int | None = None) -> SeedSide:
-        """A seed's side with regions of these sizes, and the contents of this number or a new one."""
+    def seed(
+        self, sizes: Sequence[int], number: int | None = None, published: Sequence[tuple[int, int]] | None = None
+    ) -> SeedSide:
+        """A seed's side with regions of these sizes, and the contents of this number or a new one.
+
+        `published` are the ranges of each region that the fork may read; by default all.
+        """
         number = next(self._numbers) if number is None else number
         if self._helper_process is not None:
-            return self._helper_process.make_seed(self.setup.seed_device, sizes, number)
-        return LocalSeed(self.suite.make(), self.setup.seed_device, sizes, number)
+            return self._helper_process.make_seed(self.setup.seed_device, sizes, number, published)
+        return LocalSeed(self.suite.make(), self.setup.seed_device, sizes, number, published)
 
     @contextmanager
     def own_process(self) -> Iterator[HelperProcess]:
@@ -76,15 +81,17 @@ class Harness:
         serve: bool = True,
         seconds: float | None = None,
         seed_dies: bool = False,
+        published: Sequence[tuple[int, int]] | None = None,
     ) -> Iterator[LeaseUnderTest]:
         """A lease on a new seed with regions of `seed_sizes`, or on the seed of another lease; opened for a fork with
         regions of `fork_sizes`.
 
         Without `serve` the seed does not serve it. With `seed_dies` the lease is not ended at the seed afterwards.
+        `published` are the ranges of a new seed's regions that may be read; by default all.
         """
         seconds = self.suite.seconds if seconds is None else seconds
         number = next(self._numbers)
-        seed = self.seed(seed_sizes, number) if same_seed is None else same_seed.seed
+        seed = self.seed(seed_sizes, number, published) if same_seed is None else same_seed.seed
         expected = contents(number, seed_sizes) if same_seed is None else same_seed.expected
         transport = self.suite.make()
         memory = GuardedMemory(self.setup.fork_device, fork_sizes, next(self._numbers))

@@ -46,9 +46,11 @@ class HelperProcess:
         self._reader = threading.Thread(target=self._read, name="suite-reader", daemon=True)
         self._reader.start()
 
-    def make_seed(self, device: str, sizes: Sequence[int], number: int) -> "RemoteSeed":
+    def make_seed(
+        self, device: str, sizes: Sequence[int], number: int, published: Sequence[tuple[int, int]] | None = None
+    ) -> "RemoteSeed":
         """A seed's side of leases in that process."""
-        return RemoteSeed(self, self.call("make_seed", device, list(sizes), number))
+        return RemoteSeed(self, self.call("make_seed", device, list(sizes), number, published))
 
     def start_fork(self, seed: LocalSeed, device: str, nbytes: int, seconds: float, hang: bool) -> int:
         """Have that process fork a region from a seed in this one. Returns the lease's number at the seed.
@@ -159,6 +161,14 @@ class RemoteSeed:
         """See `SeedSide`."""
         self.helper_process.call("fill", self.seed, number)
 
+    def unmap(self) -> None:
+        """See `SeedSide`."""
+        self.helper_process.call("unmap", self.seed)
+
+    def map(self) -> None:
+        """See `SeedSide`."""
+        self.helper_process.call("map", self.seed)
+
     def first_difference(self) -> str | None:
         """See `SeedSide`."""
         difference: str | None = self.helper_process.call("first_difference", self.seed)
@@ -193,8 +203,10 @@ class _HelperService:
         with self.write_lock:
             self.pipe.send((kind, value))
 
-    def make_seed(self, device: str, sizes: Sequence[int], number: int) -> int:
-        self.seeds.append(LocalSeed(self.suite.make(), device, sizes, number))
+    def make_seed(
+        self, device: str, sizes: Sequence[int], number: int, published: Sequence[tuple[int, int]] | None
+    ) -> int:
+        self.seeds.append(LocalSeed(self.suite.make(), device, sizes, number, published))
         return len(self.seeds) - 1
 
     def grant_lease(self, seed: int, fork: Mapping[str, Any], seconds: float, serve: bool) -> tuple[int, GrantedLease]:
@@ -210,6 +222,12 @@ class _HelperService:
 
     def fill(self, seed: int, number: int) -> None:
         self.seeds[seed].fill(number)
+
+    def unmap(self, seed: int) -> None:
+        self.seeds[seed].unmap()
+
+    def map(self, seed: int) -> None:
+        self.seeds[seed].map()
 
     def first_difference(self, seed: int) -> str | None:
         return self.seeds[seed].first_difference()

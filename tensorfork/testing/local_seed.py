@@ -53,6 +53,12 @@ class SeedSide(Protocol):
     def fill(self, number: int) -> None:
         """Change the contents of all regions to those of this number."""
 
+    def unmap(self) -> None:
+        """See `GuardedMemory.unmap`."""
+
+    def map(self) -> None:
+        """See `GuardedMemory.map`."""
+
     def first_difference(self) -> str | None:
         """See `GuardedMemory.first_difference`."""
 
@@ -68,9 +74,17 @@ class SeedSide(Protocol):
 class LocalSeed:
     """A seed's side of leases, in this process; see `SeedSide`."""
 
-    def __init__(self, transport: Transport, device: str, sizes: Sequence[int], number: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        device: str,
+        sizes: Sequence[int],
+        number: int,
+        published: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         self._transport, self.number = transport, number
         self._memory = GuardedMemory(device, sizes, number)
+        self._memory.published = published
         self._served: dict[int, _ServedLease] = {}
 
     def facts(self) -> Facts:
@@ -80,6 +94,14 @@ class LocalSeed:
     def fill(self, number: int) -> None:
         """See `SeedSide`."""
         self._memory.fill(number)
+
+    def unmap(self) -> None:
+        """See `SeedSide`."""
+        self._memory.unmap()
+
+    def map(self) -> None:
+        """See `SeedSide`."""
+        self._memory.map()
 
     def first_difference(self) -> str | None:
         """See `SeedSide`."""

@@ -24,16 +24,18 @@ from tensorfork.testing.harness import SAME_PROCESS, SPAWNED_PROCESS, Harness
 from tensorfork.testing.helper_process import HelperProcess
 from tensorfork.testing.lease_under_test import TIME_TOLERANCE, CallOnce, CopySpec, LeaseUnderTest, run_in_threads
 from tensorfork.testing.local_seed import SITE, LocalSeed
+from tensorfork.testing.seed_memory import SeedMemorySuite
 
 
-class TransportSuite(SuiteFixtures):
+class TransportSuite(SeedMemorySuite, SuiteFixtures):
     """Inherit it at the top level of a test module, as a class whose name pytest collects, and define `make`.
 
     Attributes:
         devices: pairs of the seed's device and the fork's, as torch names them; every test runs for each pair.
         ways: ``"within one process"``, ``"from a spawned process"`` (the seed is there), or (the default) both.
         one_sided: the seed's process takes no part in a pull, so that a pull may succeed while the seed does not serve,
-            or is stopped.
+            or is stopped. A transport that is not answers requests only for what was published, and survives memory of
+            the seed's that is unmapped.
         can_stop: a process of the transport may be stopped (SIGSTOP) without harm to what other tests use.
         big: bytes of a big copy, and of a transfer that is interrupted; more than the buffers between the two sides
             hold.
