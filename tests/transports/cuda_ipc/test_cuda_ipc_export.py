@@ -1,16 +1,21 @@
 """The offer of a CUDA IPC lease, and how little a seed does for each; the driver is a fake."""
 
+import ctypes
+import os
+import threading
 import time
 import weakref
 from collections.abc import Sequence
 
 import pytest
 from fake_driver import Driver
+from mapped_memory import PAGE, MappedMemory
 
 from tensorfork import Export, Region, RemoteRegion, Site, TransportUnavailable
 from tensorfork.interpreter import process
 from tensorfork.memory import cuda
-from tensorfork.transports.cuda_ipc import CudaIpc, offer
+from tensorfork.testing.channel import QueueChannel
+from tensorfork.transports.cuda_ipc import CudaIpc, IpcExport, offer
 
 SITE = Site("127.0.0.1", "127.0.0.1")
 ELSEWHERE = {"process": b"another"}
@@ -115,3 +120,71 @@ def test_a_fork_in_the_same_process_gets_no_handles(gpu: Gpu) -> None:
     assert same
     assert [source.handle for source in sources.values()] == [None, None]
     assert gpu.exported == []
+
+
+# Tensors on the CPU, which travel over the lease's channel.
+
+
+class Served:
+    """An export of regions on the CPU, which a test asks for bytes."""
+
+    def __init__(self, *regions: Region) -> None:
+        self.channel, theirs = QueueChannel(lambda _: None), QueueChannel(lambda _: None)
+        self.channel.connect(theirs.deliver)
+        theirs.connect(self.channel.deliver)
+        self._export = IpcExport(regions, b"")
+        self._thread = threading.Thread(target=self._export.serve, args=(theirs,))
+
+    def ask(self, request: bytes) -> bytes:
+        self.channel.send(request, time.monotonic() + 60)
+        return self.channel.recv(time.monotonic() + 60)
+
+    def __enter__(self) -> "Served":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.channel.send(offer.RELEASED, time.monotonic() + 60)
+        self._thread.join()
+        assert self._export.close(time.monotonic() + 60)
+
+
+def test_only_what_was_published_of_a_cpu_region_is_sent() -> None:
+    content = os.urandom(1000)
+    buffer = ctypes.create_string_buffer(content, 1000)
+    with Served(Region(4, ctypes.addressof(buffer), 1000, "cpu", buffer, [(100, 200), (300, 600)])) as served:
+        for offset, nbytes in ((100, 100), (300, 300), (150, 1)):
+            assert served.ask(offer.CPU_REQUEST.pack(4, offset, nbytes)) == content[offset : offset + nbytes]
+        for offset, nbytes in ((0, 1), (99, 2), (199, 2), (250, 1), (150, 200), (599, 2), (600, 1), (0, 1000)):
+            assert served.ask(offer.CPU_REQUEST.pack(4, offset, nbytes)) == offer.STOP
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"x",
+        bytes(23),
+        bytes(25),
+        offer.CPU_REQUEST.pack(5, 0, 1),
+        offer.CPU_REQUEST.pack(4, 0, 0),
+        offer.CPU_REQUEST.pack(4, 0, 1001),
+        offer.CPU_REQUEST.pack(4, (1 << 64) - 1, 2),
+        offer.CPU_REQUEST.pack(4, 0, (1 << 64) - 1),
+    ],
+    ids=repr,
+)
+def test_a_request_that_makes_no_sense_is_refused_and_the_next_is_answered(request_bytes: bytes) -> None:
+    content = os.urandom(1000)
+    buffer = ctypes.create_string_buffer(content, 1000)
+    with Served(Region(4, ctypes.addressof(buffer), 1000, "cpu", buffer)) as served:
+        assert served.ask(request_bytes) == offer.STOP
+        assert served.ask(offer.CPU_REQUEST.pack(4, 0, 1000)) == content
+
+
+def test_cpu_memory_that_is_gone_is_refused_and_the_rest_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+    with MappedMemory(3) as memory, Served(Region(4, memory.address, memory.nbytes, "cpu")) as served:
+        content = bytes(memory.tensor[:PAGE].tolist())
+        memory.unmap(1)
+        assert served.ask(offer.CPU_REQUEST.pack(4, PAGE - 1, 2)) == offer.STOP
+        assert served.ask(offer.CPU_REQUEST.pack(4, 0, PAGE)) == content
+    assert "cannot be read any more" in caplog.text
