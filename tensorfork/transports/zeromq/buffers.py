@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tensorfork.errors import TransportUnavailable
-from tensorfork.memory import slots
+from tensorfork.memory import host_slots
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
 from tensorfork.transports.zeromq.protocol import FRAME
@@ -22,14 +22,14 @@ class AnswerBuffers:
 
     def __init__(self, regions: Sequence[Region], memory: HostAccess) -> None:
         self.frame = FRAME
-        self._share: slots.Share | None = None
+        self._share: host_slots.Share | None = None
         self._addresses: Sequence[int] = ()
         if any(region.device != "cpu" for region in regions):
             self._addresses = [memory.next_buffer().address for _ in range(PINNED_BUFFERS)]
         elif not all(region.stable for region in regions):
             try:
-                self._share = slots.pool().open_share()
-            except slots.NoShareLeft as error:
+                self._share = host_slots.pool().open_share()
+            except host_slots.NoShareLeft as error:
                 raise TransportUnavailable(f"zeromq: {error}; try again when one has ended") from error
             self._addresses, self.frame = self._share.slots, min(FRAME, self._share.slot_bytes)
         self._free = list(range(len(self._addresses)))

@@ -13,8 +13,8 @@ from mapped_memory import PAGE, MappedMemory
 from zeromq_export import SECONDS, SITE, ServedExport, dealer, request, soon, unused_channel
 
 from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnavailable
-from tensorfork.memory import host_reads, slots
-from tensorfork.memory.slots import SHARES, SlotPool
+from tensorfork.memory import host_reads, host_slots
+from tensorfork.memory.host_slots import SHARES, SlotPool
 from tensorfork.testing.guarded_memory import GuardedMemory, contents
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.transports.zeromq.protocol import WINDOW
@@ -27,7 +27,7 @@ MOST = sum(count for count, _, _ in SHARES)
 def pool(monkeypatch: pytest.MonkeyPatch) -> SlotPool:
     """A pool that no other test uses."""
     pool = SlotPool()
-    monkeypatch.setattr(slots, "pool", lambda: pool)
+    monkeypatch.setattr(host_slots, "pool", lambda: pool)
     return pool
 
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import psutil
 import pytest
 
-from tensorfork.memory import slots
-from tensorfork.memory.slots import POOL_BYTES, SHARES, NoShareLeft, Share, SlotPool
+from tensorfork.memory import host_slots
+from tensorfork.memory.host_slots import POOL_BYTES, SHARES, NoShareLeft, Share, SlotPool
 
 MOST = sum(count for count, _, _ in SHARES)
 
@@ -98,14 +98,14 @@ def test_shares_are_given_to_threads_at_the_same_time(pool: SlotPool) -> None:
 
 
 def test_a_child_of_os_fork_has_a_pool_of_its_own() -> None:
-    parents = slots.pool()
-    assert slots.pool() is parents
+    parents = host_slots.pool()
+    assert host_slots.pool() is parents
     share = parents.open_share()
     ctypes.memset(share.slots[0], 5, 100)
     with parents._lock:  # another thread of the parent's may hold it at that moment
         child = os.fork()
         if not child:
-            own = slots.pool()
+            own = host_slots.pool()
             taken = own.open_share()
             ctypes.memset(taken.slots[0], 6, 100)
             taken.close()
