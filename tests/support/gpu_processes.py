@@ -93,13 +93,11 @@ class SeedProcess:
             "free": lambda: torch.cuda.mem_get_info(0)[0],
         }
 
-    def map(self) -> bool:
-        """Map new memory. Whether it is at the same addresses; if not, the tensors are made anew."""
-        same = self.memory.map()
-        if not same:
+    def map(self) -> None:
+        """Map new memory, and fill it. Where it is not at the same addresses, the tensors are made anew."""
+        if not self.memory.map():
             self.tensors.update(tensors_in(self.memory))
         fill(self.tensors)
-        return same
 
     def suspend(self, timeout: float) -> float:
         begun = time.monotonic()

@@ -1,8 +1,8 @@
 """Bytes over ZeroMQ: works between any two processes that can reach one another, and needs nothing that is optional.
 
 The fork requests ranges of the leased regions. The seed copies them through the kernel into slots of a bounded pool
-(`memory.host_slots`), which libzmq sends without another copy, and the fork receives them directly into its regions. So the
-seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises that
+(`memory.host_slots`), which libzmq sends without another copy, and the fork receives them directly into its regions. So
+the seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises that
 nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies nothing.
 
 The fork keeps `WINDOW` requests in flight on each connection, so that neither side waits for the next request. The
