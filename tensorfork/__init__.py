@@ -11,6 +11,7 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
     from tensorfork.errors import (
         IdentityMismatch,
         LayoutMismatch,
+        LeaseEnded,
         MemoryInUse,
         PeerRefused,
         PeerUnreachable,
@@ -46,6 +47,7 @@ __all__ = [
     "Identity",
     "IdentityMismatch",
     "LayoutMismatch",
+    "LeaseEnded",
     "MemoryInUse",
     "ModelLayout",
     "PeerRefused",

@@ -11,6 +11,7 @@
     │   └── TransportUnavailable    the transport cannot work between these two processes
     ├── the peer's
     │   ├── PeerUnreachable         nothing answers at the address, or the peer stopped answering
+    │   │   └── LeaseEnded          the seed, or the fork, has ended the lease: seen by transports alone
     │   ├── PeerRefused             the peer refused the request
     │   │   └── SeedAsleep          the seed is suspended: its memory may not be there
     │   └── ProtocolError           the peer is no tensorfork seed of our version, or broke the protocol
@@ -95,6 +96,10 @@ class TransportUnavailable(TensorForkError):
 
 class PeerUnreachable(TensorForkError):
     """Nothing answered at the address, or the peer stopped answering; the message has the address and the step."""
+
+
+class LeaseEnded(PeerUnreachable):
+    """The lease has ended. Raised by a lease's channel, to transports; a fork asks the seed why, and raises that."""
 
 
 class PeerRefused(TensorForkError):

@@ -98,7 +98,7 @@ class DigestCache:
         generation, publication = self._model.at_one_moment()
         if generation % 2:
             return
-        publication.places.check()
+        publication.places.check_memory()
         if self._batch is None or self._batch[0] != publication.number:
             self._batch = publication.number, DigestBatch.of(publication.tensors)
         batch, tensors, checked = self._batch[1], publication.tensors, not publication.stable
@@ -106,11 +106,11 @@ class DigestCache:
             try:
                 found = batch.compute(self._cancelled_at(generation), gentle=True, checked_reads=checked)
             except Exception:
-                publication.places.check()  # which names the tensors
+                publication.places.check_memory()  # which names the tensors
                 raise
         if len(found) < len(tensors) or self._model.generation != generation:
             return
-        publication.places.check()
+        publication.places.check_memory()
         if self._model.generation == generation:
             packed = tables.pack_digests([found[name] for name in tensors])
             self._cached = generation, packed, content_root(found).hex()

@@ -18,6 +18,7 @@ MAX_ENDED = 1024
 """Leases that have ended of which the reason is remembered."""
 
 ENDED = messages.Refused(messages.UNKNOWN, "the lease has ended; it lasts as long as the fork's timeout")
+RELEASED = messages.Refused(messages.UNKNOWN, "the lease has ended: it was given back")
 
 
 @define(eq=False)
@@ -109,6 +110,10 @@ class LeaseTable:
         lease = self._leases.get(id)
         if lease is not None:
             return lease.why if lease.ended.is_set() else lease
+        return self.why_ended(id)
+
+    def why_ended(self, id: bytes) -> messages.Refused:
+        """Why a lease that is gone has ended, as far as that is remembered."""
         return self._ended.get(id, ENDED)
 
     def get(self, id: bytes) -> Lease | None:

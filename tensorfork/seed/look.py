@@ -64,7 +64,15 @@ class PublishedPlaces:
 
     def check(self) -> None:
         """Raise `SeedMoved`, with the names of the tensors, unless all is as it was."""
-        if moved := {**self.moved(), **self._replaced()}:
+        self._raise({**self.moved(), **self._replaced()})
+
+    def check_memory(self) -> None:
+        """The same, of the memory alone: for what was begun when the model held these tensors."""
+        self._raise(self.moved())
+
+    @staticmethod
+    def _raise(moved: Mapping[str, str]) -> None:
+        if moved:
             raise SeedMoved(_describe(moved), tensors=list(moved)[:MAX_NAMES])
 
     def moved(self) -> dict[str, str]:
@@ -127,7 +135,7 @@ def _kinds(tensors: Sequence[torch.Tensor]) -> tuple[list[Any], ...]:
     of all shapes and strides; what they miss, such as [2, 8] that became [4, 4], has the same bytes in the same order.
     """
     contiguous = list(map(torch.Tensor.is_contiguous, tensors))
-    strides = [tensor.stride() for tensor in compress(tensors, map(not_, contiguous))]
+    strides = [] if all(contiguous) else [one.stride() for one in compress(tensors, map(not_, contiguous))]
     return list(map(_dtype_of, tensors)), contiguous, strides
 
 

@@ -19,7 +19,7 @@ from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.digests import DigestCache
-from tensorfork.seed.leases import ENDED, MAX_LEASES, Lease, LeaseTable, SeedStats
+from tensorfork.seed.leases import ENDED, MAX_LEASES, RELEASED, Lease, LeaseTable, SeedStats
 from tensorfork.seed.publication import Publication
 from tensorfork.seed.published_model import PublishedModel
 from tensorfork.sockets.address import Address
@@ -178,7 +178,9 @@ class SeedService:
                 self._grant_lease(peer, message, reply)
             case messages.Say():
                 lease = self._leases.get(message.lease)
-                if lease is not None and not lease.channel.deliver(payload):
+                if lease is None:
+                    reply(messages.Ended(message.lease, self._leases.why_ended(message.lease)))
+                elif not lease.channel.deliver(payload):
                     log.warning("a fork sends more messages than its transport reads; its lease is ended")
                     lease.end(gone=True)
             case messages.GetDigests():
@@ -188,7 +190,7 @@ class SeedService:
                 if lease := self._running_lease(message.lease, reply):
                     if message.release:
                         reply(messages.Checked(self.model.generation))
-                        lease.end()
+                        lease.end(RELEASED)
                     elif not lease.ask(reply):
                         reply(lease.why)
 
@@ -270,6 +272,8 @@ class SeedService:
             reply(messages.Leased(lease.id, lease.generation, export.offer, len(pages), version), pages)
             while (asked := lease.checks.get()) is not None:
                 self._check(lease, asked)
+            if lease.why is not RELEASED:
+                self._listener.send(lease.peer, messages.Ended(lease.id, lease.why))
             reachable = not export.close(time.monotonic() + CLOSE_TIMEOUT)
             lease.channel.end()
             serving.join(CLOSE_TIMEOUT)
@@ -301,7 +305,7 @@ class SeedService:
         """Look at the tensors for a fork, and reply with the generation."""
         try:
             if self.model.generation == lease.generation:
-                lease.publication.places.check()
+                lease.publication.places.check_memory()
             reply(messages.Checked(self.model.generation))
         except Exception as error:
             reply(_refusal(lease, self._transports[lease.transport], error))
@@ -320,7 +324,7 @@ class SeedService:
         """What a fork is told, if it asks, whose transfer failed at the seed: its memory may not be there any more."""
         try:
             if not lease.ended.is_set():
-                lease.publication.places.check()
+                lease.publication.places.check_memory()
         except SeedMoved as moved:
             return _refusal(lease, self._transports[lease.transport], moved)
         return ENDED

@@ -40,7 +40,7 @@ class Channel(Protocol):
         """Send one message. Raises `PeerUnreachable` if the other side is gone."""
 
     def recv(self, deadline: float) -> bytes:
-        """Return the next message. Raises `PeerUnreachable` at the deadline, or when the lease has ended."""
+        """Return the next message. Raises `PeerUnreachable` at the deadline, `LeaseEnded` when the lease has ended."""
 
 
 class Export(ABC):

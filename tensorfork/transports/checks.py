@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from threading import Event
 
-from tensorfork.errors import PeerRefused, PeerUnreachable, TransferFailed
+from tensorfork.errors import LeaseEnded, PeerRefused, PeerUnreachable, TransferFailed
 from tensorfork.regions import Copy, Region, RemoteRegion, contains
 from tensorfork.transports.base import Channel
 
@@ -48,8 +48,8 @@ class LeaseEnd:
         self._next_look = now + LEASE_POLL_SECONDS
         try:
             self._channel.recv(now)
+        except (LeaseEnded, PeerRefused) as error:
+            raise TransferFailed(f"{LEASE_ENDED}: {error}") from error
         except PeerUnreachable:
             return  # nothing has come
-        except PeerRefused as error:
-            raise TransferFailed(f"{LEASE_ENDED}: {error}") from error
         raise TransferFailed(LEASE_ENDED)

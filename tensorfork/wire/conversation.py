@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import zmq
 
 from tensorfork.errors import (
+    LeaseEnded,
     PeerRefused,
     PeerUnreachable,
     ProtocolError,
@@ -67,7 +68,7 @@ class Conversation:
         self._monitor = self._socket.get_monitor_socket(_MONITORED)
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
-        self._inboxes: dict[bytes, queue.SimpleQueue[bytes]] = {}
+        self._inboxes: dict[bytes, queue.SimpleQueue[bytes | messages.Ended]] = {}
         self._connected = False
         self._refused_connects = 0
         self._failed_handshakes = 0
@@ -89,7 +90,7 @@ class Conversation:
             while True:
                 frames = self._recv_frames(deadline, step)
                 reply_number, reply = self._decode(frames[0], step)
-                if isinstance(reply, messages.Say):
+                if isinstance(reply, messages.Say | messages.Ended):
                     self._deliver(reply, frames)
                 elif reply_number == number and isinstance(reply, messages.Refused):
                     raise self._error_from(reply, step)
@@ -106,18 +107,26 @@ class Conversation:
             self._send_frames([messages.encode(messages.Say(lease), 0), message], deadline, "channel")
 
     def recv(self, lease: bytes, deadline: float) -> bytes:
-        """The next message on a lease's channel. Raises `PeerUnreachable`, also at the deadline."""
+        """The next message on a lease's channel.
+
+        Raises `PeerUnreachable`, also at the deadline, and `LeaseEnded` once the seed has ended the lease.
+        """
         inbox = self._inboxes.setdefault(lease, queue.SimpleQueue())
         while True:
             try:
-                return inbox.get_nowait()
+                received = inbox.get_nowait()
             except queue.Empty:
                 pass
+            else:
+                if isinstance(received, messages.Ended):
+                    inbox.put(received)
+                    raise LeaseEnded(f"{self.peer}: the seed has ended the lease: {received.why.reason}")
+                return received
             with self._lock:
                 if inbox.empty():
                     frames = self._recv_frames(deadline, "channel")
                     _, message = self._decode(frames[0], "channel")
-                    if isinstance(message, messages.Say):
+                    if isinstance(message, messages.Say | messages.Ended):
                         self._deliver(message, frames)
                     elif isinstance(message, messages.Refused):
                         raise self._error_from(message, "channel")
@@ -132,8 +141,9 @@ class Conversation:
             self._socket.disable_monitor()
             self._context.destroy(linger=200)
 
-    def _deliver(self, message: messages.Say, frames: Sequence[bytes]) -> None:
-        self._inboxes.setdefault(message.lease, queue.SimpleQueue()).put(b"".join(frames[1:]))
+    def _deliver(self, message: messages.Say | messages.Ended, frames: Sequence[bytes]) -> None:
+        inbox = self._inboxes.setdefault(message.lease, queue.SimpleQueue())
+        inbox.put(message if isinstance(message, messages.Ended) else b"".join(frames[1:]))
 
     def _send_frames(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
         self._call_when(zmq.POLLOUT, lambda: self._socket.send_multipart(frames, zmq.NOBLOCK), deadline, step)

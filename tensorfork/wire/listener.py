@@ -14,7 +14,7 @@ from typing import Any
 
 import zmq
 
-from tensorfork.errors import PeerUnreachable, ProtocolError
+from tensorfork.errors import LeaseEnded, PeerUnreachable, ProtocolError
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zeromq import bind, new_context, new_socket, poll_timeout, recv_arrived
@@ -172,7 +172,7 @@ class SeedChannel:
             raise PeerUnreachable("the fork said nothing on its channel by the deadline") from None
         if message is None:
             self._inbox.put(None)
-            raise PeerUnreachable("the lease has ended")
+            raise LeaseEnded("the lease has ended")
         return message
 
     def deliver(self, message: bytes) -> bool:
@@ -183,5 +183,5 @@ class SeedChannel:
         return True
 
     def end(self) -> None:
-        """End the channel: `recv` raises `PeerUnreachable`, in threads that wait in it too."""
+        """End the channel: `recv` raises `LeaseEnded`, in threads that wait in it too."""
         self._inbox.put(None)

@@ -194,6 +194,14 @@ class Refused(Record):
     tensors: list[Any] = field(factory=list, validator=_names)
 
 
+@frozen(eq=False, repr=False)
+class Ended(Record):
+    """Says that a lease has ended, and why: when the seed ends it, and to what is said on its channel afterwards."""
+
+    lease: bytes = field(validator=max_len(64))
+    why: Refused
+
+
 VERSION_CODE, UNAVAILABLE, CHANGED, MOVED, ASLEEP, BUSY, UNKNOWN, MALFORMED = CODES = (
     "version",
     "unavailable",
@@ -207,7 +215,7 @@ VERSION_CODE, UNAVAILABLE, CHANGED, MOVED, ASLEEP, BUSY, UNKNOWN, MALFORMED = CO
 
 Request = Hello | GetLayout | TakeLease | Say | GetDigests | CheckLease
 
-Reply = Welcome | Pages | Leased | Say | Digests | Checked | Refused
+Reply = Welcome | Pages | Leased | Say | Digests | Checked | Refused | Ended
 
 Message = Request | Reply
 

@@ -55,6 +55,20 @@ def test_a_lease_is_over_when_suspend_returns(seed: tensorfork.Seed) -> None:
             check(conversation, lease.lease)
 
 
+def test_a_fork_that_waits_on_its_channel_or_speaks_there_hears_at_once_that_the_lease_has_ended(
+    seed: tensorfork.Seed,
+) -> None:
+    with connected(seed.address) as conversation:
+        lease = take(conversation)
+        seed.suspend()
+        for _ in range(2):
+            with pytest.raises(tensorfork.LeaseEnded, match="suspended"):
+                conversation.recv(lease.lease, soon())
+        conversation.send(b"unknown", b"message", soon())
+        with pytest.raises(tensorfork.LeaseEnded):
+            conversation.recv(b"unknown", soon())
+
+
 @pytest.mark.parametrize("terms", [{"wait": SECONDS}, {"restarts": 1}], ids=["wait", "restarts"])
 def test_a_fork_that_may_waits_for_a_sleeping_seed_without_counting(
     seed: tensorfork.Seed, terms: dict[str, float]

@@ -116,7 +116,7 @@ def survives(seed: Seed, frames: Sequence[bytes]) -> None:
         for message in frames:
             made.send(message)
         for answer in answers(made):
-            assert isinstance(answer, messages.Refused | messages.Welcome | messages.Pages)
+            assert isinstance(answer, messages.Refused | messages.Welcome | messages.Pages | messages.Ended)
 
 
 @settings(max_examples=100)

@@ -23,7 +23,10 @@ OFFERED = st.builds(messages.Offered, FACTS, st.none() | TEXT)
 NUMBERS = st.integers(0, 2**63)
 VERSIONS = st.builds(messages.WeightsVersion, TEXT, NUMBERS, st.none() | TEXT, st.none() | TEXT)
 
+REFUSALS = st.builds(messages.Refused, st.sampled_from(messages.CODES), TEXT, st.lists(TEXT, max_size=3))
+
 MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
+    messages.Ended: st.builds(messages.Ended, TOKENS, REFUSALS),
     messages.Hello: st.builds(messages.Hello, TEXT),
     messages.Welcome: st.builds(
         messages.Welcome,
@@ -50,10 +53,11 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     messages.Digests: st.builds(messages.Digests, st.integers(0, 2**63), COUNTS),
     messages.CheckLease: st.builds(messages.CheckLease, TOKENS, st.booleans()),
     messages.Checked: st.builds(messages.Checked, st.integers(0, 2**63)),
-    messages.Refused: st.builds(messages.Refused, st.sampled_from(messages.CODES), TEXT, st.lists(TEXT, max_size=3)),
+    messages.Refused: REFUSALS,
 }
 VERSION = messages.WeightsVersion("0123", 3, "step-3", "4567")
 SAMPLES: dict[type[Any], Any] = {
+    messages.Ended: messages.Ended(b"lease", messages.Refused("changed", "other tensors", ["a"])),
     messages.Hello: messages.Hello("0.1"),
     messages.Welcome: messages.Welcome(
         "0.1", b"id", 3, 2, 1000, "sums3/1", {"zeromq": messages.Offered({"a": [1]}, None)}, 7, VERSION

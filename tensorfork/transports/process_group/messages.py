@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 from attrs import define
 
-from tensorfork.errors import PeerUnreachable, ProtocolError
+from tensorfork.errors import LeaseEnded, PeerUnreachable, ProtocolError
 from tensorfork.transports.base import Channel
 
 WAIT_SLICE = 0.2
@@ -54,6 +54,8 @@ class MessageChannel:
         """
         try:
             packed = self.channel.recv(deadline)
+        except LeaseEnded:
+            raise
         except PeerUnreachable:
             if time.monotonic() < deadline:  # raised before the deadline: the other side is gone
                 raise

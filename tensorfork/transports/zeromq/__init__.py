@@ -2,8 +2,8 @@
 
 The fork requests ranges of the leased regions. The seed copies them through the kernel into slots of a bounded pool
 (`memory.host_slots`), which libzmq sends without another copy, and the fork receives them directly into its regions. So
-the seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises that
-nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies nothing.
+the seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises
+that nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies nothing.
 
 The fork keeps `WINDOW` requests in flight on each connection, so that neither side waits for the next request. The
 fork's libzmq stops reading from a connection when a few answers are queued. So neither side ever holds more than that
