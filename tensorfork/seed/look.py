@@ -5,7 +5,8 @@ two steps. It does not read the tensors' memory.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import compress, islice
 from operator import attrgetter, is_, is_not, not_
@@ -21,6 +22,9 @@ from tensorfork.regions import Region
 from tensorfork.wire.messages import MAX_NAMES
 
 _REPLACED = "the model holds another object in its place"
+
+LONG = 16
+"""Entries of a dict, such as a list of modules, from which on all of its values are compared, and not key by key."""
 
 STEP = 1000
 """Objects looked at in a row: half a millisecond, in which the interpreter is not given away."""
@@ -58,9 +62,15 @@ class PublishedPlaces:
         return changed
 
     def _hold(self, holders: Sequence[Holder]) -> None:
-        in_dicts = [one for one in holders if isinstance(one[1], dict)]
+        by_dict: dict[int, list[Holder]] = defaultdict(list)
+        for one in holders:
+            if isinstance(one[1], dict):
+                by_dict[id(one[1])].append(one)
         elsewhere = [one for one in holders if not isinstance(one[1], dict)]
-        self._held = (dict.get, _columns(in_dicts)), (_item, _columns(elsewhere))
+        long = [some for some in by_dict.values() if len(some) >= LONG]
+        short = [one for some in by_dict.values() if len(some) < LONG for one in some]
+        self._held = (dict.get, _columns(short)), (_item, _columns(elsewhere))
+        self._long = [(some[0][1], list(dict.values(some[0][1])), _columns(some)) for some in long]
 
     def check(self) -> None:
         """Raise `SeedMoved`, with the names of the tensors, unless all is as it was."""
@@ -95,11 +105,16 @@ class PublishedPlaces:
     def _replaced(self) -> dict[str, str]:
         """The names under which the model holds something else than it did."""
         found: dict[str, str] = {}
-        for get, (names, containers, keys, values) in self._held:
+        held: list[tuple[Callable[[Any, Any], Any], Sequence[Sequence[Any]]]] = list(self._held)
+        for container, was, columns in self._long:
+            now = list(dict.values(container))
+            if len(now) != len(was) or not all(map(is_, now, was)):
+                held.append((dict.get, columns))
+        for get, (names, containers, keys, values) in held:
             for some in _steps(len(names)):
-                held = list(map(get, containers[some], keys[some]))
-                if not all(map(is_, held, values[some])):
-                    replaced = map(is_not, held, values[some])
+                now = list(map(get, containers[some], keys[some]))
+                if not all(map(is_, now, values[some])):
+                    replaced = map(is_not, now, values[some])
                     found |= dict.fromkeys(compress(names[some], replaced), _REPLACED)
         return found
 
