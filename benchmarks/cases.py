@@ -81,10 +81,11 @@ def _on_cpus() -> Iterator[Case]:
     yield Case("cpu-limits", cpu, limits.cpu_case)
     sizes = {"1MiB": 10, "16MiB": 10, "256MiB": 100, "1GiB": 300, "4GiB": 300}
     for size, count in sizes.items():
-        goal, cold = (1.0, 2) if size == "1GiB" else (None, 0)
-        yield Case(f"cpu-{size}", both, partial(fork.cpu_case, shape=f"{size}/{count}", goal=goal, cold=cold))
-    for shape, goal in (("10x25MiB", None), ("300x1MiB", None), ("3000x64KiB", 0.8), ("20000x16KiB", None)):
-        yield Case(f"cpu-{shape}", both, partial(fork.cpu_case, shape=shape, goal=goal))
+        goals: dict[str, Any] = {"goal": 0.7, "stable_goal": 1.0, "cold": 2} if size == "1GiB" else {}
+        yield Case(f"cpu-{size}", both, partial(fork.cpu_case, shape=f"{size}/{count}", **goals))
+    for shape in ("10x25MiB", "300x1MiB", "3000x64KiB", "20000x16KiB"):
+        goals = {"goal": 0.7, "stable_goal": 0.8} if shape == "3000x64KiB" else {}
+        yield Case(f"cpu-{shape}", both, partial(fork.cpu_case, shape=shape, **goals))
     for transport, goal in (("gloo", None), ("transfer_engine:tcp", 0.65)):
         run = partial(fork.cpu_case, shape="1GiB/300", transport=transport, goal=goal)
         yield Case(f"cpu-1GiB-{transport}", cpu | {"transports"}, run)

@@ -21,15 +21,26 @@ MANY_TENSORS, ALLOCATE_MS = 10_000, 150.0
 """Goal: the memory for so many new tensors is allocated in so long."""
 SMALL_BYTES = 64 << 20
 """A model of up to so many bytes is forked three times as often."""
+STABLE = "unverified, stable"
 VERIFIED = {False: "unverified", True: "verified"}
 Goals = dict[tuple[str, str], float]
 """The least ratio to the limit, by (placement in the seed, placement in the fork)."""
 
 
 def cpu_case(
-    bench: Bench, outcome: Outcome, *, shape: str, transport: str = "zeromq", goal: float | None = None, cold: int = 0
+    bench: Bench,
+    outcome: Outcome,
+    *,
+    shape: str,
+    transport: str = "zeromq",
+    goal: float | None = None,
+    stable_goal: float | None = None,
+    cold: int = 0,
 ) -> None:
-    """Within one host's memory, beside one plain TCP connection between the same tensors."""
+    """Within one host's memory, beside one plain TCP connection between the same tensors.
+
+    With a `stable_goal`, a second seed publishes the same model with `stable=True`.
+    """
     seed = _publish(bench, outcome, shape, "placed", transport)
     if cold:
         _cold(bench, outcome, seed, transport, "arena", cold, {})
@@ -40,6 +51,8 @@ def cpu_case(
         "verified": _forking(bench, seed, fork, transport, verify=True),
     }
     measures["unverified"]()  # a transport that does not work here raises Skipped now
+    if stable_goal is not None:
+        measures[STABLE] = _forking(bench, _publish_stable(bench, shape, transport), fork, transport, verify=False)
     measures |= limits.tcp(bench, seed.worker, fork) | limits.memcpy(bench, fork)
     rounds = bench.rounds * (3 if seed.nbytes <= SMALL_BYTES else 1)
     values = interleave(measures, rounds, outcome)
@@ -47,6 +60,8 @@ def cpu_case(
     for mode in VERIFIED.values():
         _speed(outcome, f"transfer, {mode}", values[mode], name, against, goal if mode == "unverified" else None)
         outcome.add(f"whole, warm, {mode}", [one["whole"] for one in values[mode]], "s")
+    if stable_goal is not None:
+        _speed(outcome, f"transfer, {STABLE}", values[STABLE], name, against, stable_goal)
     for read in (*limits.READS, limits.MEMCPY):
         outcome.add(read, values[read], "GB/s")
     outcome.detail |= {"warm": {mode: values[mode] for mode in VERIFIED.values()}}
@@ -134,6 +149,14 @@ def _publish(bench: Bench, outcome: Outcome, shape: str, placement: str, transpo
     goal = 100.0 if built["tensors"] <= 300 else 500.0
     outcome.add("publish", [1e3 * one["seconds"] for one in publishes[1:]], "ms", goal=goal, less=True)
     return _Seed(worker, bench.shape(shape), built["nbytes"], built["tensors"], publishes[-1]["address"])
+
+
+def _publish_stable(bench: Bench, shape: str, transport: str) -> _Seed:
+    """The same model in another worker, published with the promise that its memory stays where it is."""
+    worker = start(bench, "stable seed", bench.source, transport)
+    built = bench.ask(worker, "models.build", shape=bench.shape(shape), placement="placed", fill=True)
+    address = bench.ask(worker, "api.publish", transports=[transport], stable=True)["address"]
+    return _Seed(worker, bench.shape(shape), built["nbytes"], built["tensors"], address)
 
 
 def _forking(bench: Bench, seed: _Seed, fork: Worker, transport: str, *, verify: bool) -> Measure:

@@ -37,7 +37,7 @@ log = logging.getLogger("tensorfork")
 
 _LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
-SEND_BUFFER = 256 << 10
+SEND_BUFFER = 384 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel's own choice is better."""
 

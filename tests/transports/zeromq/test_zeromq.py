@@ -216,7 +216,7 @@ def test_the_kernels_send_buffer_is_limited_only_if_both_processes_are_on_one_ho
         export = transport.export(memory.regions, SITE, facts, soon())
         found.append(export._socket.sndbuf)
         export.close(soon())
-    assert found == [256 << 10, -1, -1]
+    assert found == [384 << 10, -1, -1]
 
 
 def test_a_seed_that_sends_what_was_not_requested_does_not_fill_the_forks_memory() -> None:
