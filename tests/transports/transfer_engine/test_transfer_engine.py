@@ -143,7 +143,7 @@ def test_memory_of_expandable_segments_is_refused_with_the_remedy() -> None:
         import tensorfork, torch
         model = {"a": torch.zeros(1000, device="cuda:0")}
         with tensorfork.publish(model, transports=["transfer_engine:nvlink"]) as seed:
-            print(seed._service._welcome.transports["transfer_engine"].facts["closed"])
+            print(seed._service.model.publication.offered["transfer_engine"].facts["closed"])
     """
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
