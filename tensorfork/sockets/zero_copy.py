@@ -50,7 +50,6 @@ class ZeroCopySender:
         self._socket, self._handle, self._releases = socket, socket.underlying, releases
         self._poll = select.poll()
         self._poll.register(releases.fileno(), select.POLLIN)
-        self._poll.register(socket.fileno(), select.POLLIN)
         self._message = (ctypes.c_uint64 * 8)()  # a zmq_msg_t, which has 64 bytes in zmq.h
         self._message_address = ctypes.addressof(self._message)
 
@@ -77,18 +76,14 @@ class ZeroCopySender:
 
     def wait(self, stop: int) -> Sequence[int]:
         """The numbers of what libzmq has released since the last call. If nothing was, waits until something is, or the
-        descriptor `stop` can be read. Messages that arrive wait meanwhile.
+        descriptor `stop` can be read.
 
-        The socket is part of it, because libzmq releases what a peer will not get any more only once the socket's own
-        thread has heard that the peer has gone.
+        Where a peer goes that has not read everything, libzmq may keep the memory until the socket's context ends.
         """
         self._poll.register(stop, select.POLLIN)
         while not (released := self._releases.take()):
-            ready = {file for file, _ in self._poll.poll()}
-            if stop in ready:
+            if any(file == stop for file, _ in self._poll.poll()):
                 break
-            if not ready <= {self._releases.fileno()}:
-                self._socket.get(zmq.EVENTS)
         return released
 
     def _send(self, address: int | None, nbytes: int, function: Any, hint: int | None, flags: int) -> None:

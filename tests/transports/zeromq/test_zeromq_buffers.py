@@ -145,13 +145,6 @@ def test_a_lease_on_which_nobody_reads_ends_and_its_share_is_used_again(pool: Sl
     assert pool._memory is None
 
 
-def test_buffers_come_back_when_a_fork_that_read_nothing_goes() -> None:
-    with ServedExport(ZeroMQ(), 4 << 20) as served:
-        with ExitStack() as stack:
-            stall(slow_dealer(served, stack), served)
-        served.fork()
-
-
 def test_more_leases_than_shares_are_unavailable_until_one_ends(pool: SlotPool) -> None:
     shares = [pool.open_share() for _ in range(MOST - 1)]
     with ServedExport(ZeroMQ()) as served:
