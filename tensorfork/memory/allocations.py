@@ -16,7 +16,7 @@ So a mapping, for us the allocation, is found by its buffer id.
 
 import ctypes
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from attrs import evolve, field, frozen
 
@@ -67,12 +67,16 @@ class _PointerQuery:
         self._buffer_result = ctypes.byref(self._buffer)
 
     def allocation_at(self, address: int) -> Allocation:
-        code = cuda.driver().cuPointerGetAttributes(5, self._attributes, self._results, address)
-        if code or not self._nbytes.value or self._ordinal.value < 0:
-            raise _not_gpu_memory(address, code)
+        if not self.is_mapped(address, cuda.driver()):
+            raise _not_gpu_memory(address)
         start, nbytes = self._start.value, self._nbytes.value
         found = Allocation(start, nbytes, self._ordinal.value, self._buffer.value, bool(self._legacy.value))
         return found if found.exportable else self._mapping_in(found, address)
+
+    def is_mapped(self, address: int, library: ctypes.CDLL) -> bool:
+        """Whether it is mapped on a GPU: of this process, or opened with an IPC handle."""
+        code = library.cuPointerGetAttributes(5, self._attributes, self._results, address)
+        return not code and self._nbytes.value != 0 and self._ordinal.value >= 0
 
     def buffer_id(self, address: int) -> int | None:
         """None for what is not mapped."""
@@ -98,10 +102,17 @@ class _PointerQuery:
         )
 
 
-def _not_gpu_memory(address: int, code: int = 0) -> TransportUnavailable:
-    return TransportUnavailable(
-        f"{address:#x} is not memory that this process has on a GPU, or not any more (driver error {code})"
-    )
+def _not_gpu_memory(address: int) -> TransportUnavailable:
+    return TransportUnavailable(f"{address:#x} is not memory that this process has on a GPU, or not any more")
+
+
+def first_unmapped(addresses: Iterable[int]) -> int | None:
+    """The first of these addresses that is not mapped on a GPU; None if all are. One query for each.
+
+    Keeps the interpreter: to give it away and take it back for each would cost more where other threads want it.
+    """
+    query, library = _PointerQuery(), cuda.driver_without_switching()
+    return next((address for address in addresses if not query.is_mapped(address, library)), None)
 
 
 def allocation_at(address: int) -> Allocation:
@@ -109,7 +120,7 @@ def allocation_at(address: int) -> Allocation:
     return _PointerQuery().allocation_at(address)
 
 
-class AllocationCursor:
+class _Cursor:
     """Finds allocations, and asks no driver for one that was found just before. So what is looked up by address in
     order is queried once for each allocation.
     """
@@ -139,7 +150,7 @@ def _gpu_regions(regions: Sequence[Region]) -> list[Region]:
 
 def allocations_of(regions: Sequence[Region]) -> list[Allocation]:
     """The allocations that the regions on GPUs lie in, by address. Queries the driver once for each allocation."""
-    cursor = AllocationCursor()
+    cursor = _Cursor()
     found = {one.start: one for region in _gpu_regions(regions) for one in cursor.under(region)}
     return [found[start] for start in sorted(found)]
 
@@ -244,7 +255,7 @@ class MappedMemory:
 
         Raises `TransportUnavailable` for memory that is not mapped.
         """
-        cursor = AllocationCursor()
+        cursor = _Cursor()
         found: dict[int, tuple[Allocation, list[int]]] = {}
         for region in _gpu_regions(regions):
             for one in cursor.under(region):
@@ -274,7 +285,7 @@ def why_unmapped(regions: Sequence[Region]) -> dict[int, str]:
     Where that is none, an engine that puts its memory to sleep can still make it so at any moment.
     """
     found: dict[int, str] = {}
-    cursor = AllocationCursor()
+    cursor = _Cursor()
     for region in _gpu_regions(regions):
         try:
             devices = {one.device for one in cursor.under(region)}

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from tensorfork.errors import TransportUnavailable
 from tensorfork.memory import cuda
-from tensorfork.memory.allocations import AllocationCursor
+from tensorfork.memory.allocations import first_unmapped
 
 _ACCESS_IN_STREAM_ORDER = 1
 _INVALID_VALUE, _NOT_SUPPORTED = 1, 801
@@ -66,10 +65,6 @@ def _check_mapped(copies: Sequence[tuple[int, int, int]]) -> None:
     the process if it is not mapped either. A copy that begins in mapped memory and ends outside is refused by the call.
     The hints where memory is (`_CopyAttributes`) change nothing about that: they are for managed and pageable memory.
     """
-    to_cursor, source_cursor = AllocationCursor(), AllocationCursor()
-    try:
-        for to, source, _ in copies:  # one query an allocation
-            to_cursor.at(to)
-            source_cursor.at(source)
-    except TransportUnavailable as error:
-        raise cuda.DriverError(str(error)) from error
+    unmapped = first_unmapped(address for to, source, _ in copies for address in (to, source))
+    if unmapped is not None:
+        raise cuda.DriverError(f"{unmapped:#x} is not memory that this process has on a GPU, or not any more")

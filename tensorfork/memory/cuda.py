@@ -54,6 +54,19 @@ def driver() -> ctypes.CDLL:
     return found
 
 
+@cache
+def driver_without_switching() -> ctypes.PyDLL:
+    """The same library, for calls of a microsecond or two that are made by the hundred.
+
+    These keep the interpreter. Where other threads want it, `driver` gives it away with each call, and has to wait for
+    it to come back: five milliseconds at worst.
+    """
+    driver()  # which raises where there is none
+    found = ctypes.PyDLL("libcuda.so.1")
+    found.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+    return found
+
+
 class DriverError(Exception):
     """A call of the driver failed."""
 

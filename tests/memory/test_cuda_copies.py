@@ -70,6 +70,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def use(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> Driver:
     monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(cuda, "driver_without_switching", lambda: driver)
     return driver
 
 
@@ -144,7 +145,7 @@ def test_many_copies_are_not_given_to_the_driver_if_an_address_is_not_gpu_memory
     assert not driver.single
 
 
-def test_whether_memory_is_mapped_is_asked_once_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_memory_is_mapped_is_one_question_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = use(monkeypatch, Driver(second=True))
     copy_batch.copy_batch(STREAM, COPIES)
-    assert driver.gpu.queries == ["allocation"] * 2
+    assert driver.gpu.queries == ["allocation"] * 2 * len(COPIES)
