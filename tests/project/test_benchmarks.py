@@ -61,7 +61,7 @@ def test_a_run_writes_speeds_limits_memory_and_phases(results: Path) -> None:
     best = max(row["value"] for what, row in rows.items() if what.startswith("TCP"))
     assert rows["transfer, unverified"]["limit_value"] == best
     assert rows["transfer, unverified"]["ratio"] == pytest.approx(rows["transfer, unverified"]["value"] / best)
-    assert rows["memory added to the fork"]["value"] >= 0
+    assert abs(rows["memory added to the fork"]["value"]) < 64  # MiB; a process may also have less than before
     assert {"hello", "layout", "transfer", "verify"} <= set(case["detail"]["warm"]["verified"][0]["seconds"])
     assert written["machine"]["torch"]
 
