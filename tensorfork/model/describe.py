@@ -141,13 +141,13 @@ def _published(
     """The ranges that the tensors' elements fill, of each storage."""
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(storages)]
     for location, layout in zip(locations, layouts, strict=True):
-        start = layout.offset
-        runs = [(0, location.end - location.start)]
-        if not location.contiguous:
-            exact = runs_of(layout, MAX_RUNS)
-            runs = exact if len(exact) <= MAX_RUNS else runs
-        if location.end > location.start:
-            ranges[layout.storage] += [(start + at, start + at + nbytes) for at, nbytes in runs]
+        start, nbytes = layout.offset, location.end - location.start
+        exact = [(0, nbytes)] if location.contiguous or not nbytes else runs_of(layout, MAX_RUNS)
+        if len(exact) == 1 or len(exact) > MAX_RUNS:
+            if nbytes:
+                ranges[layout.storage].append((start, start + nbytes))
+        else:
+            ranges[layout.storage] += [(start + at, start + at + length) for at, length in exact]
     return [one if len(one) == 1 else union(one) for one in ranges]
 
 

@@ -197,11 +197,10 @@ class _Walker:
         """The holders of what was selected, and of what leads to that."""
         selected = {id(tensor) for tensors in (self.tensors, self.wrappers) for tensor in tensors.values()}
         leading: set[str] = set()
-        for name in self.tensors:
-            parent = _parent(name) if "[" in name else name.rpartition(".")[0]
-            while parent not in leading:
-                leading.add(parent)
-                parent = _parent(parent)
+        parents = {_parent(name) if "[" in name else name.rpartition(".")[0] for name in self.tensors}
+        while parents := parents - leading:
+            leading |= parents
+            parents = {_parent(name) for name in parents}
         return [
             one for one in self._holders if id(one[3]) in selected or (one[0] in leading and id(one[3]) in self._seen)
         ]

@@ -39,19 +39,18 @@ class PublishedPlaces:
     """
 
     def __init__(self, model: LocalModel, regions: Sequence[Region]) -> None:
-        by_id = {id(tensor): (name, tensor) for name, tensor in reversed(list(model.tensors.items())) if tensor.numel()}
-        self._names = [name for name, _ in by_id.values()]
-        self._tensors = [tensor for _, tensor in by_id.values()]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        first_names = {id(tensor): name for name, tensor in reversed(model.tensors.items()) if tensor.numel()}
+        by_id = {id(tensor): tensor for tensor in model.tensors.values()}
+        self._names = list(first_names.values())
+        self._tensors = list(map(by_id.__getitem__, first_names))
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         self._kinds = [_kinds(self._tensors[some]) for some in _slices(len(self._tensors))]
         self._forms = _forms(self._tensors)
-        storages: dict[int, tuple[str, torch.UntypedStorage]] = {}
-        for name, tensor in by_id.values():
-            storage = tensor.untyped_storage()
-            storages.setdefault(storage._cdata, (name, storage))
-        self._storages = [storage for _, storage in storages.values()]
-        self._storage_names = [name for name, _ in storages.values()]
-        self._sizes = [storage.nbytes() for storage in self._storages]
+        storages = list(map(torch.Tensor.untyped_storage, self._tensors))
+        keys = [storage._cdata for storage in storages]
+        self._storage_names = list(dict(zip(keys, self._names, strict=True)).values())
+        self._storages = list(dict(zip(keys, storages, strict=True)).values())
+        self._sizes = list(map(torch.UntypedStorage.nbytes, self._storages))
         self._layout, self._mapped = model.layout, MappedMemory.of(regions)
         self._hold(model.holders)
 
