@@ -122,23 +122,22 @@ class HostAccess:
         """The (address, bytes) of each range, in its own memory."""
         return [(self._regions[id].address + offset, nbytes) for id, offset, nbytes in ranges]
 
-    def read(self, ranges: Sequence[tuple[int, int, int]], into: int) -> list[tuple[int, int]]:
+    def read(self, ranges: Sequence[tuple[int, int, int]], into: int) -> None:
         """Copy the ranges one after another to the address `into`: pinned memory, if any region is on a GPU.
 
-        Returns the (address, bytes) of each copy. Raises `UnreadableMemory` for memory that is not mapped any more;
-        what lies at `into` is undefined then.
+        Raises `UnreadableMemory` for memory that is not mapped any more; what lies at `into` is undefined then.
         """
-        copies: list[tuple[int, int]] = []
         for device, some in groupby(ranges, lambda one: self._regions[one[0]].device):
             spans = self.spans(list(some))
             if device == "cpu":
                 host_reads.read(spans, into)
             else:
                 self._read_gpu(device, spans, into)
-            for _, nbytes in spans:
-                copies.append((into, nbytes))
-                into += nbytes
-        return copies
+            into += sum(nbytes for _, nbytes in spans)
+
+    def device(self, id: int) -> str:
+        """The device of a region."""
+        return self._regions[id].device
 
     def view(self, id: int, offset: int, nbytes: int) -> memoryview:
         """A range of a region on the CPU. The region must outlive the view."""
@@ -149,21 +148,20 @@ class HostAccess:
         assert self._ring is not None
         return self._ring.next_buffer()
 
-    def buffer_for(self, id: int) -> PinnedBuffer | None:
-        """A buffer to receive what goes to a region on a GPU; None for the CPU, where it is received in place."""
-        return None if self._regions[id].device == "cpu" else self.next_buffer()
+    def write(self, buffer: PinnedBuffer, ranges: Sequence[tuple[int, int, int]]) -> "torch.cuda.Event":
+        """Enqueue copies of a buffer's bytes, one after another, to ranges of regions on one GPU.
 
-    def write(self, buffer: PinnedBuffer, id: int, offset: int, nbytes: int) -> "torch.cuda.Event":
-        """Enqueue the copy of a buffer's bytes to a region on a GPU. The event says when it is done.
-
-        Raises `TransferFailed` if that memory is not mapped.
+        The event says when they are done. Raises `TransferFailed` if that memory is not mapped.
         """
         assert self._ring is not None
-        region = self._regions[id]
+        spans, device = self.spans(ranges), self.device(ranges[0][0])
+        starts = accumulate((nbytes for _, nbytes in spans), initial=buffer.address)
+        copies = [(to, source, nbytes) for source, (to, nbytes) in zip(starts, spans, strict=False)]
         try:
-            return self._ring.enqueue_write(region.device, [(region.address + offset, buffer.address, nbytes)])
+            buffer.event = self._ring.enqueue_write(device, copies)
         except cuda.DriverError as error:
-            raise TransferFailed(f"our own memory on {region.device} is not mapped (any more): {error}") from error
+            raise TransferFailed(f"our own memory on {device} is not mapped (any more): {error}") from error
+        return buffer.event
 
     def _read_gpu(self, device: str, spans: Sequence[tuple[int, int]], into: int) -> None:
         assert self._ring is not None

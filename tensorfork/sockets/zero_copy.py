@@ -37,13 +37,16 @@ class Releases:
 
 
 class ZeroCopySender:
-    """Sends memory through a socket without copying it, each time the last frames of a message, and an empty frame
-    behind them.
+    """Sends memory through a socket without copying it, and learns when libzmq has released it.
 
-    libzmq releases the frames of a message in order. The release of the empty frame is therefore the notice that the
-    memory before it is free: libzmq then calls eventfd_write(3), which adds a bit to the eventfd of `releases`. So no
-    Python runs for it, and neither the interpreter nor a thread is waited for. Where libzmq or that function cannot be
-    called directly, pyzmq's own way is taken. It wakes a thread for each frame, which costs more than sending 64 KiB.
+    libzmq releases what it sends to one peer in order. So an empty message behind the memory, whose release is told, is
+    the notice that the memory is free. libzmq then calls eventfd_write(3), which adds a bit to the eventfd of
+    `releases`: no Python runs for it, and neither the interpreter nor a thread is waited for. Where libzmq or that
+    function cannot be called directly, pyzmq's own way is taken. It wakes a thread for each frame, which costs more
+    than sending 64 KiB.
+
+    The notice is a message of its own. As the last frame of the message before it was tried: while such a message is
+    half sent, libzmq 4.3.5 ends the process if its peer goes at the moment when the socket is closed.
     """
 
     def __init__(self, socket: "zmq.Socket[bytes]", releases: Releases) -> None:
@@ -53,29 +56,30 @@ class ZeroCopySender:
         self._message = (ctypes.c_uint64 * 8)()  # a zmq_msg_t, which has 64 bytes in zmq.h
         self._message_address = ctypes.addressof(self._message)
 
-    def send(self, spans: Sequence[tuple[int, int]], number: int | None = None) -> None:
-        """Send a frame for each (address, nbytes), then the empty one. The frames before were sent with SNDMORE.
+    def send(self, address: int, nbytes: int) -> None:
+        """Send memory as the last frame of a message. Raises `zmq.ZMQError`.
 
-        Without a number, libzmq may read the memory until the socket's context has ended; with one (see `NUMBERS`),
-        until `wait` returns that number. A number is used for one message at a time. Raises `zmq.ZMQError`; the
-        memory may then be read until the context has ended.
+        libzmq may read it until `wait` returns the number of a notice that was sent after it to the same peer, or the
+        socket's context has ended.
         """
         if _native is None:
-            for address, nbytes in spans:
-                memory = (ctypes.c_char * nbytes).from_address(address)
-                self._socket.send(zmq.Frame(memory, copy=False, copy_threshold=0), _MORE, copy=False)
-            notice = bytearray() if number is None else _Notice(self._releases.fileno(), number)
-            self._socket.send(zmq.Frame(notice, copy=False, copy_threshold=0), _LAST, copy=False)
-            return
-        for address, nbytes in spans:  # without a function to release the memory, libzmq takes it for constant
-            self._send(address, nbytes, None, None, _MORE)
-        if number is None:
-            self._send(None, 0, None, None, _LAST)
+            memory = (ctypes.c_char * nbytes).from_address(address)
+            self._socket.send(zmq.Frame(memory, copy=False, copy_threshold=0), zmq.NOBLOCK, copy=False)
+        else:  # without a function to release the memory, libzmq takes it for constant
+            self._send(address, nbytes, None, None)
+
+    def send_notice(self, number: int) -> None:
+        """Send an empty frame, the last of its message, whose release is told. A number (one of `NUMBERS`) must not be
+        used again before `wait` has returned it. Raises `zmq.ZMQError`; the number may then never come.
+        """
+        if _native is None:
+            notice = zmq.Frame(_Notice(self._releases.fileno(), number), copy=False, copy_threshold=0)
+            self._socket.send(notice, zmq.NOBLOCK, copy=False)
         else:  # libzmq calls eventfd_write(data, hint); of a frame of no bytes it reads nothing
-            self._send(self._releases.fileno(), 0, _native.eventfd_write, 1 << number, _LAST)
+            self._send(self._releases.fileno(), 0, _native.eventfd_write, 1 << number)
 
     def wait(self, stop: int) -> Sequence[int]:
-        """The numbers of what libzmq has released since the last call. If nothing was, waits until something is, or the
+        """The numbers that libzmq has released since the last call. If there are none, waits until there is one, or the
         descriptor `stop` can be read.
 
         Where a peer goes that has not read everything, libzmq may keep the memory until the socket's context ends.
@@ -86,14 +90,14 @@ class ZeroCopySender:
                 break
         return released
 
-    def _send(self, address: int | None, nbytes: int, function: Any, hint: int | None, flags: int) -> None:
+    def _send(self, address: int, nbytes: int, function: Any, hint: int | None) -> None:
         assert _native is not None
         _native.libzmq.zmq_msg_init_data(self._message_address, address, nbytes, function, hint)
-        if _native.libzmq.zmq_msg_send(self._message_address, self._handle, flags) < 0:
+        if _native.libzmq.zmq_msg_send(self._message_address, self._handle, _NOBLOCK) < 0:
             raise zmq.ZMQError(ctypes.get_errno())
 
 
-_LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_NOBLOCK = int(zmq.NOBLOCK)
 
 
 class _Notice(bytearray):

@@ -107,6 +107,15 @@ def dealer(served: ServedExport) -> Iterator[Any]:
         yield client
 
 
+def recv_answer(client: Any) -> tuple[int, int, list[bytes]]:
+    """The number, the status and the other frames of the next answer. Receives the empty message behind it, too."""
+    assert client.poll(SECONDS * 1000)
+    header, *frames = client.recv_multipart()
+    assert client.poll(SECONDS * 1000)
+    assert client.recv_multipart() == [b""]
+    return (*struct.unpack("<QB", header), frames)
+
+
 def request(token: bytes, *ranges: tuple[int, int, int], number: int = 1) -> bytes:
     """A request for ranges, each (region, offset, nbytes)."""
     return struct.pack("<16sQ", token, number) + b"".join(struct.pack("<QQQ", *one) for one in ranges)

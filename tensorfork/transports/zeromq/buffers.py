@@ -14,7 +14,8 @@ PINNED_BUFFERS = 16
 
 class AnswerBuffers:
     """The buffers of one lease, by their numbers: a share of the process's pool, or pinned buffers of its own if any of
-    the regions is on a GPU; none if all of them may be lent. For one thread.
+    the regions is on a GPU. Every answer takes one, also where it is not copied, so that their number bounds what waits
+    to be sent. For one thread.
 
     Attributes:
         frame: the bytes of an answer at most.
@@ -26,7 +27,7 @@ class AnswerBuffers:
         self._addresses: Sequence[int] = ()
         if any(region.device != "cpu" for region in regions):
             self._addresses = [memory.next_buffer().address for _ in range(PINNED_BUFFERS)]
-        elif not all(region.stable for region in regions):
+        else:
             try:
                 self._share = host_slots.pool().open_share()
             except host_slots.NoShareLeft as error:

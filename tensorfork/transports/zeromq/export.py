@@ -61,6 +61,7 @@ class ZeroMQExport(Export):
             context = new_lease_context(2)
             stack.callback(context.destroy, linger=0)
             self._socket = new_socket(context, zmq.ROUTER, max_message=MAX_REQUEST, queue=4 * WINDOW)
+            self._socket.sndhwm = 0  # the buffers bound what waits to be sent
             self._socket.router_mandatory = True
             if same_host:
                 self._socket.sndbuf = SEND_BUFFER
@@ -114,42 +115,44 @@ class ZeroMQExport(Export):
         if not secrets.compare_digest(token, self._token) or (len(request) - REQUEST_HEADER.size) % RANGE.size:
             return  # from a stranger, who learns nothing
         ranges = list(RANGE.iter_unpack(memoryview(request)[REQUEST_HEADER.size :]))
-        try:
-            if not ranges or not self._memory.may_read(ranges, self._buffers.frame):
-                self._send_status(peer, number, OUT_OF_BOUNDS, _LAST)
-            elif self._memory.all_stable(ranges):
-                self._send_status(peer, number, OK, _MORE)
-                self._sender.send(self._memory.spans(ranges))
-            else:
-                self._answer_from_buffer(peer, number, ranges)
-        except zmq.ZMQError as error:  # the fork is gone, or requests more than it reads
-            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
-                raise
-
-    def _answer_from_buffer(self, peer: bytes, number: int, ranges: Sequence[tuple[int, int, int]]) -> None:
-        """Copy the ranges into a buffer and lend it to libzmq. It is free again once libzmq has sent or dropped it."""
         taken = self._next_buffer()
         if taken is None:
             return
         buffer, address = taken
+        status, span = self._read(ranges, address)
         try:
-            spans = self._memory.read(ranges, address)
-            self._send_status(peer, number, OK, _MORE)
-        except UnreadableMemory as error:
+            self._socket.send(peer, _MORE)
+        except zmq.ZMQError as error:  # the fork is gone, and nothing was sent
             self._buffers.give_back(buffer)
+            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                raise
+            return
+        try:
+            self._socket.send(ANSWER_HEADER.pack(number, status), _LAST if span is None else _MORE)
+            if span is not None:
+                self._sender.send(*span)
+            self._socket.send(peer, _MORE)
+            self._sender.send_notice(buffer)
+        except zmq.ZMQError as error:  # the fork is gone; its buffer is not used again on this lease
+            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                raise
+
+    def _read(self, ranges: Sequence[tuple[int, int, int]], into: int) -> tuple[int, tuple[int, int] | None]:
+        """The status of an answer, and the (address, bytes) of what is sent with it: `into`, where the ranges have been
+        copied to, or the memory itself where it may be lent.
+        """
+        if not ranges or not self._memory.may_read(ranges, self._buffers.frame):
+            return OUT_OF_BOUNDS, None
+        if len(ranges) == 1 and self._memory.all_stable(ranges):
+            return OK, self._memory.spans(ranges)[0]
+        try:
+            self._memory.read(ranges, into)
+        except UnreadableMemory as error:
             if not self._said_moved:
                 log.warning("a fork requested what was published, and cannot be read any more: %s", error)
             self._said_moved = True
-            self._send_status(peer, number, MOVED, _LAST)
-            return
-        except BaseException:
-            self._buffers.give_back(buffer)
-            raise
-        self._sender.send(spans, buffer)
-
-    def _send_status(self, peer: bytes, number: int, status: int, flags: int) -> None:
-        self._socket.send(peer, _MORE)
-        self._socket.send(ANSWER_HEADER.pack(number, status), flags)
+            return MOVED, None
+        return OK, (into, sum(nbytes for _, _, nbytes in ranges))
 
     def _next_buffer(self) -> tuple[int, int] | None:
         """The number and the address of a buffer, once libzmq has released one; None when the lease ends first."""

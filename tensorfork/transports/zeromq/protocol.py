@@ -1,9 +1,10 @@
 """The offer of a lease, and the requests and answers on its port.
 
 A request is one frame: a header (token, number), then ranges (region, offset, nbytes). Its answer begins with a frame
-(number, status); with the status `OK`, one frame for each range follows, and an empty one at the end. The token is the
-lease's, from the offer. The seed ignores a request with another token. It answers one for bytes that it has not
-published with `OUT_OF_BOUNDS` alone, and one for memory that is not there any more with `MOVED` alone.
+(number, status); with the status `OK`, a second one has the bytes of all ranges. The token is the lease's, from the
+offer. The seed ignores a request with another token. It answers one for bytes that it has not published with
+`OUT_OF_BOUNDS` alone, and one for memory that is not there any more with `MOVED` alone. Behind each answer comes a
+message of one empty frame, which the fork ignores: it tells the seed what has been sent (`sockets.zero_copy`).
 """
 
 import struct

@@ -45,6 +45,8 @@ class _Request:
     """Packed, as they are sent."""
     targets: Sequence[tuple[int, int, int, int]]
     """For each range: the index of its copy, our region, the offset in it, and the number of bytes."""
+    nbytes: int
+    """Of all of them together."""
 
 
 @define
@@ -74,8 +76,8 @@ class ZeroMQSession(Session):
         recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
         self._connections = [self._connect(recv_queue) for _ in range(connections)]
         self._last_number = 0
-        self._gpu_copies: deque[tuple[torch.cuda.Event, int, int]] = deque()
-        """Copies from pinned buffers to GPUs that may not have ended: event, index of the copy, bytes."""
+        self._gpu_copies: deque[tuple[torch.cuda.Event, _Request]] = deque()
+        """Requests whose bytes may still be on their way from a pinned buffer to a GPU."""
         self._failed = False
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
@@ -125,16 +127,19 @@ class ZeroMQSession(Session):
 
     def _connect(self, recv_queue: int) -> _Connection:
         socket = new_socket(self._context, zmq.DEALER, max_message=FRAME, queue=0)  # `WINDOW` bounds what is sent
-        socket.rcvhwm = recv_queue
+        socket.rcvhwm = 2 * recv_queue - 1  # an answer is one message, and an empty one comes behind it
         socket.reconnect_ivl = -1
         monitor = socket.get_monitor_socket(zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL)
         connect(socket, self._seed)
         return _Connection(socket, monitor, deque())
 
     def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
-        """Requests of at most a frame and `MAX_RANGES` ranges for all copies, in order."""
+        """Requests of at most a frame and `MAX_RANGES` ranges for all copies, in order; each into one device."""
         ranges, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
         for i, copy in enumerate(copies):
+            if targets and self._memory.device(targets[-1][1]) != self._memory.device(copy.into):
+                yield _Request(bytes(ranges), targets, nbytes)
+                ranges, targets, nbytes = bytearray(), [], 0
             start = 0
             while start < copy.nbytes:
                 size = min(self._frame - nbytes, copy.nbytes - start)
@@ -142,10 +147,10 @@ class ZeroMQSession(Session):
                 targets.append((i, copy.into, copy.at + start, size))
                 nbytes, start = nbytes + size, start + size
                 if nbytes == self._frame or len(targets) == MAX_RANGES:
-                    yield _Request(bytes(ranges), targets)
+                    yield _Request(bytes(ranges), targets, nbytes)
                     ranges, targets, nbytes = bytearray(), [], 0
         if targets:
-            yield _Request(bytes(ranges), targets)
+            yield _Request(bytes(ranges), targets, nbytes)
 
     def _send_requests(self, requests: Iterator[_Request]) -> bool:
         """Send requests until every connection has `WINDOW` in flight. False when all have been answered."""
@@ -170,16 +175,21 @@ class ZeroMQSession(Session):
 
     def _recv_answers(self, connection: _Connection, remaining: list[int], done: Callable[[int], None]) -> None:
         """Receive those that have arrived, at most `RECV_QUEUE` of them, so that `pull` soon sees a cancellation."""
-        for _ in range(RECV_QUEUE):
+        socket = connection.socket
+        for _ in range(2 * RECV_QUEUE):
             try:
-                header = connection.socket.recv(zmq.NOBLOCK)
+                header = socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            number, request = connection.in_flight.popleft()
-            if len(header) != ANSWER_HEADER.size or ANSWER_HEADER.unpack(header)[0] != number:
-                raise TransferFailed(f"{self._seed} sent something that is not the answer to request {number}")
+            if not header and not socket.get(zmq.RCVMORE):
+                continue  # behind an answer; the seed learns from it what has been sent
+            number, request = connection.in_flight.popleft() if connection.in_flight else (None, None)
+            if request is None or len(header) != ANSWER_HEADER.size or ANSWER_HEADER.unpack(header)[0] != number:
+                raise TransferFailed(f"{self._seed} sent something that is not the answer to a request")
             self._check_status(ANSWER_HEADER.unpack(header)[1])
-            self._recv_ranges(connection.socket, request, remaining, done)
+            self._recv_bytes(socket, request)
+            if self._memory.device(request.targets[0][1]) == "cpu":
+                self._count(request, remaining, done)
 
     def _check_status(self, status: int) -> None:
         if status == MOVED:
@@ -190,45 +200,43 @@ class ZeroMQSession(Session):
         if status != OK:
             raise TransferFailed(f"{self._seed} refused a request: a range lies outside what it published")
 
-    def _recv_ranges(
-        self, socket: "zmq.Socket[bytes]", request: _Request, remaining: list[int], done: Callable[[int], None]
-    ) -> None:
-        """Receive the frames of an answer, each into its place. A missing frame is noticed: nothing comes, or the next
-        answer's header, which has another length.
-        """
-        for i, region, at, nbytes in request.targets:
-            buffer = self._memory.buffer_for(region)
-            target = self._memory.view(region, at, nbytes) if buffer is None else buffer.view[:nbytes]
-            try:
-                received = socket.recv_into(target, flags=zmq.NOBLOCK)
-            except zmq.Again:
-                received = -1
-            if received != nbytes:
-                raise TransferFailed(f"{self._seed} sent another number of bytes than was requested")
-            if buffer is None:
-                self._count(i, nbytes, remaining, done)
-            else:
-                buffer.event = self._memory.write(buffer, region, at, nbytes)
-                self._gpu_copies.append((buffer.event, i, nbytes))
+    def _recv_bytes(self, socket: "zmq.Socket[bytes]", request: _Request) -> None:
+        """Receive the bytes of an answer: into their place on the CPU, and towards it on a GPU."""
+        targets = [target[1:] for target in request.targets]
         try:
-            last = socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            last = None
-        if last != b"" or socket.get(zmq.RCVMORE):
-            raise TransferFailed(f"{self._seed} sent other frames than were requested")
+            if self._memory.device(targets[0][0]) != "cpu":
+                buffer = self._memory.next_buffer()
+                self._check_size(socket, request, socket.recv_into(buffer.view[: request.nbytes], flags=zmq.NOBLOCK))
+                self._gpu_copies.append((self._memory.write(buffer, targets), request))
+            elif len(targets) == 1:
+                self._check_size(socket, request, socket.recv_into(self._memory.view(*targets[0]), flags=zmq.NOBLOCK))
+            else:
+                received = memoryview(socket.recv(zmq.NOBLOCK, copy=False).buffer)
+                self._check_size(socket, request, len(received))
+                start = 0
+                for target in targets:
+                    self._memory.view(*target)[:] = received[start : start + target[2]]
+                    start += target[2]
+        except zmq.Again as error:
+            raise TransferFailed(f"{self._seed} sent fewer frames than were requested") from error
+
+    def _check_size(self, socket: "zmq.Socket[bytes]", request: _Request, received: int) -> None:
+        if received != request.nbytes or socket.get(zmq.RCVMORE):
+            raise TransferFailed(f"{self._seed} sent another number of bytes than was requested")
 
     def _report_gpu_copies(self, remaining: list[int], done: Callable[[int], None], wait: bool = False) -> None:
         """Count the bytes whose copy to the GPU has ended, in order; with `wait`, wait for each."""
         while self._gpu_copies and (wait or self._gpu_copies[0][0].query()):
-            event, i, nbytes = self._gpu_copies.popleft()
+            event, request = self._gpu_copies.popleft()
             event.synchronize()
-            self._count(i, nbytes, remaining, done)
+            self._count(request, remaining, done)
 
-    def _count(self, i: int, nbytes: int, remaining: list[int], done: Callable[[int], None]) -> None:
-        """Count bytes of copy `i` that have arrived, and report the copy when they are its last."""
-        remaining[i] -= nbytes
-        if not remaining[i]:
-            done(i)
+    def _count(self, request: _Request, remaining: list[int], done: Callable[[int], None]) -> None:
+        """Count bytes that have arrived, and report each copy of which they are the last."""
+        for i, _, _, nbytes in request.targets:
+            remaining[i] -= nbytes
+            if not remaining[i]:
+                done(i)
 
     def _check_destinations(self, copies: Sequence[Copy]) -> None:
         """Raise `TransferFailed` for a copy outside our regions. The seed checks its own side."""

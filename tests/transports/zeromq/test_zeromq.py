@@ -149,10 +149,10 @@ def test_memory_is_sent_without_a_copy(releases: zero_copy.Releases) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
         one.bind("inproc://memory")
         other.connect("inproc://memory")
-        sender = zero_copy.ZeroCopySender(one, releases)
-        sender.send([(memory.data_ptr(), memory.nbytes), (memory.data_ptr() + 5, 10)])
+        one.send(b"first", zmq.SNDMORE)
+        zero_copy.ZeroCopySender(one, releases).send(memory.data_ptr(), memory.nbytes)
         memory.fill_(7)
-        assert other.recv_multipart() == [bytes([7]) * memory.nbytes, bytes([7]) * 10, b""]
+        assert other.recv_multipart() == [b"first", bytes([7]) * memory.nbytes]
 
 
 def test_what_is_released_is_told_once_and_not_before(releases: zero_copy.Releases, stop: int) -> None:
@@ -162,14 +162,16 @@ def test_what_is_released_is_told_once_and_not_before(releases: zero_copy.Releas
         other.connect("inproc://memory")
         sender = zero_copy.ZeroCopySender(one, releases)
         for number in (0, 62, 5):
-            sender.send([(memory.data_ptr(), memory.nbytes)], number)
-        sender.send([(memory.data_ptr(), 1)])
+            sender.send(memory.data_ptr(), memory.nbytes)
+            sender.send_notice(number)
+        sender.send(memory.data_ptr(), 1)
         told: list[int] = []
         for _ in range(3):
+            assert other.recv() == bytes(memory.nbytes)
             assert releases.take() == ()
-            other.recv_multipart()
+            assert other.recv() == b""
             told += sender.wait(stop)
-        other.recv_multipart()
+        assert other.recv() == b"\0"
         assert told == [0, 62, 5]
 
 
@@ -177,14 +179,15 @@ def test_what_is_never_sent_is_released_when_the_context_ends(releases: zero_cop
     memory = torch.zeros(1 << 20, dtype=torch.uint8)
     told: set[int] = set()
     context, others = zmq.Context[zmq.Socket[bytes]](), zmq.Context[zmq.Socket[bytes]]()
-    one, other = (new_socket(each, zmq.PAIR, max_message=1000, queue=0) for each in (context, others))
+    one, other = (new_socket(each, zmq.PAIR, max_message=1 << 20, queue=0) for each in (context, others))
     port = one.bind_to_random_port("tcp://127.0.0.1")
     other.rcvhwm = 1
     other.connect(f"tcp://127.0.0.1:{port}")
     assert one.poll(SECONDS * 1000, zmq.POLLOUT)
     sender = zero_copy.ZeroCopySender(one, releases)
     for number in range(40):  # more than the kernel buffers
-        sender.send([(memory.data_ptr(), memory.nbytes)], number)
+        sender.send(memory.data_ptr(), memory.nbytes)
+        sender.send_notice(number)
     context.destroy(linger=0)
     while len(told) < 40:
         some = sender.wait(stop)
@@ -204,7 +207,7 @@ def test_waiting_for_releases_ends_when_it_is_to(releases: zero_copy.Releases) -
 def test_sending_without_a_peer_raises(releases: zero_copy.Releases) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as one:
         with pytest.raises(zmq.ZMQError) as caught:
-            zero_copy.ZeroCopySender(one, releases).send([(id(one), 1)])
+            zero_copy.ZeroCopySender(one, releases).send(id(one), 1)
         assert caught.value.errno == zmq.EAGAIN
 
 

@@ -48,40 +48,41 @@ def header(number: int, status: int = 0) -> bytes:
 
 BAD_ANSWERS: dict[str, Callable[[int], list[bytes] | None]] = {
     "no bytes": lambda number: [header(number)],
-    "no end": lambda number: [header(number), bytes(100)],
-    "bytes at the end": lambda number: [header(number), bytes(100), b"x"],
-    "a byte too few": lambda number: [header(number), bytes(99), b""],
-    "a byte too many": lambda number: [header(number), bytes(101), b""],
-    "very many bytes": lambda number: [header(number), bytes(1 << 20), b""],
-    "a frame too many": lambda number: [header(number), bytes(100), b"", b""],
+    "a byte too few": lambda number: [header(number), bytes(99)],
+    "a byte too many": lambda number: [header(number), bytes(101)],
+    "very many bytes": lambda number: [header(number), bytes(1 << 20)],
+    "a frame too many": lambda number: [header(number), bytes(100), b""],
     "very many frames": lambda number: [header(number), *[bytes(100)] * 1000],
-    "an answer to another request": lambda number: [header(number + 1), bytes(100), b""],
+    "an answer to another request": lambda number: [header(number + 1), bytes(100)],
     "no header": lambda number: [bytes(100)],
-    "an empty header": lambda number: [b"", bytes(100), b""],
-    "a long header": lambda number: [header(number) + b"x", bytes(100), b""],
-    "an unknown status": lambda number: [header(number, 7), bytes(100), b""],
-    "a frame longer than any": lambda number: [header(number), bytes(FRAME + 1), b""],
+    "an empty header": lambda number: [b"", bytes(100)],
+    "a long header": lambda number: [header(number) + b"x", bytes(100)],
+    "an unknown status": lambda number: [header(number, 7), bytes(100)],
+    "memory that is gone": lambda number: [header(number, 2)],
+    "a frame longer than any": lambda number: [header(number), bytes(FRAME + 1)],
     "nothing": lambda number: None,
+    "an empty message": lambda number: [b""],
 }
-BYTES_ARRIVED = {"no end", "bytes at the end", "a frame too many", "very many frames"}
 
 
+@pytest.mark.parametrize("copies", [1, 4])
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
-def test_a_bad_answer_fails_the_pull_and_changes_nothing_outside_its_destination(kind: str) -> None:
+def test_a_bad_answer_fails_the_pull_and_changes_nothing_outside_its_destination(kind: str, copies: int) -> None:
     mine = GuardedMemory("cpu", [1000], 4)
     with bad_seed(BAD_ANSWERS[kind]) as offer:
         remote = [RemoteRegion(1, 1000, "cpu")]
         session = ZeroMQ(connections=1).open(offer, SITE.host, remote, mine.regions, unused_channel(), soon())
         try:
-            copy = Copy(0, 1, 0, mine.regions[0].id, 200, 100)
+            into, step = mine.regions[0].id, 100 // copies
+            wanted = [Copy(0, 1, i * step, into, 200 + i * step, step) for i in range(copies)]
             done: list[int] = []
             with pytest.raises(TransferFailed):
-                session.pull([copy], time.monotonic() + 0.5, done.append, threading.Event())
-            assert done == ([0] if kind in BYTES_ARRIVED else [])
+                session.pull(wanted, time.monotonic() + 0.5, done.append, threading.Event())
+            assert done == []
             mine.expect(0, 200, mine.view(0, 200, 100))  # the destination itself may hold anything
             assert mine.first_difference() is None
             with pytest.raises(TransferFailed, match="failed before"):
-                session.pull([copy], soon(), done.append, threading.Event())
+                session.pull(wanted, soon(), done.append, threading.Event())
         finally:
             session.close(soon())
 
@@ -106,3 +107,29 @@ def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_onc
             session.close(soon())
             thread.join()
         assert time.monotonic() - started < SECONDS / 2
+
+
+def test_an_answer_that_nobody_requested_fails_the_next_pull() -> None:
+    mine = GuardedMemory("cpu", [1000], 4)
+
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME)
+
+        def answer() -> None:
+            peer, request = router.recv_multipart()
+            number = struct.unpack_from("<16sQ", request)[1]
+            for _ in range(2):
+                router.send_multipart([peer, header(number), bytes(100)])
+            router.send_multipart([peer, b""])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
+        copy = Copy(0, 1, 0, mine.regions[0].id, 200, 100)
+        try:
+            session.pull([copy], soon(), lambda _: None, threading.Event())
+            with pytest.raises(TransferFailed, match="not the answer"):
+                session.pull([copy], soon(), lambda _: None, threading.Event())
+        finally:
+            session.close(soon())
+            thread.join()

@@ -1,14 +1,13 @@
 """Requests on the port of a ZeroMQ lease, from clients that are no forks, or send nonsense."""
 
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zeromq_export import OFFER, SECONDS, ServedExport, dealer, request
+from zeromq_export import OFFER, SECONDS, ServedExport, dealer, recv_answer, request
 
 from tensorfork import TransferFailed
 from tensorfork.testing.guarded_memory import contents
@@ -28,11 +27,7 @@ def test_only_a_request_with_the_token_is_answered(served: ServedExport) -> None
         for token in (wrong, bytes(16), served.token[::-1]):
             client.send(request(token, (served.region, 0, 10), number=1))
         client.send(request(served.token, (served.region, 3, 10), number=2))
-        assert client.poll(SECONDS * 1000)
-        header, data, end = client.recv_multipart()
-        assert struct.unpack("<QB", header) == (2, 0)
-        assert end == b""
-        assert data == bytes(contents(3, [served.nbytes])[0][3:13].tolist())
+        assert recv_answer(client) == (2, 0, [bytes(contents(3, [served.nbytes])[0][3:13].tolist())])
         assert not client.poll(0)
 
 
@@ -65,32 +60,22 @@ def test_a_range_outside_the_regions_is_refused_without_bytes(
     region, offset, nbytes = bad_range
     with dealer(served) as client:
         client.send(request(served.token, (served.region, 0, 10), (served.region + region, offset, nbytes)))
-        assert client.poll(SECONDS * 1000)
-        frames = client.recv_multipart()
-        assert [struct.unpack("<QB", frames[0])] == [(1, 1)]
-        assert len(frames) == 1
+        assert recv_answer(client) == (1, 1, [])
 
 
 def test_a_request_without_ranges_is_refused_and_the_next_answer_is_whole(served: ServedExport) -> None:
     with dealer(served) as client:
         client.send(request(served.token, number=1))
         client.send(request(served.token, (served.region, 3, 10), (served.region, 0, 0), number=2))
-        for expected in ([(1, 1)], [(2, 0)]):
-            assert client.poll(SECONDS * 1000)
-            first, *frames = client.recv_multipart()
-            assert [struct.unpack("<QB", first)] == expected
-        assert frames == [bytes(contents(3, [served.nbytes])[0][3:13].tolist()), b"", b""]
+        assert recv_answer(client) == (1, 1, [])
+        assert recv_answer(client) == (2, 0, [bytes(contents(3, [served.nbytes])[0][3:13].tolist())])
 
 
 def test_a_request_for_more_than_a_frame_is_refused() -> None:
     with ServedExport(ZeroMQ(), 4 << 20) as served, dealer(served) as client:
         client.send(request(served.token, (served.region, 0, FRAME + 1)))
         client.send(request(served.token, *[(served.region, i << 10, 1 << 16) for i in range(64)]))
-        for _ in range(2):
-            assert client.poll(SECONDS * 1000)
-            frames = client.recv_multipart()
-            assert len(frames) == 1
-            assert frames[0][-1] == 1
+        assert recv_answer(client) == recv_answer(client) == (1, 1, [])
 
 
 @settings(max_examples=100)
@@ -108,11 +93,8 @@ def test_random_messages_on_the_port_do_no_harm(messages: list[list[bytes]]) -> 
             if frames:
                 client.send_multipart([frame.replace(b"TOKEN", served.token) for frame in frames])
         client.send(request(served.token, (served.region, 0, 10), number=77))
-        while True:
-            assert client.poll(SECONDS * 1000)
-            header, *_ = client.recv_multipart()
-            if struct.unpack("<QB", header)[0] == 77:
-                break
+        while recv_answer(client)[0] != 77:
+            pass
 
 
 @settings(max_examples=100)
