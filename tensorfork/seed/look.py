@@ -39,7 +39,7 @@ class PublishedPlaces:
     """
 
     def __init__(self, model: LocalModel, regions: Sequence[Region]) -> None:
-        first_names = {id(tensor): name for name, tensor in reversed(model.tensors.items()) if tensor.numel()}
+        first_names = {id(tensor): name for name, tensor in reversed(list(model.tensors.items())) if tensor.numel()}
         by_id = {id(tensor): tensor for tensor in model.tensors.values()}
         self._names = list(first_names.values())
         self._tensors = list(map(by_id.__getitem__, first_names))
