@@ -5,8 +5,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import zmq
@@ -20,7 +21,7 @@ from tensorfork.transports.zeromq import ZeroMQ
 SECONDS = 20.0
 """A deadline that is met with ease."""
 SITE = Site("127.0.0.1", "127.0.0.1")
-OFFER = struct.Struct("<16sII")
+OFFER = struct.Struct("<16sIII")
 
 
 def soon() -> float:
@@ -40,7 +41,7 @@ class ServedExport:
         self.memory = GuardedMemory("cpu", [nbytes], 3)
         regions = [evolve(region, **fields) for region in self.memory.regions]
         self.export = transport.export(regions, SITE, {}, soon())
-        self.token, self.port, self.frame = OFFER.unpack(self.export.offer)
+        self.token, self.port, self.frame, _ = OFFER.unpack(self.export.offer)
         self.region = self.memory.regions[0].id
         self._error: list[BaseException] = []
         self._thread = threading.Thread(target=self._serve)
@@ -52,8 +53,9 @@ class ServedExport:
         except BaseException as error:
             self._error.append(error)
 
-    def fork(self, offer: bytes | None = None, seconds: float = SECONDS) -> None:
-        """Open a session, pull the region, and check that it arrived."""
+    def fork(self, offer: bytes | None = None, seconds: float = SECONDS, sizes: Sequence[int] | None = None) -> None:
+        """Open a session, pull the region, in copies of these sizes or in one, and check that it arrived."""
+        sizes = [self.nbytes] if sizes is None else sizes
         mine = GuardedMemory("cpu", [self.nbytes], 4)
         remote = [RemoteRegion(self.region, self.nbytes, "cpu")]
         session = self.transport.open(
@@ -61,13 +63,14 @@ class ServedExport:
         )
         done: list[int] = []
         try:
-            copy = Copy(0, self.region, 0, mine.regions[0].id, 0, self.nbytes)
-            session.pull([copy], time.monotonic() + seconds, done.append, threading.Event())
+            into, starts = mine.regions[0].id, accumulate(sizes, initial=0)
+            copies = [Copy(0, self.region, at, into, at, size) for at, size in zip(starts, sizes, strict=False)]
+            session.pull(copies, time.monotonic() + seconds, done.append, threading.Event())
         finally:
             session.close(soon())
-        mine.expect(0, 0, contents(3, [self.nbytes])[0])
+        mine.expect(0, 0, contents(3, [self.nbytes])[0][: sum(sizes)])
         assert mine.first_difference() is None
-        assert done == [0]
+        assert sorted(done) == list(range(len(sizes)))
 
     def __enter__(self) -> "ServedExport":
         return self

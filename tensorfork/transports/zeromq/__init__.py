@@ -3,7 +3,8 @@
 The fork requests ranges of the leased regions. The seed copies them through the kernel into slots of a bounded pool
 (`memory.host_slots`), which libzmq sends without another copy, and the fork receives them directly into its regions. So
 the seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises
-that nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies nothing.
+that nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies only small ranges, of
+which many go into one answer.
 
 The fork keeps `WINDOW` requests in flight on each connection, so that neither side waits for the next request. The
 fork's libzmq stops reading from a connection when a few answers are queued. So neither side ever holds more than that
@@ -67,7 +68,7 @@ class ZeroMQ(Transport):
     ) -> ZeroMQSession:
         """See `Transport.open`."""
         try:
-            token, port, frame = OFFER.unpack(offer)
+            token, port, frame, alone = OFFER.unpack(offer)
         except struct.error as error:
             raise ProtocolError(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
         if not 0 < frame <= FRAME:
@@ -76,4 +77,4 @@ class ZeroMQ(Transport):
             seed = resolve(Address(host, port), deadline)
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
-        return ZeroMQSession(token, seed, regions, self._connections, frame)
+        return ZeroMQSession(token, seed, regions, self._connections, frame, alone)

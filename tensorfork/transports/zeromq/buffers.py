@@ -6,7 +6,7 @@ from tensorfork.errors import TransportUnavailable
 from tensorfork.memory import host_slots
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
-from tensorfork.transports.zeromq.protocol import FRAME
+from tensorfork.transports.zeromq.protocol import FRAME, LENT
 
 PINNED_BUFFERS = 16
 """Pinned buffers of a lease on GPU memory, `FRAME` bytes each."""
@@ -19,10 +19,13 @@ class AnswerBuffers:
 
     Attributes:
         frame: the bytes of an answer at most.
+        alone: the bytes of a range from which on it should be requested by itself, because it is lent then; 0 if
+            none is.
     """
 
     def __init__(self, regions: Sequence[Region], memory: HostAccess) -> None:
         self.frame = FRAME
+        self.alone = LENT if all(region.stable and region.device == "cpu" for region in regions) else 0
         self._share: host_slots.Share | None = None
         self._addresses: Sequence[int] = ()
         if any(region.device != "cpu" for region in regions):

@@ -66,7 +66,8 @@ class ZeroMQExport(Export):
             if same_host:
                 self._socket.sndbuf = SEND_BUFFER
             self._sender = ZeroCopySender(self._socket, releases)
-            self.offer = OFFER.pack(self._token, self._bind(host, ports), self._buffers.frame)
+            port = self._bind(host, ports)
+            self.offer = OFFER.pack(self._token, port, self._buffers.frame, self._buffers.alone)
             self._resources = stack.pop_all()
 
     def serve(self, channel: Channel) -> None:

@@ -9,8 +9,9 @@ message of one empty frame, which the fork ignores: it tells the seed what has b
 
 import struct
 
-OFFER = struct.Struct("<16sII")
-"""The token, the port on which the seed listens for this lease, and the bytes of one answer at most."""
+OFFER = struct.Struct("<16sIII")
+"""The token, the port on which the seed listens for this lease, the bytes of one answer at most, and the bytes from
+which on a range should be requested by itself, because the seed lends it then; 0 if it lends nothing."""
 REQUEST_HEADER = struct.Struct("<16sQ")
 RANGE = struct.Struct("<QQQ")
 ANSWER_HEADER = struct.Struct("<QB")
@@ -18,6 +19,8 @@ OK, OUT_OF_BOUNDS, MOVED = 0, 1, 2
 
 FRAME = 2 << 20
 """Bytes of one answer at most. Smaller ones cost more switches between threads, larger ones leave the cache."""
+LENT = 256 << 10
+"""Bytes of a range from which on it is better lent than copied with others into one answer."""
 WINDOW = 16
 """Requests in flight on a connection."""
 MAX_RANGES = 64

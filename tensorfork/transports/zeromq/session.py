@@ -1,5 +1,6 @@
 """The fork's side of a lease: it requests ranges of the seed's regions and receives them into its own."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event
@@ -64,8 +65,11 @@ class ZeroMQSession(Session):
 
     fabric = "tcp"
 
-    def __init__(self, token: bytes, seed: Address, regions: Sequence[Region], connections: int, frame: int) -> None:
-        self._token, self._seed, self._frame = token, seed, frame
+    def __init__(
+        self, token: bytes, seed: Address, regions: Sequence[Region], connections: int, frame: int, alone: int
+    ) -> None:
+        self._token, self._seed = token, seed
+        self._frame, self._alone = frame, alone or sys.maxsize
         self._context = new_lease_context(min(connections, 4))
         try:
             self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
@@ -137,7 +141,11 @@ class ZeroMQSession(Session):
         """Requests of at most a frame and `MAX_RANGES` ranges for all copies, in order; each into one device."""
         ranges, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
         for i, copy in enumerate(copies):
-            if targets and self._memory.device(targets[-1][1]) != self._memory.device(copy.into):
+            if targets and (
+                copy.nbytes >= self._alone
+                or targets[-1][3] >= self._alone
+                or self._memory.device(targets[-1][1]) != self._memory.device(copy.into)
+            ):
                 yield _Request(bytes(ranges), targets, nbytes)
                 ranges, targets, nbytes = bytearray(), [], 0
             start = 0

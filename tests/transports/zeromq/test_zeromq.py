@@ -88,7 +88,7 @@ def test_a_seed_with_a_range_of_ports_serves_forks_from_it() -> None:
 def test_a_port_on_which_nobody_listens_fails_by_the_deadline() -> None:
     with free_ports(1) as ports:
         mine = GuardedMemory("cpu", [1000], 4)
-        offer = OFFER.pack(bytes(16), ports[0], FRAME)
+        offer = OFFER.pack(bytes(16), ports[0], FRAME, 0)
         started = time.monotonic()
         session = ZeroMQ().open(
             offer, SITE.host, [RemoteRegion(1, 1000, "cpu")], mine.regions, unused_channel(), soon()
@@ -103,7 +103,7 @@ def test_a_port_on_which_nobody_listens_fails_by_the_deadline() -> None:
 
 
 def test_a_host_that_does_not_exist_is_unavailable() -> None:
-    offer = OFFER.pack(bytes(16), 4180, FRAME)
+    offer = OFFER.pack(bytes(16), 4180, FRAME, 0)
     with pytest.raises(TransportUnavailable, match="no such host"):
         ZeroMQ().open(offer, "no-such-host.invalid", [], [], unused_channel(), soon())
 
@@ -227,7 +227,7 @@ def test_a_seed_that_sends_what_was_not_requested_does_not_fill_the_forks_memory
     mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.sndhwm, router.router_mandatory, router.linger = 1, True, 0
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME)
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME, 0)
         session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
         ended = threading.Event()
 

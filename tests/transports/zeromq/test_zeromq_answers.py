@@ -35,7 +35,7 @@ def bad_seed(answer: Callable[[int], list[bytes] | None]) -> Iterator[bytes]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield OFFER.pack(bytes(16), port, FRAME)
+        yield OFFER.pack(bytes(16), port, FRAME, 0)
     finally:
         ended.set()
         thread.join()
@@ -90,7 +90,7 @@ def test_a_bad_answer_fails_the_pull_and_changes_nothing_outside_its_destination
 def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_once() -> None:
     mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME)
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME, 0)
 
         def close() -> None:
             router.recv_multipart()
@@ -109,11 +109,11 @@ def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_onc
         assert time.monotonic() - started < SECONDS / 2
 
 
-def test_an_answer_that_nobody_requested_fails_the_next_pull() -> None:
+def test_an_answer_that_nobody_requested_fails_this_pull_or_the_next() -> None:
     mine = GuardedMemory("cpu", [1000], 4)
 
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME)
+        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME, 0)
 
         def answer() -> None:
             peer, request = router.recv_multipart()
@@ -126,10 +126,14 @@ def test_an_answer_that_nobody_requested_fails_the_next_pull() -> None:
         thread.start()
         session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
         copy = Copy(0, 1, 0, mine.regions[0].id, 200, 100)
-        try:
-            session.pull([copy], soon(), lambda _: None, threading.Event())
-            with pytest.raises(TransferFailed, match="not the answer"):
+
+        def pull_twice() -> None:
+            for _ in range(2):
                 session.pull([copy], soon(), lambda _: None, threading.Event())
+
+        try:
+            with pytest.raises(TransferFailed, match="not the answer"):
+                pull_twice()
         finally:
             session.close(soon())
             thread.join()

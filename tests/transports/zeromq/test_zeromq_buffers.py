@@ -1,6 +1,5 @@
 """What a seed may send over ZeroMQ, and the buffers that it sends from."""
 
-import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,7 @@ import pytest
 import zmq
 from attrs import evolve
 from mapped_memory import PAGE, MappedMemory
-from zeromq_export import SECONDS, SITE, ServedExport, dealer, recv_answer, request, soon, unused_channel
+from zeromq_export import OFFER, SECONDS, SITE, ServedExport, dealer, recv_answer, request, soon, unused_channel
 
 from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnavailable
 from tensorfork.memory import host_reads, host_slots
@@ -90,6 +89,25 @@ def test_libzmq_is_lent_the_memory_itself_only_if_it_is_stable_and_one_range(
         expected = bytes(contents(3, [served.nbytes])[0][50:150].tolist())
         assert ask(client, served, *ranges) == (OK, [expected])
     assert (lent == [start + 50]) is (stable and len(ranges) == 1)
+
+
+def test_a_fork_requests_large_ranges_of_stable_memory_by_themselves_and_small_ones_together(stable: bool) -> None:
+    sizes = [300_000, 1000, 2000, 3 << 20, 100, 300_000, 300_000]
+    requests: list[list[int]] = []
+    with ServedExport(ZeroMQ(), 4 << 20, stable=stable) as served:
+        read = served.export._read
+
+        def spy(ranges: Sequence[tuple[int, int, int]], into: int) -> tuple[int, tuple[int, int] | None]:
+            requests.append([nbytes for _, _, nbytes in ranges])
+            return read(ranges, into)
+
+        served.export._read = spy  # type: ignore[method-assign]
+        served.fork(sizes=sizes)
+    if stable:
+        assert requests == [[300_000], [1000, 2000], [2 << 20], [1 << 20], [100], [300_000], [300_000]]
+    else:
+        assert len(requests) == 2
+        assert sum(requests[0]) == 2 << 20
 
 
 def test_a_share_is_held_for_as_long_as_the_lease_lasts(pool: SlotPool) -> None:
@@ -179,7 +197,7 @@ def test_a_share_of_any_size_brings_the_same_bytes(pool: SlotPool, kind: int) ->
 def test_an_offer_of_answers_of_no_bytes_or_too_many_is_refused() -> None:
     for frame in (0, (2 << 20) + 1):
         with pytest.raises(Exception, match="makes no sense"):
-            ZeroMQ().open(struct.pack("<16sII", bytes(16), 1, frame), SITE.host, [], [], unused_channel(), soon())
+            ZeroMQ().open(OFFER.pack(bytes(16), 1, frame, 0), SITE.host, [], [], unused_channel(), soon())
 
 
 # Memory that goes.
@@ -250,7 +268,7 @@ def test_ranges_of_lent_and_copied_regions_in_one_request_are_all_copied(pool: S
     export = ZeroMQ().export(regions, SITE, {}, soon())
     thread = threading.Thread(target=export.serve, args=(unused_channel(),))
     thread.start()
-    token, port, _ = struct.unpack("<16sII", export.offer)
+    token, port, _, _ = OFFER.unpack(export.offer)
     with zmq.Context() as context, context.socket(zmq.DEALER) as client:
         client.connect(f"tcp://127.0.0.1:{port}")
         client.send(request(token, (regions[0].id, 5, 10), (regions[1].id, 7, 20)))

@@ -34,7 +34,7 @@ def test_only_a_request_with_the_token_is_answered(served: ServedExport) -> None
 def test_a_fork_with_another_token_gets_nothing_by_the_deadline(served: ServedExport) -> None:
     started = time.monotonic()
     with pytest.raises(TransferFailed, match="by the deadline"):
-        served.fork(OFFER.pack(bytes(16), served.port, FRAME), seconds=0.5)
+        served.fork(OFFER.pack(bytes(16), served.port, FRAME, 0), seconds=0.5)
     assert time.monotonic() - started < 5
 
 
