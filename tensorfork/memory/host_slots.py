@@ -4,9 +4,9 @@ Each lease has a share of the pool for itself while it is open: a few slots, eac
 whose fork reads slowly, or not at all, keeps its own slots and nobody else's. The first leases get large slots, those
 after them smaller ones.
 
-Why large ones: each answer wakes four threads, the seed's two and the fork's two. On two cores, in interleaved rounds,
-answers of 2 MiB made 0.75 to 0.85 of a plain TCP connection's speed, those of 1 MiB 0.65 to 0.7, of 512 KiB 0.45, of
-256 KiB 0.4. Larger than 2 MiB was no better.
+Why large ones: each answer wakes four threads, the seed's two and the fork's two. On two cores, answers of 2 MiB were
+the fastest in nearly every sweep, those of 1 MiB a tenth slower, of 512 or 256 KiB about half as fast. Larger than
+2 MiB was no better, nor were more than two slots where a fork has one connection.
 
 The memory is there while a share is open, and what was never used of it takes none.
 """
