@@ -13,6 +13,8 @@ from tensorfork.fork.destination import DestinationMemory
 from tensorfork.fork.exclusive import exclusive_fill
 from tensorfork.fork.match import match
 from tensorfork.fork.new_storages import Device, named_device
+from tensorfork.fork.rename import Rename, namer
+from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.steps import Filling, Terms
 from tensorfork.fork.transfer import Progress
 from tensorfork.identity import Identity, Rank
@@ -112,6 +114,7 @@ def fork_into(
     rank: Rank | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    rename: Rename = None,
     wait: float = 0.0,
     version: Version | str | None = None,
     at_least: Version | int | None = None,
@@ -146,6 +149,12 @@ def fork_into(
         include: the tensors to fill, by name or by pattern with ``*`` and ``?``; a name stands for all that lies under
             it too. By default all are filled.
         exclude: the tensors to leave as they are, in the same form. What the seed excludes must be excluded here too.
+        rename: what our tensors are called in the seed, where that is not what they are called here. A mapping of the
+            beginnings of our names to what takes their place: ``{"_orig_mod.": ""}``, or ``{"": "_orig_mod."}`` where
+            the seed is the one that is compiled. A key ends where a part of a name does, and ``*`` in it stands for one
+            part: ``{"layers.*._orig_mod.": "layers.*."}``. Of several that fit the longest counts. Or a function from
+            our name to the seed's, called once for each before the seed is asked. Patterns, errors and the report have
+            our names; only what the seed alone has goes by the seed's.
         wait: seconds to wait for a seed that is suspended. With `restarts` the fork waits until its timeout.
         version: the version that the seed must have: a label, or a `Version`, whose content is compared too if known.
         at_least: the oldest version that will do, in its lineage; or a counter, of any lineage.
@@ -158,23 +167,25 @@ def fork_into(
     """
     check_wanted(version, at_least)
     selection = Selection(include, exclude)
-    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, selection, wait, version, at_least)
+    namer(rename)
+    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, wait, version, at_least)
     with gc_paused(GC_PAUSE):
         watch = Stopwatch()
         watch.enter("survey")
-        ours = describe(model, terms.selection)
+        ours = describe(model, selection)
         check_mapped(ours)
+        names = SeedNames.of(ours.layout, selection, rename)
         if verify:
             warm_up.begin({tensor.device for tensor in ours.tensors.values()} | named_device(device))
 
         def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
             enter("match")
-            pairs = match(theirs, ours.layout)
+            pairs = match(theirs, ours.layout, names.renamed)
             enter("allocate")
             return destination.memory_for(pairs, theirs, ours, device, arena=arena)
 
         with exclusive_fill(ours):
-            filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory))
+            filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory), names)
             report, _ = steps.run(peer, filling, terms, watch)
             remember_version(ours.tensors, report.version)
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
@@ -205,18 +216,19 @@ def fork(
     """
     check_wanted(version, at_least)
     selection = Selection(include, exclude)
-    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, selection, wait, version, at_least)
+    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, wait, version, at_least)
     if verify:
         warm_up.begin(named_device(device))
 
     def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
-        if unused := terms.selection.unmatched([tensor.name for tensor in theirs.tensors]):
+        if unused := selection.unmatched([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
         return destination.memory_for_all(theirs, device, arena=arena)
 
     with gc_paused(GC_PAUSE):
-        report, copied = steps.run(peer, Filling(allocate, destination.tensors_of_copy), terms, Stopwatch())
+        filling = Filling(allocate, destination.tensors_of_copy, SeedNames({}, selection))
+        report, copied = steps.run(peer, filling, terms, Stopwatch())
         remember_version(copied.tensors, report.version)
         return dict(copied.tensors)
 

@@ -28,6 +28,10 @@ docs/errors.md tells for each the state in which it leaves the model.
 
 from collections.abc import Collection, Mapping, Sequence
 
+_LISTED, _LONGEST_LINE = 20, 500
+"""Lines of a message for each kind of difference, and characters of a line."""
+_EMPTY: Mapping[str, str] = {}
+
 
 class TensorForkError(Exception):
     """Base of every error of this library."""
@@ -63,10 +67,15 @@ class VersionMismatch(TensorForkError):
 class LayoutMismatch(TensorForkError):
     """The seed's model and ours are not the same tensors. Nothing was copied; the model is untouched.
 
+    Where names differ by wrappers alone, such as ``_orig_mod.``, the message begins with the `rename=` that bridges
+    them. It lists twenty of each kind of difference; the attributes have all.
+
     Attributes:
         missing: names we have and the seed lacks.
-        unexpected: names the seed has and we lack.
-        mismatched: names that both have, each with the difference in words.
+        unexpected: names the seed has and we lack, as the seed has them.
+        mismatched: names that both have, ours, each with the difference in words.
+        renamed: by names of ours that differ from the seed's by wrappers alone, the seed's. They are among `missing`
+            and `unexpected` too.
     """
 
     def __init__(
@@ -76,18 +85,48 @@ class LayoutMismatch(TensorForkError):
         unexpected: Sequence[str],
         mismatched: Sequence[tuple[str, str]],
         left_out: Collection[str] = (),
+        sought: Mapping[str, str] = _EMPTY,
+        renamed: Mapping[str, str] = _EMPTY,
+        advice: str = "",
     ) -> None:
+        """`left_out` is what the seed leaves out; `sought` has the seed's names for ours that are called otherwise
+        there; `advice` says by what the names in `renamed` differ.
+        """
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.mismatched = tuple(mismatched)
-        hint = " (it leaves it out; exclude it here too, or publish it)"
-        lines = [f"missing from the seed: {name}{hint * (name in left_out)}" for name in self.missing]
-        lines += [f"only in the seed: {name}" for name in self.unexpected]
-        lines += [f"{name}: {why}" for name, why in self.mismatched]
-        super().__init__(
-            f"the seed's model is not this model ({len(lines)} differences); nothing was copied. "
-            "Build both from the same code and configuration, at the same stage of their life:\n  " + "\n  ".join(lines)
-        )
+        self.renamed = dict(renamed)
+        lines, count = self._lines(frozenset(left_out), sought)
+        if self.renamed:
+            names = f"{len(self.renamed):,} names differ" if len(self.renamed) > 1 else "one name differs"
+            others = f"Nothing was copied. There are {count:,} other differences"
+            text = f"{names} only by {advice}. {others if count else 'Nothing else differs; nothing was copied'}"
+        else:
+            text = f"the seed's model is not this model ({count:,} differences); nothing was copied"
+        if count:
+            text += ". Build both from the same code and configuration, at the same stage of their life:\n  "
+        super().__init__(text + "\n  ".join(lines))
+
+    def _lines(self, left_out: Collection[str], sought: Mapping[str, str]) -> tuple[list[str], int]:
+        """The lines of the message on what is not `renamed`, and how many differences there are."""
+        explained = frozenset(self.renamed.values())
+        missing = [name for name in self.missing if name not in self.renamed]
+        unexpected = [name for name in self.unexpected if name not in explained]
+        lines = []
+        for name in missing[:_LISTED]:
+            there = sought.get(name, name)
+            hint = " (it leaves it out; exclude it here too, or publish it)" if there in left_out else ""
+            lines.append(f"missing from the seed: {name}{f' (there {there})' * (there != name)}{hint}")
+        lines += _more(missing)
+        lines += [f"only in the seed: {name}" for name in unexpected[:_LISTED]] + _more(unexpected)
+        lines += [f"{name}: {why}" for name, why in self.mismatched[:_LISTED]] + _more(self.mismatched)
+        cut = [line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..." for line in lines]
+        return cut, len(missing) + len(unexpected) + len(self.mismatched)
+
+
+def _more(differences: Sequence[object]) -> list[str]:
+    """A line that counts the differences that are not listed, if there are any."""
+    return [f"... and {len(differences) - _LISTED:,} more of these"] if len(differences) > _LISTED else []
 
 
 class TransportUnavailable(TensorForkError):

@@ -1,20 +1,23 @@
 """Matching our tensors with the seed's: pairs, or one error with every difference. Pure: no memory, no sockets."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from attrs import evolve
 
 from tensorfork.errors import LayoutMismatch
 from tensorfork.fork.pairs import Pair, Run, extent_of_pair, runs_of_pair
+from tensorfork.fork.suggested_rename import SuggestedRename, suggest_rename
 from tensorfork.layout import ModelLayout, TensorLayout
 
 MAX_RUNS_COMPARED = 1 << 18
 """Runs of one tensor that are compared, at most, to tell whether interleaved tensors really overlap."""
 
 
-def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
-    """Pair every tensor of ours with the seed's of the same name.
+def match(theirs: ModelLayout, ours: ModelLayout, renamed: Mapping[str, str] | None = None) -> list[Pair]:
+    """Pair every tensor of ours with the seed's of the same name, or of the one that `renamed` has for ours.
+
+    In the pairs both have our name: nothing behind this knows of another.
 
     One on the meta device may differ in its stride: with its memory it takes the seed's, if nothing but its ties lies
     in its storage. Not so the shard of a `DTensor`, since the whole has a stride as well.
@@ -24,18 +27,47 @@ def match(theirs: ModelLayout, ours: ModelLayout) -> list[Pair]:
     """
     their_tensors = {tensor.name: tensor for tensor in theirs.tensors}
     our_tensors = {tensor.name: tensor for tensor in ours.tensors}
-    pairs = [Pair(their_tensors[name], tensor) for name, tensor in our_tensors.items() if name in their_tensors]
+    matched = {name: their_tensors[name] for name in our_tensors if name in their_tensors}
+    wanted: Collection[str] = our_tensors
+    if renamed:
+        names = {name: renamed.get(name, name) for name in our_tensors}
+        there = {name: their_tensors[other] for name, other in names.items() if other in their_tensors}
+        matched = {name: tensor if name == tensor.name else evolve(tensor, name=name) for name, tensor in there.items()}
+        wanted = frozenset(names.values())
+    pairs = [Pair(tensor, our_tensors[name]) for name, tensor in matched.items()]
     differences = [(pair, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
     mismatched = _mismatched(differences, pairs, ours)
     differing = {name for name, _ in mismatched}
     mismatched += _conflicts([pair for pair in pairs if pair.name not in differing])
-    missing = [name for name in our_tensors if name not in their_tensors]
-    unexpected = [name for name in their_tensors if name not in our_tensors]
+    missing = [name for name in our_tensors if name not in matched]
+    unexpected = [name for name in their_tensors if name not in wanted]
     if missing or unexpected or mismatched:
+        suggested = None if renamed else _suggested(our_tensors, their_tensors, missing, unexpected)
         raise LayoutMismatch(
-            missing=missing, unexpected=unexpected, mismatched=mismatched, left_out=frozenset(theirs.left_out)
+            missing=missing,
+            unexpected=unexpected,
+            mismatched=mismatched,
+            left_out=frozenset(theirs.left_out),
+            sought=renamed or {},
+            renamed={} if suggested is None else suggested.pairs,
+            advice="" if suggested is None else str(suggested),
         )
     return pairs
+
+
+def _suggested(
+    ours: Mapping[str, TensorLayout],
+    theirs: Mapping[str, TensorLayout],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+) -> SuggestedRename | None:
+    """The `rename=` for names that differ by wrappers alone, if there are such."""
+
+    def same(name: str, other: str) -> bool:
+        one, two = ours[name], theirs[other]
+        return (one.dtype, one.shape, one.placement) == (two.dtype, two.shape, two.placement)
+
+    return suggest_rename(ours, missing, unexpected, same)
 
 
 def _mismatched(

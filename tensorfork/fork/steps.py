@@ -22,11 +22,11 @@ from tensorfork.fork import transfer, verification
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import Destination, DestinationMemory
 from tensorfork.fork.lease import take_lease
+from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.transport_choice import reason_against, transports_to_try
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import AtLeast, Wanted
-from tensorfork.model.selection import Selection
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
 from tensorfork.wire import tables
@@ -46,7 +46,6 @@ class Terms:
     progress: transfer.Progress | None
     identity: Identity | None
     rank: Rank | None
-    selection: Selection
     wait: float
     version: Wanted
     at_least: AtLeast
@@ -60,10 +59,12 @@ class Filling:
         allocate: memory for the seed's tensors. It is told the layout, and calls its second argument with the phase
             that begins.
         tensors: the tensors in that memory; made while the transport opens.
+        names: what they are called in the seed.
     """
 
     allocate: Callable[[ModelLayout, Callable[[str], object]], DestinationMemory]
     tensors: Callable[[DestinationMemory], Destination]
+    names: SeedNames
 
 
 def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[ForkReport, Destination]:
@@ -151,13 +152,13 @@ class _Attempts:
         terms, filling = self.terms, self.filling
         self.watch.enter("layout")
         layout = self.seed.layout(terms.deadline)
-        selected, left_out = layout.only(terms.selection.selects)
-        self.left_out = tuple(left_out)
+        selected, left_out = layout.only(filling.names.selects)
+        self.left_out = tuple(map(filling.names.ours, left_out))
         memory = filling.allocate(selected, self.watch.enter)
         if terms.verify:
             warm_up.begin(memory.devices)
         destination = cache(lambda: filling.tensors(memory))
-        return _Attempt(self.seed, layout, memory, destination, terms, self.watch)
+        return _Attempt(self.seed, layout, memory, destination, filling.names, terms, self.watch)
 
 
 @frozen(eq=False, repr=False)
@@ -168,6 +169,7 @@ class _Attempt:
     layout: ModelLayout
     memory: DestinationMemory
     destination: Callable[[], Destination]
+    names: SeedNames
     terms: Terms
     watch: Stopwatch
 
@@ -212,7 +214,9 @@ class _Attempt:
                 enter("verify")
                 verification.check_generation(lease, seed, deadline)
                 if digests is not None:
-                    content = verification.compare_digests(lease, seed, self.layout, digests, deadline)
+                    content = verification.compare_digests(
+                        lease, seed, self.layout, digests, self.names.renamed, deadline
+                    )
                     version = evolve(version, content=content)
                     seed.check_version(terms.version, terms.at_least, tables.pack_version(version))
             except TransferFailed as error:

@@ -1,6 +1,7 @@
 """Whether what arrived is what the seed holds: its generation is compared, then the digests; and why it failed."""
 
 import time
+from collections.abc import Mapping
 
 from tensorfork.digest import definition
 from tensorfork.digest.arrivals import ArrivalDigests
@@ -53,25 +54,23 @@ def check_generation(lease: Lease, seed: SeedConnection, deadline: float) -> Non
 
 
 def compare_digests(
-    lease: Lease, seed: SeedConnection, layout: ModelLayout, arrivals: ArrivalDigests, deadline: float
+    lease: Lease,
+    seed: SeedConnection,
+    layout: ModelLayout,
+    arrivals: ArrivalDigests,
+    renamed: Mapping[str, str],
+    deadline: float,
 ) -> str:
     """Compare the digest of every tensor with the seed's. `layout` is the seed's, whose order the digests have.
 
-    Returns the root over all the seed's digests, as hexadecimal digits. Raises `VerificationFailed` with the names of
-    the tensors that differ, `SeedChanged`, or `ProtocolError` where the seed computes other digests.
+    `renamed` has the seed's names for those of ours that are called otherwise there. Returns the root over all the
+    seed's digests, as hexadecimal digits. Raises `VerificationFailed` with the names, ours, of the tensors that differ,
+    and as `ask_for_digests` does.
     """
-    if seed.welcome.digest != definition.NAME:
-        raise ProtocolError(
-            f"{seed.address}: the seed's digests are {seed.welcome.digest!r}, ours {definition.NAME!r}; use the same "
-            "version of tensorfork, or verify=False at your own risk"
-        )
+    check_definition(seed)
     ours = arrivals.digests()
-    reply, frames = seed.conversation.request(messages.GetDigests(lease.id), messages.Digests, deadline, "digests")
-    if reply.generation != lease.generation:
-        raise SeedChanged(f"{seed.address}: the seed's weights changed before their digests were computed; fork again")
-    theirs = tables.unpack_digests(frames, len(layout.tensors))
-    expected = dict(zip((t.name for t in layout.tensors), theirs, strict=True))
-    wrong = [name for name, value in ours.items() if expected[name] != value]
+    expected = ask_for_digests(lease.id, lease.generation, seed, layout, deadline)
+    wrong = [name for name, value in ours.items() if expected[renamed.get(name, name)] != value]
     if wrong:
         shown = ", ".join(wrong[:20]) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
         raise VerificationFailed(
@@ -81,3 +80,26 @@ def compare_digests(
             tensors=wrong,
         )
     return content_root(expected).hex()
+
+
+def check_definition(seed: SeedConnection) -> None:
+    """Raise `ProtocolError` where the seed computes other digests than we do."""
+    if seed.welcome.digest != definition.NAME:
+        raise ProtocolError(
+            f"{seed.address}: the seed's digests are {seed.welcome.digest!r}, ours {definition.NAME!r}; use the same "
+            "version of tensorfork, or verify=False at your own risk"
+        )
+
+
+def ask_for_digests(
+    lease: bytes, generation: int, seed: SeedConnection, layout: ModelLayout, deadline: float
+) -> dict[str, int]:
+    """The digests of all the seed's tensors, by its names, under a lease at a generation.
+
+    Raises `SeedChanged` where that is over, and what the seed refuses with.
+    """
+    reply, frames = seed.conversation.request(messages.GetDigests(lease), messages.Digests, deadline, "digests")
+    if reply.generation != generation:
+        raise SeedChanged(f"{seed.address}: the seed's weights changed before their digests were computed; fork again")
+    values = tables.unpack_digests(frames, len(layout.tensors))
+    return dict(zip((tensor.name for tensor in layout.tensors), values, strict=True))

@@ -96,3 +96,19 @@ def is_dtensor(cls: type) -> bool:
     """Whether it is torch's `DTensor`, or a subclass. Does not import it."""
     module = sys.modules.get("torch.distributed.tensor")  # where it was never imported, there are none
     return module is not None and issubclass(cls, module.DTensor)
+
+
+_MODULE_INTERNALS = frozenset(torch.nn.Module().__dict__)
+"""What `nn.Module` itself keeps on an instance: hooks, and the registered tensors and modules, visited separately."""
+# fmt: off
+_DDP_INTERNALS = _MODULE_INTERNALS | frozenset((
+    "_delay_all_reduce_params", "_delay_grad_buffer", "_delay_grad_views", "_module_parameters", "modules_buffers",
+    "named_module_buffers",
+))
+# fmt: on
+"""DDP keeps lists of the tensors of the module in it, and of gradients."""
+
+
+def internals_of(module: torch.nn.Module) -> frozenset[str]:
+    """The attributes of a module that are not looked at: torch's own, which hold what is registered, or no weights."""
+    return _DDP_INTERNALS if isinstance(module, torch.nn.parallel.DistributedDataParallel) else _MODULE_INTERNALS

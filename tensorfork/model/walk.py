@@ -37,6 +37,7 @@ from tensorfork.model.kinds import (
     SET,
     TENSOR,
     Classifier,
+    internals_of,
     is_dtensor,
 )
 from tensorfork.model.selection import Selection
@@ -97,8 +98,6 @@ def walk(model: Any, selection: Selection | None = None) -> FoundTensors:
 
 _BUILT_IN_COLLECTIONS = (list, tuple, dict, deque, set, frozenset)
 """These have no attributes of their own; subclasses may."""
-_MODULE_INTERNALS = frozenset(torch.nn.Module().__dict__)
-"""What `nn.Module` itself keeps on an instance: hooks, and the registered tensors and modules, visited separately."""
 _DTENSOR_INTERNALS = frozenset({"_local_tensor"})
 _EMPTY: Mapping[str, Any] = {}
 
@@ -295,7 +294,7 @@ class _Walker:
         for tensor, names in with_attributes.values():
             self._visit_tensor_attributes(names, tensor)
         for module, names in modules.values():
-            self._visit_attributes(names, module, _MODULE_INTERNALS)
+            self._visit_attributes(names, module, internals_of(module))
 
     def _list_modules(
         self, path: str, module: torch.nn.Module, listed: list[tuple[str, torch.nn.Module]], above: set[int]
