@@ -218,8 +218,8 @@ def test_names_may_be_exchanged() -> None:
 # In whose names.
 
 
-def test_patterns_and_what_is_left_out_are_in_our_names() -> None:
-    rename = {"_orig_mod.": ""}
+@pytest.mark.parametrize("rename", [{"_orig_mod.": ""}, lambda name: name.replace("_orig_mod.", "")])
+def test_patterns_and_what_is_left_out_are_in_our_names(rename: Any) -> None:
     ours = compiled(Model(2))
     with tensorfork.publish(Model(1)) as seed:
         report = tensorfork.fork_into(
