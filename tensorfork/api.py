@@ -23,6 +23,7 @@ from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version, check_wanted
 from tensorfork.model.describe import ModelSource, check_mapped, describe
 from tensorfork.model.inherited import remember_version, version_of
+from tensorfork.model.modes import in_normal_mode
 from tensorfork.model.selection import Patterns, Selection
 from tensorfork.model.snapshot import snapshot as take_snapshot
 from tensorfork.report import ForkReport, Stopwatch
@@ -37,6 +38,7 @@ GC_PAUSE = 2.0
 """Seconds of a fork for which garbage collection is paused, at most. Forks over NVLink have ended by then."""
 
 
+@in_normal_mode
 def publish(
     model: Any,
     *,
@@ -100,6 +102,7 @@ def publish(
         return Seed(copied, None, offered, first, True, bind, advertise)
 
 
+@in_normal_mode
 def fork_into(
     model: Any,
     peer: str,
@@ -191,6 +194,7 @@ def fork_into(
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
 
 
+@in_normal_mode
 def fork(
     peer: str,
     *,

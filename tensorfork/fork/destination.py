@@ -19,7 +19,8 @@ from tensorfork.fork.pairs import Pair
 from tensorfork.fork.slots import Slots, slots_for, slots_of_copy
 from tensorfork.layout import ModelLayout, TensorLayout
 from tensorfork.model.describe import LocalModel
-from tensorfork.model.install import Installation, check_installable, like_original, normal_mode
+from tensorfork.model.install import Installation, check_installable, like_original
+from tensorfork.model.modes import NormalMode
 from tensorfork.regions import Region
 
 _META = torch.device("meta")
@@ -145,7 +146,7 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
         return Destination(memory.pairs, tensors, Installation([], []), wrappers)
     ready = dict(tensors)
     made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
-    with normal_mode():
+    with NormalMode():
         for pair in meta:
             old = tensors[pair.name]
             if id(old) not in made:
@@ -168,7 +169,7 @@ def tensors_of_copy(memory: DestinationMemory) -> Destination:
     """A copy of all the seed's tensors. Tied tensors become one tensor under several names."""
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
-    with normal_mode():
+    with NormalMode():
         for tensor in (pair.theirs for pair in memory.pairs):
             key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
             if key not in made:

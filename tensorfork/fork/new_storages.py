@@ -47,7 +47,7 @@ class NewStorages:
         return regions
 
     def tensor(self, layout: TensorLayout, stride: Sequence[int] | None = None) -> torch.Tensor:
-        """A tensor in its slot, with a version counter of its own. Call it inside `normal_mode`.
+        """A tensor in its slot, with a version counter of its own. Call it inside `NormalMode`.
 
         `stride` replaces the layout's by one that reaches the same elements: the strides of dimensions of size 1 may
         differ, and operations choose their memory format by them.

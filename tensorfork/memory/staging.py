@@ -46,7 +46,7 @@ class PinnedRing:
         self._streams = {device: streams.acquire_stream(cuda.device_index(device)) for device in sorted(set(devices))}
         self._buffers: deque[PinnedBuffer] = deque()
         for _ in range(count):
-            tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             address = tensor.data_ptr()
             self._buffers.append(PinnedBuffer(tensor, address, view_at(address, nbytes)))
 

@@ -15,6 +15,7 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import DTYPE_NAMES, ModelLayout, StorageLayout, TensorLayout, plain_stride
 from tensorfork.memory.allocations import why_unmapped
+from tensorfork.model.modes import check_ordinary
 from tensorfork.model.selection import Selection
 from tensorfork.model.storages import TensorLocation, locate, storage_extents
 from tensorfork.model.walk import FoundTensors, Holder, walk
@@ -119,6 +120,7 @@ def check_mapped(model: LocalModel) -> None:
 
 
 def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None) -> LocalModel:
+    check_ordinary(found.tensors)
     locations = [locate(name, tensor) for name, tensor in found.tensors.items()]
     extents = storage_extents(locations)
     layouts = tuple(

@@ -14,8 +14,7 @@ the model before it or after it.
 
 import copyreg
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,10 +213,3 @@ def like_original(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             if hasattr(old, slot):
                 setattr(made, slot, getattr(old, slot))
     return made
-
-
-@contextmanager
-def normal_mode() -> Iterator[None]:
-    """Whatever mode the caller is in, tensors made inside are ordinary ones, and autograd does not record."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -12,7 +12,7 @@ from attrs import evolve
 
 from tensorfork.layout import TensorLayout
 from tensorfork.model.describe import LocalModel, ModelMemory
-from tensorfork.model.install import normal_mode
+from tensorfork.model.modes import NormalMode
 
 
 def snapshot(model: LocalModel, device: str | torch.device | None = None) -> LocalModel:
@@ -31,7 +31,7 @@ def snapshot(model: LocalModel, device: str | torch.device | None = None) -> Loc
     inside: list[list[TensorLayout]] = [[] for _ in model.layout.storages]
     for tensor in model.layout.tensors:
         inside[tensor.storage].append(tensor)
-    with normal_mode():
+    with NormalMode():
         buffers = [
             torch.empty(storage.nbytes, dtype=torch.uint8, device=device or storage.device)
             for storage in model.layout.storages

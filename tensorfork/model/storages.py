@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.model.kinds import PLAIN_TENSORS
+from tensorfork.model.modes import STANDS_FOR_ANOTHER
 
 ALIGNMENT = 512
 """Bytes: what CUDA's allocator rounds to, and more than any dtype or kernel asks for."""
@@ -90,6 +91,8 @@ def _device_name(device: torch.device) -> str:
 
 def _why_not_forkable(tensor: torch.Tensor, device: str) -> str | None:
     is_plain = type(tensor) in PLAIN_TENSORS
+    if not is_plain and type(tensor).__module__.startswith("torch._subclasses."):
+        return f"a {type(tensor).__name__} {STANDS_FOR_ANOTHER}"
     if not is_plain and isinstance(tensor, UninitializedTensorMixin):
         return "it is not initialised yet; run the lazy module once first"
     if tensor.layout is not torch.strided or tensor.is_nested:

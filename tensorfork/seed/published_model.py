@@ -9,6 +9,7 @@ import torch
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.lineage import Version
 from tensorfork.model.describe import LocalModel, ModelSource
+from tensorfork.model.modes import in_normal_mode
 from tensorfork.seed.generation import Commit, SeqLock
 from tensorfork.seed.publication import Publication
 from tensorfork.transports.base import Transport
@@ -60,17 +61,33 @@ class PublishedModel:
     @contextmanager
     def updating(self, values_only: bool, label: str | None) -> Iterator[None]:
         """See `Seed.updating`."""
-        self.seqlock.enter(values_only)
+        self._begin_update(values_only)
         try:
             yield
+        except BaseException as error:
+            self._end_update(label, error)
+            raise
+        self._end_update(label)
+
+    @in_normal_mode
+    def _begin_update(self, values_only: bool) -> None:
+        self.seqlock.enter(values_only)
+
+    @in_normal_mode
+    def _end_update(self, label: str | None, error: BaseException | None = None) -> None:
+        if error is not None:
+            self.seqlock.leave(error)
+            return
+        try:
             _synchronize(self.publication.gpus)
             self._next_version = (label,)
-        except BaseException as error:
-            self.seqlock.leave(error)
+        except BaseException as raised:
+            self.seqlock.leave(raised)
             raise
         self.seqlock.leave()
         self.forget_replaced()
 
+    @in_normal_mode
     def suspend(self) -> None:
         """Begin a change that lasts until `resume`. A second call does nothing."""
         with self._sleep_lock:
@@ -78,6 +95,7 @@ class PublishedModel:
                 self.suspended = True
                 self.seqlock.enter()
 
+    @in_normal_mode
     def resume(self) -> None:
         """End that change. Raises as `Seed.resume` does; then the generation stays odd."""
         with self._sleep_lock:

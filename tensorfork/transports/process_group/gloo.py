@@ -170,12 +170,12 @@ class GlooGroup(PairGroup):
 
     def _recv_never_sent(self, group: Any) -> Any:
         """Start to receive a message that the other side never sends."""
-        return group.recv([torch.empty(1, dtype=torch.uint8)], 1 - self.rank, 0)
+        return group.recv([torch.empty(1, dtype=torch.uint8, device="cpu")], 1 - self.rank, 0)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         if self._stream is None:
             return huge_pages.empty(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def _read(self, ranges: Sequence[ByteRange], bucket: torch.Tensor) -> None:
         """Copy ranges of our memory into a bucket. Raises `UnreadableMemory` for what is not mapped any more."""

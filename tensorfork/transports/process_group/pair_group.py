@@ -146,7 +146,7 @@ def new_stream(device: torch.device) -> torch.cuda.Stream:
 
 def handshake_message(rank: int) -> torch.Tensor:
     """The first message at the seed; at the fork, a buffer to receive it into."""
-    return torch.tensor(list(HANDSHAKE if rank == SEED else bytes(len(HANDSHAKE))), dtype=torch.uint8)
+    return torch.tensor(list(HANDSHAKE if rank == SEED else bytes(len(HANDSHAKE))), dtype=torch.uint8, device="cpu")
 
 
 def check_handshake(received: torch.Tensor) -> None:
