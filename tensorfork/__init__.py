@@ -9,6 +9,7 @@ from tensorfork.interpreter.garbage_collection import gc_paused as _gc_paused
 with _gc_paused():  # behind torch a collection is due, which would double the time of this import
     from tensorfork.api import fork, fork_into, publish
     from tensorfork.errors import (
+        ForkCancelled,
         IdentityMismatch,
         LayoutMismatch,
         LeaseEnded,
@@ -16,6 +17,7 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
         PeerRefused,
         PeerUnreachable,
         ProtocolError,
+        ResourceExhausted,
         SeedAsleep,
         SeedChanged,
         SeedMoved,
@@ -43,6 +45,7 @@ __all__ = [
     "Copy",
     "Export",
     "Facts",
+    "ForkCancelled",
     "ForkReport",
     "Identity",
     "IdentityMismatch",
@@ -58,6 +61,7 @@ __all__ = [
     "Rank",
     "Region",
     "RemoteRegion",
+    "ResourceExhausted",
     "Seed",
     "SeedAsleep",
     "SeedChanged",

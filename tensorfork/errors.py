@@ -8,7 +8,9 @@
     │   ├── IdentityMismatch        the two are not the same model, or not the same part of it
     │   ├── VersionMismatch         the seed has another version of the weights than was asked for
     │   ├── LayoutMismatch          the two models differ in names, dtypes, shapes, strides or ties
-    │   └── TransportUnavailable    the transport cannot work between these two processes
+    │   ├── TransportUnavailable    the transport cannot work between these two processes
+    │   ├── ResourceExhausted       this process has no memory, file descriptors or threads left for it
+    │   └── ForkCancelled           the caller has set `cancel=`
     ├── the peer's
     │   ├── PeerUnreachable         nothing answers at the address, or the peer stopped answering
     │   │   └── LeaseEnded          the seed, or the fork, has ended the lease: seen by transports alone
@@ -27,6 +29,7 @@ docs/errors.md tells for each the state in which it leaves the model.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 _LISTED, _LONGEST_LINE = 20, 500
 """Lines of a message for each kind of difference, and characters of a line."""
@@ -34,7 +37,19 @@ _EMPTY: Mapping[str, str] = {}
 
 
 class TensorForkError(Exception):
-    """Base of every error of this library."""
+    """Base of every error of this library.
+
+    All of them can be pickled and copied, with their attributes and notes; as with any exception, their cause and
+    traceback stay behind.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way calls the class with `args`, which is the message alone and not what `__init__` takes.
+        return _restore, (type(self), self.args), dict(vars(self))
+
+
+def _restore(kind: type[TensorForkError], args: tuple[Any, ...]) -> TensorForkError:
+    return kind.__new__(kind, *args)
 
 
 class UnsupportedTensor(TensorForkError, TypeError):
@@ -131,6 +146,42 @@ def _more(differences: Sequence[object]) -> list[str]:
 
 class TransportUnavailable(TensorForkError):
     """A transport cannot work here or between these two processes; the message has the reason and the remedy."""
+
+
+class ResourceExhausted(TensorForkError):
+    """This process got no more memory, file descriptors or threads. The cause is what the system or torch raised.
+
+    Meta models stay meta; what was allocated is given back. Once bytes move, it is a `TransferFailed` instead.
+
+    Attributes:
+        resource: ``memory``, ``file descriptors`` or ``threads``.
+    """
+
+    def __init__(self, message: str, *, resource: str) -> None:
+        super().__init__(message)
+        self.resource = resource
+
+
+class ForkCancelled(TensorForkError):
+    """The fork was cancelled: `cancel=` was set. Before the first byte the model is untouched.
+
+    After it, tensors filled in place hold some new and some old bytes; meta ones stay meta.
+
+    Attributes:
+        complete: names of the tensors whose bytes have all arrived (not verified); none if no copy had begun.
+        undrained: as in `TransferFailed`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        complete: Sequence[str] = (),
+        undrained: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.complete = tuple(complete)
+        self.undrained = tuple(undrained)
 
 
 class PeerUnreachable(TensorForkError):

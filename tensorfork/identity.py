@@ -57,6 +57,9 @@ class Identity:
         values = {one.name: getattr(self, one.name) for one in fields(Identity)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.as_dict())  # a read-only view of a dict cannot be pickled
+
     def _flat(self) -> dict[str, object]:
         flat: dict[str, object] = {}
         for name, value in self.as_dict().items():
@@ -67,6 +70,10 @@ class Identity:
 
     def __repr__(self) -> str:
         return f"Identity({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items() if value)})"
+
+
+def _restore(kind: type[Identity], values: Mapping[str, Any]) -> Identity:
+    return kind(**values)
 
 
 @frozen(kw_only=True, repr=False)
