@@ -1,36 +1,39 @@
 """The public functions: publish a model in one process, fork it in another. The steps of a fork are in `fork.steps`."""
 
-import time
 from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Any
 
 import torch
 from attrs import evolve
 
 from tensorfork.digest import warm_up
+from tensorfork.exhaustion import resources
 from tensorfork.fork import destination, steps
 from tensorfork.fork.destination import DestinationMemory
 from tensorfork.fork.exclusive import exclusive_fill
 from tensorfork.fork.match import match
-from tensorfork.fork.new_storages import Device, named_device
 from tensorfork.fork.rename import Rename, namer
 from tensorfork.fork.seed_names import SeedNames
-from tensorfork.fork.steps import Filling, Terms
-from tensorfork.fork.transfer import Progress
+from tensorfork.fork.steps import Filling
+from tensorfork.fork.terms import Progress, Terms
 from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
-from tensorfork.lineage import Version, check_wanted
+from tensorfork.lineage import Version
 from tensorfork.model.describe import ModelSource, check_mapped, describe
+from tensorfork.model.devices import Device, usable_device
 from tensorfork.model.inherited import remember_version, version_of
 from tensorfork.model.modes import in_normal_mode
 from tensorfork.model.selection import Patterns, Selection
 from tensorfork.model.snapshot import snapshot as take_snapshot
 from tensorfork.report import ForkReport, Stopwatch
+from tensorfork.seed.address import listening_address
 from tensorfork.seed.handle import Seed
 from tensorfork.seed.publication import check_publishable
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
+from tensorfork.wire.conversation import peer_address
 
 TIMEOUT = 300.0
 """Seconds that a fork may take, by default."""
@@ -39,6 +42,7 @@ GC_PAUSE = 2.0
 
 
 @in_normal_mode
+@resources()
 def publish(
     model: Any,
     *,
@@ -83,8 +87,11 @@ def publish(
         ValueError: `include` names a tensor that the model does not have, or an address cannot be used.
         UnsupportedTensor: one of its tensors cannot be forked; the message names it.
         TransportUnavailable: one of the transports named cannot work here.
+        ResourceExhausted: this process has no memory, file descriptors or threads left for it.
         OSError: the address cannot be listened on.
     """
+    listening_address(bind, advertise)
+    copy_to = None if isinstance(snapshot, bool) else usable_device(snapshot, "snapshot")
     source = ModelSource(model, Selection(include, exclude), identity, rank)
     with gc_paused():
         found = source.describe()
@@ -98,11 +105,12 @@ def publish(
     with gc_paused():
         if snapshot is False:
             return Seed(found, source, offered, first, stable, bind, advertise)
-        copied = take_snapshot(found, None if snapshot is True else snapshot)
+        copied = take_snapshot(found, copy_to)
         return Seed(copied, None, offered, first, True, bind, advertise)
 
 
 @in_normal_mode
+@resources()
 def fork_into(
     model: Any,
     peer: str,
@@ -122,6 +130,7 @@ def fork_into(
     version: Version | str | None = None,
     at_least: Version | int | None = None,
     arena: bool = True,
+    cancel: Event | None = None,
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
 
@@ -138,10 +147,10 @@ def fork_into(
             have memory, strides: built by the same code, and at the same stage of its life as the seed's was when it
             was published.
         peer: the seed's address, as in `Seed.address`.
-        device: where meta tensors go; by default to the devices of the seed's, or to the current GPU if the seed's are
-            on a single one.
+        device: where meta tensors go, ``cpu`` or one of CUDA's GPUs; by default to the devices of the seed's, or to the
+            current GPU if the seed's are on a single one.
         transport: "auto", a name, or a `Transport`.
-        timeout: seconds for everything; a day at most.
+        timeout: seconds for everything: more than 0, and a day, 86,400, at most.
         verify: compare the digest of every tensor with the seed's.
         restarts: how often to begin again when the seed's weights change under the fork. If it has published other
             tensors by then, they are matched anew.
@@ -158,34 +167,52 @@ def fork_into(
             part: ``{"layers.*._orig_mod.": "layers.*."}``. Of several that fit the longest counts. Or a function from
             our name to the seed's, called once for each before the seed is asked. Patterns, errors and the report have
             our names; only what the seed alone has goes by the seed's.
-        wait: seconds to wait for a seed that is suspended. With `restarts` the fork waits until its timeout.
+        wait: seconds to wait for a seed that is suspended, within the timeout; ``inf`` for as long as that lasts. With
+            `restarts` the fork waits until its timeout in any case.
         version: the version that the seed must have: a label, or a `Version`, whose content is compared too if known.
         at_least: the oldest version that will do, in its lineage; or a counter, of any lineage.
         arena: whether new tensors on a device lie in one allocation, which is fastest to fill, and free once all of
             them are. Without, each storage is an allocation of its own: for models that free tensors one by one.
+        cancel: an event that cancels the fork when another thread sets it; `ForkCancelled` is then raised, mostly
+            within 0.3 seconds. It may also be one of multiprocessing's.
 
     Raises:
         TensorForkError: docs/errors.md lists each kind, and the state in which it leaves the model.
-        TypeError, ValueError: bad arguments, or another fork into the model is in progress; nothing was touched.
+        TypeError, ValueError: bad arguments, or another fork into the model is in progress; nothing was touched. Bad
+            arguments are found before the model is walked and the peer is asked.
     """
-    check_wanted(version, at_least)
+    peer_address(peer)
     selection = Selection(include, exclude)
     namer(rename)
-    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, wait, version, at_least)
     with gc_paused(GC_PAUSE):
         watch = Stopwatch()
         watch.enter("survey")
+        terms = Terms(
+            timeout=timeout,
+            wait=wait,
+            restarts=restarts,
+            cancel=cancel,
+            device=device,
+            arena=arena,
+            verify=verify,
+            progress=progress,
+            identity=identity,
+            rank=rank,
+            version=version,
+            at_least=at_least,
+            transports=transport,
+        )
         ours = describe(model, selection)
         check_mapped(ours)
         names = SeedNames.of(ours.layout, selection, rename)
         if verify:
-            warm_up.begin({tensor.device for tensor in ours.tensors.values()} | named_device(device))
+            warm_up.begin({tensor.device for tensor in ours.tensors.values()} | terms.named_devices)
 
         def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
             enter("match")
             pairs = match(theirs, ours.layout, names.renamed)
             enter("allocate")
-            return destination.memory_for(pairs, theirs, ours, device, arena=arena)
+            return destination.memory_for(pairs, theirs, ours, terms.device, arena=arena)
 
         with exclusive_fill(ours):
             filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory), names)
@@ -195,6 +222,7 @@ def fork_into(
 
 
 @in_normal_mode
+@resources()
 def fork(
     peer: str,
     *,
@@ -212,30 +240,41 @@ def fork(
     version: Version | str | None = None,
     at_least: Version | int | None = None,
     arena: bool = True,
+    cancel: Event | None = None,
 ) -> dict[str, torch.Tensor]:
     """Copy all tensors of the seed at `peer` into new memory on `device`, and return them by name.
 
     Tied tensors are one tensor under several names, and storages are shared as the seed's are. The arguments and errors
     are those of `fork_into`. After a failure nothing is kept.
     """
-    check_wanted(version, at_least)
+    peer_address(peer)
     selection = Selection(include, exclude)
-    terms = _terms(timeout, transport, verify, restarts, progress, identity, rank, wait, version, at_least)
+    terms = Terms(
+        timeout=timeout,
+        wait=wait,
+        restarts=restarts,
+        cancel=cancel,
+        device=device,
+        arena=arena,
+        verify=verify,
+        progress=progress,
+        identity=identity,
+        rank=rank,
+        version=version,
+        at_least=at_least,
+        transports=transport,
+    )
     if verify:
-        warm_up.begin(named_device(device))
+        warm_up.begin(terms.named_devices)
 
     def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
         if unused := selection.unmatched([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")
-        return destination.memory_for_all(theirs, device, arena=arena)
+        return destination.memory_for_all(theirs, terms.device, arena=arena)
 
     with gc_paused(GC_PAUSE):
         filling = Filling(allocate, destination.tensors_of_copy, SeedNames({}, selection))
         report, copied = steps.run(peer, filling, terms, Stopwatch())
         remember_version(copied.tensors, report.version)
         return dict(copied.tensors)
-
-
-def _terms(timeout: float, transport: str | Transport, *rest: Any) -> Terms:
-    return Terms(transport, time.monotonic() + timeout, *rest)

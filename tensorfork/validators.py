@@ -1,9 +1,11 @@
 """Validators of attrs fields: a value from a caller or a peer must have exactly its declared type, and a bounded size.
 
-attrs calls the functions named `*_field`, with (instance, attribute, value). The others check a value by itself.
+attrs calls the functions named `*_field`, with (instance, attribute, value). The others check a value by itself. Those
+at the end are for arguments of callers, where any kind of number will do.
 """
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from attrs import Attribute
@@ -73,3 +75,33 @@ def index_field(instance: object, attribute: Field, value: object) -> None:
         raise TypeError(f"{attribute.name} must be (index, size), not {str(value)[:80]}")
     if not 0 <= value[0] < value[1]:
         raise ValueError(f"{attribute.name} must be (index, size) with an index below the size, not {value}")
+
+
+# Numbers that callers give.
+
+DAY = 86_400.0
+"""Seconds. The longest time that anything of ours can be told to take."""
+
+
+def seconds(name: str, value: Any, *, zero: bool = False, most: float = DAY) -> float:
+    """The time that a caller allows, in seconds: more than 0, or 0 too; and at most `most`, by default a day.
+
+    Raises `TypeError` for what is not a number, `ValueError` for one out of range. Both name the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    number = float(value)
+    if not (number <= most and (number > 0.0 or (zero and number == 0.0))):  # nan is not either
+        least = "at least 0" if zero else "more than 0"
+        at_most = f", and at most {most:,.0f} (a day)" if most == DAY else ""
+        raise ValueError(f"{name} is in seconds; it must be {least}{at_most}, not {value}")
+    return number
+
+
+def natural_number(name: str, value: Any) -> int:
+    """A count that a caller gives. Raises `TypeError` for what is no integer, `ValueError` for a negative one."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, not {value}")
+    return int(value)

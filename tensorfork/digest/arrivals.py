@@ -15,6 +15,7 @@ from attrs import define
 
 from tensorfork.digest import warm_up
 from tensorfork.digest.batch import DigestBatch
+from tensorfork.errors import ForkCancelled
 from tensorfork.layout import TensorLayout
 from tensorfork.memory import cuda, streams
 from tensorfork.regions import Copy, Place
@@ -43,6 +44,7 @@ class ArrivalDigests:
         layouts: of these tensors, in storages of ours.
         ours: where each of these storages begins.
         copies: sorted by where they go (`into`, `at`).
+        cancel: set to stop; `digests` then raises `ForkCancelled`.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class ArrivalDigests:
         layouts: Sequence[TensorLayout],
         ours: Mapping[int, Place],
         copies: Sequence[Copy],
+        cancel: threading.Event | None = None,
     ) -> None:
         self._tensors = tensors
+        self._cancel = threading.Event() if cancel is None else cancel
         warm_up.wait({tensor.device for tensor in tensors.values()})
         self._parts = _divide(tensors, layouts, ours, copies)
         self._first_copies = [part.first for part in self._parts]
@@ -61,7 +65,7 @@ class ArrivalDigests:
         self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._digests: dict[str, int] = {}
         self._error: BaseException | None = None
-        self._cancelled = threading.Event()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="tensorfork-verify", daemon=True)
         if self._parts:
             self._thread.start()
@@ -80,16 +84,21 @@ class ArrivalDigests:
         """The digest of every tensor. Called once all bytes have arrived; raises what the thread met."""
         at_end = {name: self._tensors[name] for name in self._at_end}
         with streams.on_side_streams({tensor.device for tensor in at_end.values()}):
-            self._digests |= DigestBatch.of(at_end).compute()
+            self._digests |= DigestBatch.of(at_end).compute(self._stopped)
         self._join_thread()
+        if self._cancel.is_set():
+            raise ForkCancelled("the fork was cancelled (at step digests)")
         if self._error is not None:
             raise self._error
         return self._digests
 
     def close(self) -> None:
         """Stop the thread, whatever it has left to do."""
-        self._cancelled.set()
+        self._closed = True
         self._join_thread()
+
+    def _stopped(self) -> bool:
+        return self._closed or self._cancel.is_set()
 
     def _join_thread(self) -> None:
         if self._thread.is_alive():
@@ -102,7 +111,7 @@ class ArrivalDigests:
             batches = [DigestBatch.of({name: self._tensors[name] for name in part.names}) for part in self._parts]
             with streams.on_side_streams({tensor.device for tensor in self._tensors.values()}):
                 while (at := self._ready.get()) is not None:
-                    self._digests |= batches[at].compute(self._cancelled.is_set)
+                    self._digests |= batches[at].compute(self._stopped)
         except BaseException as error:  # raised by `digests`
             self._error = error
 

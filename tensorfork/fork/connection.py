@@ -1,6 +1,7 @@
 """The connection to a seed, and what the seed said of itself in its welcome."""
 
 import time
+from threading import Event
 from types import TracebackType
 from typing import Self
 
@@ -19,10 +20,15 @@ HELLO_TIMEOUT = 10.0
 class SeedConnection:
     """The connection to a seed. `welcome` is there after `greet`."""
 
-    def __init__(self, address: str, deadline: float) -> None:
-        self.address = address
-        self.conversation = Conversation(address, min(deadline, time.monotonic() + HELLO_TIMEOUT))
+    def __init__(self, address: str, deadline: float, cancel: Event) -> None:
+        self.address, self._cancel = address, cancel
+        self.conversation = Conversation(address, min(deadline, time.monotonic() + HELLO_TIMEOUT), cancel)
         self.welcome: messages.Welcome
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the caller has cancelled the fork."""
+        return self._cancel.is_set()
 
     def greet(self, deadline: float) -> None:
         """Say hello, and keep the seed's welcome. Raises `PeerUnreachable`, also after `HELLO_TIMEOUT` seconds."""

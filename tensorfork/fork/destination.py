@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from attrs import evolve, frozen
 
-from tensorfork.fork.new_storages import Device, NewStorages, allocate, device_chooser
+from tensorfork.fork.new_storages import NewStorages, allocate, device_chooser
 from tensorfork.fork.pairs import Pair
 from tensorfork.fork.slots import Slots, slots_for, slots_of_copy
 from tensorfork.layout import ModelLayout, TensorLayout
@@ -55,7 +55,7 @@ class DestinationMemory:
 
 
 def memory_for(
-    pairs: Sequence[Pair], theirs: ModelLayout, ours: LocalModel, device: Device, *, arena: bool = True
+    pairs: Sequence[Pair], theirs: ModelLayout, ours: LocalModel, device: torch.device | None, *, arena: bool = True
 ) -> DestinationMemory:
     """The memory of our tensors: new storages on `device` (see `device_chooser`) for meta ones, their own for others.
 
@@ -80,7 +80,7 @@ def memory_for(
     return DestinationMemory(pairs, regions, gapped, new, slots.tensors, own_id_offset, [ours.memory, new])
 
 
-def memory_for_all(theirs: ModelLayout, device: Device, *, arena: bool = True) -> DestinationMemory:
+def memory_for_all(theirs: ModelLayout, device: torch.device | None, *, arena: bool = True) -> DestinationMemory:
     """Memory for a whole copy of the seed's tensors, sharing storages as the seed's do. Raises as `memory_for` does."""
     slots = slots_of_copy(theirs, _device_of(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device))
     new = allocate(slots.slots, arena=arena)
@@ -88,7 +88,9 @@ def memory_for_all(theirs: ModelLayout, device: Device, *, arena: bool = True) -
     return DestinationMemory(pairs, new.regions, _gapped(slots), new, slots.tensors, 0, [new])
 
 
-def _device_of(theirs: ModelLayout, storages: Sequence[int], device: Device) -> Callable[[int], torch.device]:
+def _device_of(
+    theirs: ModelLayout, storages: Sequence[int], device: torch.device | None
+) -> Callable[[int], torch.device]:
     """A function that gives the device for what is filled from each of these storages of the seed's."""
     devices: dict[int, torch.device] = {}
     if storages:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from attrs import frozen
 
-from tensorfork.errors import TensorForkError
+from tensorfork.errors import TensorForkError, TransportUnavailable
+from tensorfork.exhaustion import exhausted
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import DestinationMemory
 from tensorfork.fork.strided import Scratch
@@ -17,6 +18,9 @@ from tensorfork.wire import messages, tables
 from tensorfork.wire.conversation import ForkChannel
 
 log = logging.getLogger("tensorfork")
+
+CANCELLED_TIMEOUT = 0.1
+"""Seconds in which a session of a fork that was cancelled must close, and the seed confirm that its lease is back."""
 
 
 @frozen(eq=False, repr=False)
@@ -58,8 +62,9 @@ def take_lease(
 ) -> Iterator[Lease]:
     """Take a lease over a transport, and open a session under it; close both at the end.
 
-    The session may still be getting ready inside the `with` block: call `Session.ready` before the first pull. `enter`
-    is called with the name of each phase that begins. Raises `TransportUnavailable` where the transport does not work.
+    The session may still be getting ready inside the `with` block: call `get_ready` before the first pull. `enter` is
+    called with the name of each phase that begins. Raises `TransportUnavailable` where the transport does not work,
+    `ResourceExhausted` where there is nothing left for it.
     """
     enter("lease")
     scratch = Scratch.for_tensors(memory.gapped)
@@ -77,8 +82,9 @@ def take_lease(
         remote = tables.unpack_regions(frames)
         enter("open")
         channel = ForkChannel(seed.conversation, leased.lease)
-        host = seed.conversation.peer.host
-        session = transport.open(leased.offer, host, remote, regions, channel, deadline)
+        host = seed.conversation.resolved.host
+        with _opening(transport):
+            session = transport.open(leased.offer, host, remote, regions, channel, deadline)
         try:
             theirs = tables.unpack_places(frames)
             ours = {storage.id: place for storage, place in zip(storages, places, strict=True)}
@@ -96,15 +102,44 @@ def take_lease(
             )
         finally:
             enter("close")
-            session.close(deadline)
+            _close(session, deadline if not seed.cancelled else min(deadline, time.monotonic() + CANCELLED_TIMEOUT))
     finally:
         _release(seed, leased.lease, deadline)
 
 
+def get_ready(lease: Lease, transport: Transport, deadline: float) -> None:
+    """Wait for what `Transport.open` began. Raises as `take_lease` does."""
+    with _opening(transport):
+        lease.session.ready(deadline)
+
+
+@contextmanager
+def _opening(transport: Transport) -> Iterator[None]:
+    """Inside, what is not an error of ours becomes one."""
+    try:
+        yield
+    except TensorForkError:
+        raise
+    except Exception as error:
+        if found := exhausted(error):
+            raise found from error
+        raise TransportUnavailable(f"{transport.name} failed to open a session: {error!r}") from error
+
+
+def _close(session: Session, deadline: float) -> None:
+    """Close a session. If that fails it is logged only: the bytes have come, or another error says why not."""
+    try:
+        session.close(deadline)
+    except Exception:
+        log.exception("a session was not closed")
+
+
 def _release(seed: SeedConnection, id: bytes, deadline: float) -> None:
     """Give a lease back. If that fails it is logged only: the seed ends the lease itself, when its time is over."""
+    now, cancelled = time.monotonic(), seed.cancelled
+    soon = now + CANCELLED_TIMEOUT if cancelled else min(max(deadline, now + 0.2), now + 2.0)
     try:
-        soon = min(max(deadline, time.monotonic() + 0.2), time.monotonic() + 2.0)
-        seed.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")
+        with seed.conversation.leaving():
+            seed.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")
     except TensorForkError as error:
         log.info("a lease was not given back: %s", error)

@@ -11,8 +11,6 @@ from tensorfork.layout import StorageLayout, TensorLayout
 from tensorfork.model.storages import ALIGNMENT
 from tensorfork.regions import Region
 
-Device = str | torch.device | None
-
 
 class AllocatedSlot(NamedTuple):
     """Where a slot lies: the number of its allocation, and the offset and the bytes in that."""
@@ -83,15 +81,14 @@ def allocate(slots: Mapping[int, Slot], *, arena: bool) -> NewStorages:
         return NewStorages(buffers, allocated)
 
 
-def device_chooser(storages: Sequence[StorageLayout], device: Device) -> Callable[[StorageLayout], torch.device]:
+def device_chooser(
+    storages: Sequence[StorageLayout], wanted: torch.device | None
+) -> Callable[[StorageLayout], torch.device]:
     """A function that gives the device for each new storage.
 
-    That is `device`, if one is given. Else it is the device of the same name as the seed's; but storages of a seed on a
-    single GPU go to our current GPU. Both raise `ValueError` for a device that this process cannot use.
+    That is `wanted` (see `usable_device`), if one is given. Else it is the device of the same name as the seed's; but
+    storages of a seed on a single GPU go to our current GPU. Raises `ValueError` for a device that is not here.
     """
-    wanted = None if device is None else _indexed(torch.device(device))
-    if wanted is not None and wanted.type == "meta":
-        raise ValueError("device='meta' has no memory to fork into; name a device that has, or none")
     gpus = {storage.device for storage in storages if storage.device.startswith("cuda")}
 
     def choose(storage: StorageLayout) -> torch.device:
@@ -108,14 +105,3 @@ def device_chooser(storages: Sequence[StorageLayout], device: Device) -> Callabl
         return torch.device(storage.device)
 
     return choose
-
-
-def named_device(device: Device) -> set[torch.device]:
-    """The device that the caller named, as a set: empty if none."""
-    return set() if device is None else {_indexed(torch.device(device))}
-
-
-def _indexed(device: torch.device) -> torch.device:
-    if str(device) == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

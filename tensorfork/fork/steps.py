@@ -10,45 +10,40 @@ bytes; meta tensors stay meta until `install`, which gives memory to all of them
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from threading import Event
 
 from attrs import define, evolve, field, frozen
 
 from tensorfork.digest import warm_up
 from tensorfork.digest.arrivals import ArrivalDigests
-from tensorfork.errors import PeerUnreachable, SeedAsleep, SeedChanged, TransferFailed, TransportUnavailable
+from tensorfork.errors import (
+    ForkCancelled,
+    PeerUnreachable,
+    ResourceExhausted,
+    SeedAsleep,
+    SeedChanged,
+    TensorForkError,
+    TransferFailed,
+    TransportUnavailable,
+)
+from tensorfork.exhaustion import exhausted
 from tensorfork.fork import transfer, verification
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import Destination, DestinationMemory
-from tensorfork.fork.lease import take_lease
+from tensorfork.fork.lease import get_ready, take_lease
 from tensorfork.fork.seed_names import SeedNames
-from tensorfork.fork.transport_choice import reason_against, transports_to_try
-from tensorfork.identity import Identity, Rank
+from tensorfork.fork.terms import Terms
+from tensorfork.fork.transport_choice import reason_against
 from tensorfork.layout import ModelLayout
-from tensorfork.lineage import AtLeast, Wanted
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
 from tensorfork.wire import tables
 
 SLEEP_POLL = 0.01, 0.5
 """Seconds between two questions whether a seed is still suspended or changing: at first, and at most."""
-
-
-@frozen(eq=False, repr=False)
-class Terms:
-    """The arguments of a fork that its steps need; `tensorfork.fork_into` describes each."""
-
-    transport: str | Transport
-    deadline: float
-    verify: bool
-    restarts: int
-    progress: transfer.Progress | None
-    identity: Identity | None
-    rank: Rank | None
-    wait: float
-    version: Wanted
-    at_least: AtLeast
 
 
 @frozen(eq=False, repr=False)
@@ -74,10 +69,9 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         TensorForkError: docs/errors.md has each kind, and the state it leaves.
         ValueError: `peer` or the device cannot be used.
     """
-    candidates = transports_to_try(terms.transport)
     watch.enter("resolve")
-    with SeedConnection(peer, terms.deadline) as seed:
-        attempts = _Attempts(seed, filling, terms, watch, candidates)
+    with _cancellable(peer, terms.cancel), SeedConnection(peer, terms.deadline, terms.cancel) as seed:
+        attempts = _Attempts(seed, filling, terms, watch)
         report = _with_restarts(attempts.next, terms)
     watch.enter("install")
     attempt = attempts.last
@@ -91,6 +85,20 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         left_out=attempts.left_out,
         left_out_by_seed=attempt.layout.left_out,
     ), destination
+
+
+@contextmanager
+def _cancellable(peer: str, cancel: Event) -> Iterator[None]:
+    """Inside, what fails once the fork is cancelled raises `ForkCancelled`: whatever stopped then stopped for that."""
+    try:
+        yield
+    except TensorForkError as error:
+        if not cancel.is_set() or isinstance(error, ForkCancelled):
+            raise
+        complete, undrained = getattr(error, "complete", ()), getattr(error, "undrained", ())
+        raise ForkCancelled(
+            f"{peer}: the fork was cancelled ({error})", complete=complete, undrained=undrained
+        ) from error
 
 
 def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkReport:
@@ -116,9 +124,8 @@ def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkRepor
             raise
         first, longest = SLEEP_POLL
         pause = min(longest, first * 2 ** min(restarts + asleep, 10))
-        if time.monotonic() + pause >= until:
+        if time.monotonic() + pause >= until or terms.cancel.wait(pause):
             raise last
-        time.sleep(pause)
 
 
 @define(eq=False, repr=False)
@@ -129,7 +136,6 @@ class _Attempts:
     filling: Filling
     terms: Terms
     watch: Stopwatch
-    candidates: Sequence[Transport]
     last: "_Attempt | None" = None
     not_compared: Sequence[str] = ()
     left_out: Sequence[str] = ()
@@ -146,7 +152,7 @@ class _Attempts:
             self.last = None  # before new memory is allocated
             self.last = self._prepare()
             self._publication = seed.welcome.publication
-        return self.last.first_that_works(self.candidates)
+        return self.last.first_that_works(terms.transports)
 
     def _prepare(self) -> "_Attempt":
         terms, filling = self.terms, self.filling
@@ -176,21 +182,24 @@ class _Attempt:
     def first_that_works(self, candidates: Sequence[Transport]) -> ForkReport:
         """Copy over the first transport that works between the two processes.
 
-        Raises `TransportUnavailable`, with the reason against each, where none works.
+        Raises `TransportUnavailable`, with the reason against each, where none works; or `ResourceExhausted`, if one of
+        them would have worked with more of that.
         """
         passed_over: dict[str, str] = {}
+        wanting: ResourceExhausted | None = None
         for transport in candidates:
             why_not = reason_against(transport, self.seed, self.memory.regions)
             if why_not is None:
                 try:
                     return evolve(self._copy(transport), passed_over=passed_over)
-                except TransportUnavailable as error:
-                    why_not = str(error)
+                except (TransportUnavailable, ResourceExhausted) as error:
+                    why_not, wanting = str(error), wanting or exhausted(error)
             passed_over[transport.name] = why_not
         reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
-        raise TransportUnavailable(
-            f"{self.seed.address}: no transport works between the seed and this process: {reasons}"
-        )
+        text = f"{self.seed.address}: no transport works between the seed and this process: {reasons}"
+        if wanting is not None:
+            raise ResourceExhausted(text, resource=wanting.resource) from wanting
+        raise TransportUnavailable(text)
 
     def _copy(self, transport: Transport) -> ForkReport:
         """Lease, open, pull, check, verify. Raises `TransportUnavailable` where the transport turns out not to work."""
@@ -205,12 +214,14 @@ class _Attempt:
             enter("verify")
             digests = None
             if terms.verify:
-                digests = ArrivalDigests(destination.tensors, destination.layouts, lease.ours, plan.copies)
+                digests = ArrivalDigests(
+                    destination.tensors, destination.layouts, lease.ours, plan.copies, terms.cancel
+                )
             try:
                 enter("open")
-                lease.session.ready(deadline)
+                get_ready(lease, transport, deadline)
                 enter("transfer")
-                nbytes = transfer.pull(lease, plan, destination, seed, deadline, terms.progress, digests)
+                nbytes = transfer.pull(lease, plan, destination, seed, terms, digests)
                 enter("verify")
                 verification.check_generation(lease, seed, deadline)
                 if digests is not None:
@@ -219,6 +230,9 @@ class _Attempt:
                     )
                     version = evolve(version, content=content)
                     seed.check_version(terms.version, terms.at_least, tables.pack_version(version))
+                seed.conversation.check_cancelled("install")  # the last look: what begins now is done
+            except ForkCancelled as error:  # all bytes are here
+                raise ForkCancelled(str(error), complete=tuple(destination.tensors)) from error
             except TransferFailed as error:
                 verification.explain_failure(error, lease, seed, deadline)
                 raise

@@ -60,6 +60,7 @@ def pull_strided(
     ours: Mapping[int, Place],
     scratch: Scratch,
     deadline: float,
+    cancel: Event,
 ) -> None:
     """Fill one strided tensor. Raises what `Session.pull` raises; slabs that were filled before stay filled."""
     buffer, into = scratch.buffers[tensor.device], scratch.place(tensor.device, ours)
@@ -69,9 +70,8 @@ def pull_strided(
     for offset, grid, piece in _slabs(length, steps, buffer.nbytes):
         nbytes = _extent(piece, grid)
         source = place.offset + pair.theirs.offset + offset
-        session.pull(
-            [Copy(0, place.region, source, into.region, into.offset, nbytes)], deadline, lambda _: None, Event()
-        )
+        copy = Copy(0, place.region, source, into.region, into.offset, nbytes)
+        session.pull([copy], deadline, lambda _: None, cancel)
         shape = [size for _, size in grid] + [piece]
         stride = [step for step, _ in grid] + [1]
         with torch.inference_mode():

@@ -1,20 +1,17 @@
 """Moving the bytes: what to copy under a lease, and the pull."""
 
-from collections.abc import Callable, Mapping, Sequence
-from threading import Event
+from collections.abc import Mapping, Sequence
 
 from tensorfork.digest.arrivals import ArrivalDigests
-from tensorfork.errors import PeerUnreachable, ProtocolError, TransferFailed
+from tensorfork.errors import ProtocolError, TensorForkError, TransferFailed, TransportUnavailable
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.cut import Plan, complete, cut
 from tensorfork.fork.destination import Destination
 from tensorfork.fork.lease import Lease
 from tensorfork.fork.pairs import Pair
 from tensorfork.fork.strided import pull_strided
+from tensorfork.fork.terms import Progress, Terms
 from tensorfork.regions import Place
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes that have arrived and the bytes in all, on the thread that called `fork_into` or `fork`."""
 
 
 def make_plan(lease: Lease, destination: Destination, seed: SeedConnection) -> Plan:
@@ -34,43 +31,48 @@ def pull(
     plan: Plan,
     destination: Destination,
     seed: SeedConnection,
-    deadline: float,
-    progress: Progress | None,
+    terms: Terms,
     digests: ArrivalDigests | None,
 ) -> int:
     """Move every byte of the plan; return how many. `digests` is told of each copy that has arrived.
 
-    Raises `TransferFailed` with the names of the tensors that are complete; the others hold old and new bytes.
+    Whatever the transport raises becomes `TransferFailed`, with the names of the tensors that are complete; the others
+    hold old and new bytes. But `TransportUnavailable` stays, since another transport may do, and what `progress` raises
+    reaches the caller.
     """
-    arrivals = _Arrivals(plan, progress, digests)
+    arrivals = _Arrivals(plan, terms.progress, digests)
     try:
         if plan.copies:
-            lease.session.pull(plan.copies, deadline, arrivals.add_copy, Event())
+            lease.session.pull(plan.copies, terms.deadline, arrivals.add_copy, terms.cancel)
         arrivals.check_copies()
         for pair in plan.strided:
-            tensor = destination.tensors[pair.name]
-            pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline)
+            tensor, deadline = destination.tensors[pair.name], terms.deadline
+            pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline, terms.cancel)
             arrivals.add_strided(pair)
-    except TransferFailed as error:
+    except TransportUnavailable:
+        raise
+    except Exception as error:
+        if error is arrivals.callback_error:
+            raise
         arrived = arrivals.complete_tensors(destination.pairs, lease.ours)
+        why = str(error) if isinstance(error, TensorForkError) else f"the transport failed: {error!r}"
         raise TransferFailed(
-            f"{seed.address}: {error}; {len(arrived)} of {len(destination.pairs)} tensors had arrived. Try again, or "
-            "another seed; do not use the model.",
+            f"{why if why.startswith(seed.address) else f'{seed.address}: {why}'}; {len(arrived)} of "
+            f"{len(destination.pairs)} tensors had arrived. Try again, or another seed; do not use the model.",
             complete=arrived,
-            undrained=error.undrained,
+            undrained=getattr(error, "undrained", ()),
         ) from error
-    except PeerUnreachable as error:
-        raise TransferFailed(f"{error}; do not use the model") from error
     return arrivals.total
 
 
 class _Arrivals:
-    """What has arrived of a plan, as it is reported."""
+    """What has arrived of a plan, as it is reported. `callback_error` is what `progress` raised."""
 
     def __init__(self, plan: Plan, progress: Progress | None, digests: ArrivalDigests | None) -> None:
         self._plan, self._progress, self._digests = plan, progress, digests
         self._copies: list[int] = []
         self._nbytes = 0
+        self.callback_error: BaseException | None = None
         self.total = sum(copy.nbytes for copy in plan.copies) + sum(pair.ours.nbytes for pair in plan.strided)
         self._add(0)
 
@@ -99,4 +101,8 @@ class _Arrivals:
     def _add(self, nbytes: int) -> None:
         self._nbytes += nbytes
         if self._progress is not None:
-            self._progress(self._nbytes, self.total)
+            try:
+                self._progress(self._nbytes, self.total)
+            except BaseException as error:
+                self.callback_error = error
+                raise

@@ -9,13 +9,13 @@ from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
 
 
-def transports_to_try(wanted: str | Transport) -> list[Transport]:
+def transports_to_try(wanted: str | Transport) -> tuple[Transport, ...]:
     """The transports to try, in order. Raises `TypeError`, or `TransportUnavailable` for an unknown name."""
     if isinstance(wanted, Transport):
-        return [wanted]
+        return (wanted,)
     if not isinstance(wanted, str):
         raise TypeError(f"transport must be a name or a Transport, not {type(wanted).__name__}")
-    return [registry.load(name) for name in (registry.AUTO if wanted == "auto" else [wanted])]
+    return tuple(registry.load(name) for name in (registry.AUTO if wanted == "auto" else (wanted,)))
 
 
 def reason_against(transport: Transport, seed: SeedConnection, regions: Sequence[Region]) -> str | None:

@@ -17,6 +17,7 @@ from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.leases import SeedStats
 from tensorfork.seed.service import CLOSE_TIMEOUT, SeedService
 from tensorfork.transports.base import Transport
+from tensorfork.validators import seconds
 
 
 class Seed:
@@ -100,12 +101,12 @@ class Seed:
         may keep it from being freed until its process closes it (docs/reliability.md). A second call waits again.
 
         Args:
-            timeout: seconds to wait for forks and threads.
+            timeout: seconds to wait for forks and threads; a day at most.
 
         Raises:
             MemoryInUse: somebody can still read the memory; it says who. The seed stays suspended.
         """
-        self._service.suspend(time.monotonic() + timeout)
+        self._service.suspend(time.monotonic() + seconds("timeout", timeout, zero=True))
 
     def resume(self) -> None:
         """End `suspend`, once the memory is mapped again, and `drain`: forks are served again.
@@ -118,9 +119,9 @@ class Seed:
     def drain(self, timeout: float) -> bool:
         """Grant no lease from now on, until `resume`, and wait until those that run have ended by themselves.
 
-        Returns whether they have, within `timeout` seconds. They go on in any case, until `close`.
+        Returns whether they have, within `timeout` seconds, a day at most. They go on in any case, until `close`.
         """
-        return self._service.drain(time.monotonic() + timeout)
+        return self._service.drain(time.monotonic() + seconds("timeout", timeout, zero=True))
 
     def stats(self) -> SeedStats:
         """What it has done so far."""
@@ -131,10 +132,11 @@ class Seed:
 
         A second call does nothing.
         """
+        deadline = time.monotonic() + seconds("timeout", timeout, zero=True)
         if not self._closed:
             self._closed = True
             _open.discard(self)
-            self._service.close(time.monotonic() + timeout)
+            self._service.close(deadline)
 
     def __enter__(self) -> Self:
         return self

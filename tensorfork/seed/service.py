@@ -18,6 +18,7 @@ from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved, TensorFor
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
+from tensorfork.seed.address import listening_address
 from tensorfork.seed.digests import DigestCache
 from tensorfork.seed.leases import ENDED, MAX_LEASES, RELEASED, Lease, LeaseTable, SeedStats
 from tensorfork.seed.publication import Publication
@@ -80,10 +81,7 @@ class SeedService:
         self._lock = threading.Lock()
         self._next_liveness_check = 0.0
         self._id = os.urandom(16)
-        bound = Address.parse(bind)
-        advertised = None if advertise is None else _parse_advertised(advertise)
-        if bound.is_wildcard and advertised is None:
-            raise ValueError(f"bind={bind!r} is every interface; say with advertise= by which address forks reach it")
+        bound, advertised = listening_address(bind, advertise)
         self._listener = Listener(bound, self._on_request, self._on_gone)
         host, port = advertised or (self._listener.address.host, None)
         self.address = Address(host, self._listener.address.port if port is None else port)
@@ -364,16 +362,3 @@ def _refusal(lease: Lease, transport: Transport, error: Exception) -> messages.R
     if not isinstance(error, TensorForkError):
         log.exception("the transport %s failed to export", transport.name)
     return messages.Refused(messages.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}")
-
-
-def _parse_advertised(text: str) -> tuple[str, int | None]:
-    """The host and the port of `publish(advertise=)`; the port is None where only a host is given."""
-    bare = text.removeprefix("tcp://")
-    for form in (text, f"{bare}:*", f"[{bare}]:*"):
-        try:
-            address = Address.parse(form)
-        except ValueError:
-            continue
-        if not address.is_wildcard:
-            return address.host, address.port
-    raise ValueError(f"advertise={text!r} is not an address by which forks can come; give a host, or host:port")

@@ -5,11 +5,15 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from attrs import frozen
 
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
+
+CHECK_SECONDS = 0.1
+"""Seconds between two checks whether a name is still wanted that is being looked up."""
 
 WILDCARDS = {"0.0.0.0", "*", "::"}
 
@@ -49,10 +53,11 @@ def _is_ipv6(text: str) -> bool:
         return False
 
 
-def resolve(address: Address, deadline: float) -> Address:
+def resolve(address: Address, deadline: float, check: Callable[[], object] = lambda: None) -> Address:
     """Look up the host's name, on a thread, since the system's resolver has no deadline.
 
-    Raises `PeerUnreachable` when there is no such host, or no answer by the deadline.
+    `check` is called while waiting, and may raise. Raises `PeerUnreachable` when there is no such host, or no answer by
+    the deadline.
     """
     results: list[Any] = []
 
@@ -64,7 +69,9 @@ def resolve(address: Address, deadline: float) -> Address:
 
     thread = threading.Thread(target=look_up, name="tensorfork-resolve", daemon=True)
     thread.start()
-    thread.join(max(0.0, deadline - time.monotonic()))
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0:
+        check()
+        thread.join(min(CHECK_SECONDS, left))
     result = results[0] if results else TimeoutError("no answer from the resolver")
     if isinstance(result, Exception):
         raise PeerUnreachable(

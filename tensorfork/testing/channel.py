@@ -4,7 +4,7 @@ import queue
 import time
 from collections.abc import Callable
 
-from tensorfork import PeerUnreachable
+from tensorfork import LeaseEnded, PeerUnreachable
 
 
 class QueueChannel:
@@ -17,6 +17,7 @@ class QueueChannel:
     def __init__(self, send: Callable[[bytes], None]) -> None:
         self._send = send
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._ended = False
 
     def connect(self, send: Callable[[bytes], None]) -> None:
         """From now on, pass messages to this function."""
@@ -42,10 +43,16 @@ class QueueChannel:
             raise PeerUnreachable("the lease has ended")
         return message
 
+    def check(self) -> None:
+        """See `tensorfork.Channel`."""
+        if self._ended:
+            raise LeaseEnded("the lease has ended")
+
     def deliver(self, message: bytes) -> None:
         """Hand this end a message from the other one."""
         self._queue.put(message)
 
     def end(self) -> None:
-        """End the lease: `recv` raises once all delivered messages have been received."""
+        """End the lease: `recv` raises once all delivered messages have been received, and `check` at once."""
+        self._ended = True
         self._queue.put(None)

@@ -40,7 +40,17 @@ class Channel(Protocol):
         """Send one message. Raises `PeerUnreachable` if the other side is gone."""
 
     def recv(self, deadline: float) -> bytes:
-        """Return the next message. Raises `PeerUnreachable` at the deadline, `LeaseEnded` when the lease has ended."""
+        """Return the next message. Raises `PeerUnreachable` at the deadline, `LeaseEnded` when the lease has ended.
+
+        To a fork's transport, its lease has ended when the fork is cancelled, too.
+        """
+
+    def check(self) -> None:
+        """Raise `LeaseEnded` if this side has ended the lease: on a fork that was cancelled. Never waits.
+
+        For any thread, and for what waits in `Transport.open` or `Session.ready` for something else than a message:
+        call it every 0.2 s or so.
+        """
 
 
 class Export(ABC):

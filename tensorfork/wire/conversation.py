@@ -8,13 +8,14 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import zmq
 
 from tensorfork.errors import (
+    ForkCancelled,
     LeaseEnded,
     PeerRefused,
     PeerUnreachable,
@@ -53,19 +54,27 @@ _MONITORED = (
 
 
 class Conversation:
-    """The fork's end of the connection. One thread at a time sends requests; others may use the leases' channels."""
+    """The fork's end of the connection. One thread at a time sends requests; others may use the leases' channels.
 
-    def __init__(self, peer: str, deadline: float) -> None:
+    Once `cancel` is set, no request begins, and those that wait raise `ForkCancelled` within `POLL_MS`.
+
+    Attributes:
+        peer: the seed's address, as it was given.
+        resolved: the same with the host's numeric address.
+    """
+
+    def __init__(self, peer: str, deadline: float, cancel: threading.Event | None = None) -> None:
         """Begin to connect. Raises `ValueError` for a bad address, and `PeerUnreachable` for an unknown host."""
-        self.peer = Address.parse(peer)
-        if self.peer.port is None or self.peer.is_wildcard:
-            raise ValueError(f"{peer!r} is where a seed listens, not where it is found; use what seed.address says")
-        resolved = resolve(self.peer, deadline)
+        self.peer = peer_address(peer)
+        self._cancel = threading.Event() if cancel is None else cancel
+        self._leaving = False
+        self.resolved = resolve(self.peer, deadline, lambda: self.check_cancelled("resolve"))
         self._context = new_context()
-        self._socket = new_socket(self._context, zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
-        self._socket.reconnect_ivl = RECONNECT_MS
-        self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
-        self._monitor = self._socket.get_monitor_socket(_MONITORED)
+        try:
+            self._open_socket()
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
         self._inboxes: dict[bytes, queue.SimpleQueue[bytes | messages.Ended]] = {}
@@ -74,7 +83,13 @@ class Conversation:
         self._failed_handshakes = 0
         self._disconnect_follows = False
         self._closed = False
-        connect(self._socket, resolved)
+
+    def _open_socket(self) -> None:
+        self._socket = new_socket(self._context, zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
+        self._socket.reconnect_ivl = RECONNECT_MS
+        self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
+        self._monitor = self._socket.get_monitor_socket(_MONITORED)
+        connect(self._socket, self.resolved)
 
     def request(self, message: messages.Request, expect: type[M], deadline: float, step: str) -> tuple[M, list[bytes]]:
         """Send a request; return its reply, and the frames behind it.
@@ -83,7 +98,9 @@ class Conversation:
             PeerUnreachable: no reply by the deadline, or the peer went away; names the address and the step.
             PeerRefused, SeedAsleep, SeedChanged, SeedMoved, TransportUnavailable: the seed refused.
             ProtocolError: the peer is not a seed of our version, or its reply is not of type `expect`.
+            ForkCancelled: `cancel` is set.
         """
+        self.check_cancelled(step)
         number = next(self._numbers)
         with self._lock:
             self._send_frames([messages.encode(message, number)], deadline, step)
@@ -110,6 +127,7 @@ class Conversation:
         """The next message on a lease's channel.
 
         Raises `PeerUnreachable`, also at the deadline, and `LeaseEnded` once the seed has ended the lease.
+        `ForkCancelled` is raised where it would wait.
         """
         inbox = self._inboxes.setdefault(lease, queue.SimpleQueue())
         while True:
@@ -130,6 +148,20 @@ class Conversation:
                         self._deliver(message, frames)
                     elif isinstance(message, messages.Refused):
                         raise self._error_from(message, "channel")
+
+    def check_cancelled(self, step: str) -> None:
+        """Raise `ForkCancelled` once `cancel` is set. For any thread."""
+        if self._cancel.is_set() and not self._leaving:
+            raise ForkCancelled(f"{self.peer}: the fork was cancelled (at step {step})")
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Inside, `cancel` is ignored: for the last words on a lease, which give it back."""
+        self._leaving = True
+        try:
+            yield
+        finally:
+            self._leaving = False
 
     def close(self) -> None:
         """Close the connection.
@@ -167,6 +199,7 @@ class Conversation:
     def _wait(self, ready: int, deadline: float, step: str) -> None:
         """Wait until the socket is ready or the connection has an event, for `POLL_MS` at most."""
         self._check_open(step)
+        self.check_cancelled(step)
         if time.monotonic() >= deadline:
             why = "it answers nothing" if self._connected else "nobody answers there"
             if self._refused_connects and not self._connected:
@@ -228,16 +261,41 @@ class Conversation:
         return PeerRefused(text)
 
 
+def peer_address(text: Any) -> Address:
+    """The address of a seed, as a caller gives it. Raises `ValueError` or `TypeError`."""
+    if not isinstance(text, str):
+        raise TypeError(f"peer must be a seed's address, such as tcp://10.0.0.7:4180, not {type(text).__name__}")
+    address = Address.parse(text)
+    if address.port is None or address.is_wildcard:
+        raise ValueError(f"{text!r} is where a seed listens, not where it is found; use what seed.address says")
+    return address
+
+
 class ForkChannel:
-    """The fork's end of a lease's channel; a `tensorfork.transports.base.Channel`."""
+    """The fork's end of a lease's channel; a `tensorfork.transports.base.Channel`. To it, a fork that is cancelled has
+    ended its lease.
+    """
 
     def __init__(self, conversation: Conversation, lease: bytes) -> None:
         self._conversation, self._lease = conversation, lease
 
     def send(self, message: bytes, deadline: float) -> None:
         """See `tensorfork.transports.base.Channel`."""
-        self._conversation.send(self._lease, message, deadline)
+        try:
+            self._conversation.send(self._lease, message, deadline)
+        except ForkCancelled as error:
+            raise LeaseEnded(str(error)) from error
 
     def recv(self, deadline: float) -> bytes:
         """See `tensorfork.transports.base.Channel`."""
-        return self._conversation.recv(self._lease, deadline)
+        try:
+            return self._conversation.recv(self._lease, deadline)
+        except ForkCancelled as error:
+            raise LeaseEnded(str(error)) from error
+
+    def check(self) -> None:
+        """See `tensorfork.transports.base.Channel`."""
+        try:
+            self._conversation.check_cancelled("open")
+        except ForkCancelled as error:
+            raise LeaseEnded(str(error)) from error

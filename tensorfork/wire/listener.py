@@ -159,6 +159,7 @@ class SeedChannel:
     def __init__(self, listener: Listener, peer: bytes, lease: bytes) -> None:
         self._listener, self._peer, self._lease = listener, peer, lease
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._ended = False
 
     def send(self, message: bytes, deadline: float) -> None:
         """See `tensorfork.transports.base.Channel`. Never waits: messages are few and small."""
@@ -175,6 +176,11 @@ class SeedChannel:
             raise LeaseEnded("the lease has ended")
         return message
 
+    def check(self) -> None:
+        """See `tensorfork.transports.base.Channel`."""
+        if self._ended:
+            raise LeaseEnded("the lease has ended")
+
     def deliver(self, message: bytes) -> bool:
         """Add a message from the fork. False, without adding it, when `MAX_UNREAD` messages wait already."""
         if self._inbox.qsize() >= self.MAX_UNREAD:
@@ -184,4 +190,5 @@ class SeedChannel:
 
     def end(self) -> None:
         """End the channel: `recv` raises `LeaseEnded`, in threads that wait in it too."""
+        self._ended = True
         self._inbox.put(None)

@@ -55,7 +55,7 @@ def fill(theirs: torch.Tensor, ours: torch.Tensor) -> list[Copy]:
         [],
     )
     places = {region.id: Place(region.id, 0) for region in regions}
-    pull_strided(session, pairs[0], ours, {0: Place(0, 0)}, places, scratch, 0.0)
+    pull_strided(session, pairs[0], ours, {0: Place(0, 0)}, places, scratch, 0.0, Event())
     return session.copies
 
 

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
@@ -17,6 +17,9 @@ OPENER_THREADS = 2
 """Threads that open handles: while one waits for the interpreter, the other is in the driver. Once copies are enqueued,
 there is one."""
 _LATE = "CUDA had not opened the seed's memory by the deadline"
+CHECK_SECONDS = 0.1
+"""Seconds between two checks whether a handle is still waited for."""
+Check = Callable[[], object]
 _Key = tuple[int, int]
 """The id of a remote region, and the ordinal of one of our GPUs."""
 
@@ -62,21 +65,28 @@ class RemoteHandles:
                     opener.start()  # it waits for the condition's lock, until it is in the list
                     self._openers.append(opener)
 
-    def wait_for_first(self, deadline: float) -> None:
+    def wait_for_first(self, deadline: float, check: Check = lambda: None) -> None:
         """Wait until an eighth of the requested handles is open. Returns at once if none was requested.
 
-        Raises `TransportUnavailable` if one of them cannot be opened, `TransferFailed` at the deadline.
+        `check` is called while waiting, and may raise. Raises `TransportUnavailable` if one of them cannot be opened,
+        `TransferFailed` at the deadline.
         """
         with self._changed:
             eighth = -(-self._count() // 8)
-            in_time = self._changed.wait_for(
-                lambda: len(self._addresses) >= eighth or self._errors, max(0.0, deadline - time.monotonic())
-            )
+            in_time = self._wait_for(lambda: len(self._addresses) >= eighth or bool(self._errors), deadline, check)
             failed = next(iter(self._errors), None)
         if failed is not None:
             self.address(*failed, deadline)
         if not in_time:
             raise TransferFailed(_LATE)
+
+    def _wait_for(self, true: Callable[[], bool], deadline: float, check: Check) -> bool:
+        """Wait for something to be true, with the lock; whether it is by the deadline."""
+        while not (found := self._changed.wait_for(true, max(0.0, min(CHECK_SECONDS, deadline - time.monotonic())))):
+            if time.monotonic() >= deadline:
+                break
+            check()
+        return found
 
     def _count(self) -> int:
         return len(self._addresses) + len(self._errors) + len(self._queue) + len(self._opening)
@@ -101,20 +111,18 @@ class RemoteHandles:
         """Whether `address` would return at once."""
         return (id, device) in self._addresses
 
-    def address(self, id: int, device: int, deadline: float) -> int:
+    def address(self, id: int, device: int, deadline: float, check: Check = lambda: None) -> int:
         """The address of a requested region on one of our GPUs; waits until its handle is open.
 
-        Raises `TransportUnavailable` if it cannot be opened, `TransferFailed` at the deadline.
+        `check` is called while waiting, and may raise. Raises `TransportUnavailable` if it cannot be opened,
+        `TransferFailed` at the deadline.
         """
         key = id, device
         address = self._addresses.get(key)
         if address is not None:
             return address
         with self._changed:
-            in_time = self._changed.wait_for(
-                lambda: key in self._addresses or key in self._errors, max(0.0, deadline - time.monotonic())
-            )
-            if not in_time:
+            if not self._wait_for(lambda: key in self._addresses or key in self._errors, deadline, check):
                 raise TransferFailed(_LATE)
             if key in self._addresses:
                 return self._addresses[key]

@@ -10,7 +10,7 @@ from threading import Event
 import torch
 from attrs import frozen
 
-from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.errors import LeaseEnded, PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.memory import cuda, streams
 from tensorfork.memory.copy_batch import copy_batch
 from tensorfork.regions import Copy, Region, RemoteRegion
@@ -46,7 +46,8 @@ class IpcSession(Session):
         same_process, allocations = read_offer(offer, remote)
         self.fabric = "same process" if same_process else "cuda ipc"
         self._channel, self._closed = channel, False
-        self._rate_limit, self._limiter, self._deadline = rate_limit, RateLimiter(rate_limit), 0.0
+        self._rate_limit, self._limiter = rate_limit, RateLimiter(rate_limit)
+        self._deadline, self._cancel = 0.0, Event()
         self._lease_end = LeaseEnd(channel)
         self._remote = {region.id: region for region in remote}
         self._regions = {region.id: region for region in regions}
@@ -66,8 +67,8 @@ class IpcSession(Session):
         other.
         """
         try:
-            self._handles.wait_for_first(deadline)
-        except TransferFailed as error:
+            self._handles.wait_for_first(deadline, self._channel.check)
+        except (TransferFailed, LeaseEnded) as error:
             raise TransportUnavailable(f"cuda_ipc: {error}") from error
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
@@ -81,7 +82,7 @@ class IpcSession(Session):
             self._handles.request(dict.fromkeys((copies[i].region, device) for i in indices))
             queues.append(_CopyQueue(device, deque(indices), self._batch_size(sum(copies[i].nbytes for i in indices))))
         self._limiter = RateLimiter(self._rate_limit, catch_up=math.inf, start=time.monotonic())
-        self._deadline = deadline
+        self._deadline, self._cancel = deadline, cancel
         in_flight: deque[_InFlightBatch] = deque()
         try:
             while queues or in_flight:
@@ -129,7 +130,8 @@ class IpcSession(Session):
             operations = []
             for i in batch:
                 copy = copies[i]
-                source = self._handles.address(copy.region, queue.device, self._deadline) + copy.offset
+                source = self._handles.address(copy.region, queue.device, self._deadline, self._check_going_on)
+                source += copy.offset
                 operations.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
             self._limiter.spend(sum(nbytes for _, _, nbytes in operations), time.monotonic())
             with self._handles.paused():
@@ -138,6 +140,9 @@ class IpcSession(Session):
                 event.record(stream)
             in_flight.append(_InFlightBatch(queue.device, event, batch))
         return bool(queue.copies)
+
+    def _check_going_on(self) -> None:
+        check_going_on(self._deadline, self._cancel)
 
     def _next_batch(self, queue: "_CopyQueue", copies: Sequence[Copy], in_flight: int) -> list[int]:
         """Take the next copies off a device's queue that has `in_flight` batches in flight.

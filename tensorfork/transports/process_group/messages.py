@@ -29,6 +29,10 @@ class MessageChannel:
 
     channel: Channel
 
+    def check(self) -> None:
+        """See `Channel.check`."""
+        self.channel.check()
+
     def send(self, *message: Any, deadline: float) -> None:
         """Send a message. Raises `PeerUnreachable` if the other side is gone."""
         self.channel.send(msgpack.packb(message), deadline)

@@ -9,7 +9,14 @@ from typing import Any
 import msgpack
 from attrs import evolve
 
-from tensorfork.errors import PeerUnreachable, ProtocolError, TensorForkError, TransferFailed, TransportUnavailable
+from tensorfork.errors import (
+    LeaseEnded,
+    PeerUnreachable,
+    ProtocolError,
+    TensorForkError,
+    TransferFailed,
+    TransportUnavailable,
+)
 from tensorfork.interpreter import process
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.sockets.address import local_address
@@ -74,7 +81,7 @@ class GroupSession(Session):
         pairs = [(theirs, ours) for theirs in {region.device for region in remote} for ours in self._regions.devices]
         self._early_pairs = pairs if len(pairs) == 1 else []  # with several, the copies say which are needed
         deadline = min(deadline, time.monotonic() + joining)
-        self._stores: GroupStores | None = GroupStores(seed, port, token, deadline, _deadline_check(deadline))
+        self._stores: GroupStores | None = GroupStores(seed, port, token, deadline, self._going_on(deadline))
         self._early_join: BackgroundTask[list[PairGroup]] | None = None
         if self._early_pairs:
             join = partial(self._join, self._early_pairs, deadline, self._check_open)
@@ -85,7 +92,7 @@ class GroupSession(Session):
         if self._early_join is None:
             return
         try:
-            self._groups = self._early_join.result(_deadline_check(min(deadline, time.monotonic() + self._joining)))
+            self._groups = self._early_join.result(self._going_on(min(deadline, time.monotonic() + self._joining)))
         except BaseException:
             self.close(deadline)
             raise
@@ -129,18 +136,33 @@ class GroupSession(Session):
         if self._closed.is_set():
             raise TransferFailed("this session is closed")
 
+    def _going_on(self, deadline: float) -> Callable[[], None]:
+        """A function that raises `TransportUnavailable` once the deadline has passed, or the fork is cancelled."""
+
+        def check() -> None:
+            try:
+                self._channel.check()
+            except LeaseEnded as error:
+                raise TransportUnavailable(str(error)) from error
+            if time.monotonic() >= deadline:
+                raise TransportUnavailable(
+                    "the two sides did not find one another in time; check that the seed's ports can be reached"
+                )
+
+        return check
+
     def _join(self, pairs: Sequence[tuple[str, str]], deadline: float, check: Callable[[], object]) -> list[PairGroup]:
         """Create a group for each of these pairs of devices, all at once.
 
         `check` is called repeatedly, and may raise. Raises `TransportUnavailable`, and leaves no group behind. Before
         the first pull this runs on a thread of its own, and no other thread uses the channel meanwhile.
         """
-        check_deadline = _deadline_check(deadline)
+        check_time = self._going_on(deadline)
         ctas = self._settings.ctas
         groups: list[PairGroup] = []
 
         def check_both() -> None:
-            check_deadline()
+            check_time()
             check()
 
         stores = self._stores
@@ -243,15 +265,3 @@ def _parse_offer(offer: bytes, ours: Settings) -> tuple[str, int, Settings, bool
 def _close_all(groups: Sequence[PairGroup]) -> None:
     for group in groups:
         group.close()
-
-
-def _deadline_check(deadline: float) -> Callable[[], None]:
-    """A function that raises `TransportUnavailable` once the deadline has passed."""
-
-    def check() -> None:
-        if time.monotonic() >= deadline:
-            raise TransportUnavailable(
-                "the two sides did not find one another in time; check that the seed's ports can be reached"
-            )
-
-    return check

@@ -162,13 +162,23 @@ class Engine:
         """Whether `read_batch` has read from this address before. Handles over nvlink, once opened, stay open."""
         return address in self._contacted
 
-    def start_read(self, address: str, into: int, source: int, nbytes: int, device: str, deadline: float) -> int:
+    def start_read(
+        self,
+        address: str,
+        into: int,
+        source: int,
+        nbytes: int,
+        device: str,
+        deadline: float,
+        stop: threading.Event | None = None,
+    ) -> int:
         """Start a read, and return its transfer id, for `status`.
 
-        The caller must call `status` until the read is over. Raises `TransferFailed` if the read does not start.
+        The caller must call `status` until the read is over. Raises `TransferFailed` if the read does not start, as it
+        does not once `stop` is set.
         """
         self._check_process()
-        with self._peer_lock.acquire(deadline, exclusive=True), _call_gate, _current_device(device):
+        with self._peer_lock.acquire(deadline, exclusive=True, stop=stop), _call_gate, _current_device(device):
             transfer_id = int(self._mooncake.batch_transfer_async_read(address, [into], [source], [nbytes]))
         if not transfer_id:
             raise TransferFailed(

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from tensorfork.errors import TransferFailed
 
+CHECK_SECONDS = 0.1
+"""Seconds between two checks whether the handshake is still waited for."""
+
 
 class _CanBreak(Protocol):
     broken: bool
@@ -21,10 +24,16 @@ class Handshake:
     Args:
         engine: its `broken` is set when a wait ends before the handshake does.
         work: is given a function to call once the peer has answered, if it goes on to do more.
+        check: called while waiting; ends the wait if it raises.
     """
 
-    def __init__(self, engine: _CanBreak, work: Callable[[Callable[[], None]], Any]) -> None:
-        self._engine, self._work = engine, work
+    def __init__(
+        self,
+        engine: _CanBreak,
+        work: Callable[[Callable[[], None]], Any],
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._engine, self._work, self._check = engine, work, check
         self._error: Exception | None = None
         self._connected, self._finished = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="tensorfork-handshake", daemon=True).start()
@@ -42,7 +51,10 @@ class Handshake:
 
     def _wait(self, event: threading.Event, deadline: float) -> None:
         try:
-            if not event.wait(max(0.0, deadline - time.monotonic())):
+            while not event.wait(max(0.0, min(CHECK_SECONDS, deadline - time.monotonic()))):
+                if time.monotonic() < deadline:
+                    self._check()
+                    continue
                 raise TransferFailed("the seed's engine did not answer by the deadline: it is stopped, or unreachable")
         finally:
             if not event.is_set():

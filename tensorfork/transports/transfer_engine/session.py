@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Event
 
-from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.errors import LeaseEnded, PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Session
 from tensorfork.transports.checks import LeaseEnd, check_bounds, check_going_on
@@ -86,7 +86,9 @@ class EngineSession(Session):
             if self.fabric == "nvlink":
                 sources = [self._offered[region.id].address for region in self._remote.values() if region.nbytes]
                 self._handshake = Handshake(
-                    self._engine, lambda connected: self._nvlink.open_handles(sources, connect_deadline, connected)
+                    self._engine,
+                    lambda connected: self._nvlink.open_handles(sources, connect_deadline, connected),
+                    self._channel.check,
                 )
                 return
             for remote in {region.device: region for region in self._remote.values() if region.nbytes}.values():
@@ -154,12 +156,14 @@ class EngineSession(Session):
         except BaseException as error:
             self._may_still_read = self._engine.broken
             self.close(deadline)
-            if isinstance(error, TransferFailed):
+            if isinstance(error, TransferFailed | LeaseEnded):
                 raise TransportUnavailable(f"transfer_engine over {self.fabric} does not work here: {error}") from error
             raise
 
     def _probe(self, source: int, device: str, deadline: float) -> None:
-        handshake = Handshake(self._engine, lambda connected: self._windowed.probe(source, device, deadline))
+        handshake = Handshake(
+            self._engine, lambda connected: self._windowed.probe(source, device, deadline), self._channel.check
+        )
         handshake.wait_finished(deadline)
 
     def _drain(self, in_flight: Sequence[InFlightRead], deadline: float) -> list[InFlightRead]:

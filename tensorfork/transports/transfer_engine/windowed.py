@@ -59,7 +59,7 @@ class WindowedReader:
             arrived, failed = self._poll(in_flight)
             bytes_in_flight -= sum(read.nbytes for read in arrived)
             if not failed:
-                bytes_in_flight = self._fill_window(to_start, in_flight, bytes_in_flight, limiter, deadline)
+                bytes_in_flight = self._fill_window(to_start, in_flight, bytes_in_flight, limiter, deadline, cancel)
             if arrived and self._engine.fabric == "tcp":  # it reports reads before their copies to GPUs have ended
                 self._engine.synchronize(self._gpus)
             for read in arrived:
@@ -83,6 +83,7 @@ class WindowedReader:
         bytes_in_flight: int,
         limiter: RateLimiter,
         deadline: float,
+        cancel: Event,
     ) -> int:
         """Start reads until the window is full or the rate limit is reached. Returns the bytes then in flight."""
         while to_start and len(in_flight) < self._window.count and bytes_in_flight < self._window.nbytes:
@@ -92,7 +93,7 @@ class WindowedReader:
             read = to_start.popleft()
             bytes_in_flight += read.nbytes
             limiter.spend(read.nbytes, now)
-            self._start(read, in_flight, deadline)
+            self._start(read, in_flight, deadline, cancel)
         return bytes_in_flight
 
     def drain(self, running: list[InFlightRead], until: float) -> None:
@@ -104,12 +105,12 @@ class WindowedReader:
             if running:
                 time.sleep(self._window.poll_interval)
 
-    def _start(self, read: Read, in_flight: deque[InFlightRead], deadline: float) -> None:
+    def _start(self, read: Read, in_flight: deque[InFlightRead], deadline: float, cancel: Event) -> None:
         started = InFlightRead(read.copy, read.into, read.nbytes)
         in_flight.append(started)  # before it starts, so that an interrupt between the two does not lose it
         try:
             started.transfer_id = self._engine.start_read(
-                self._address, read.into, read.source, read.nbytes, read.device, deadline
+                self._address, read.into, read.source, read.nbytes, read.device, deadline, cancel
             )
         except TransferFailed:
             in_flight.pop()
