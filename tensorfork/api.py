@@ -20,7 +20,7 @@ from tensorfork.fork.terms import Progress, Terms
 from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
-from tensorfork.lineage import Version
+from tensorfork.lineage import Version, check_wanted
 from tensorfork.model.describe import ModelSource, check_mapped, describe
 from tensorfork.model.devices import Device, usable_device
 from tensorfork.model.inherited import remember_version, version_of
@@ -91,6 +91,7 @@ def publish(
         OSError: the address cannot be listened on.
     """
     listening_address(bind, advertise)
+    check_wanted(version, None)
     copy_to = None if isinstance(snapshot, bool) else usable_device(snapshot, "snapshot")
     source = ModelSource(model, Selection(include, exclude), identity, rank)
     with gc_paused():

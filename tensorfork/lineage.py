@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from tensorfork.validators import natural_field, optional_text_field, text_field
+from tensorfork.validators import MAX_TEXT, check_encodable, natural_field, optional_text_field, text_field
 
 
 @frozen
@@ -68,9 +68,18 @@ def why_not_wanted(found: Version, wanted: Wanted, at_least: AtLeast) -> str | N
     return None
 
 
+def check_label(label: Any) -> None:
+    """Raise for what is no label, and not None: `ValueError` for a text that cannot be sent, else `TypeError`."""
+    if label is not None and not isinstance(label, str):
+        raise TypeError(f"version must be a Version or a label, not {type(label).__name__}")
+    check_encodable("version", label)
+    if label is not None and len(label) > MAX_TEXT:
+        raise ValueError(f"version must be a label of at most {MAX_TEXT} characters, not of {len(label):,}")
+
+
 def check_wanted(wanted: Any, at_least: Any) -> None:
-    """Raise `TypeError` for what `version=` and `at_least=` of a fork do not take."""
-    if not isinstance(wanted, Version | str | None):
-        raise TypeError(f"version must be a Version or a label, not {type(wanted).__name__}")
+    """Raise `TypeError` or `ValueError` for what `version=` and `at_least=` of a fork do not take."""
+    if not isinstance(wanted, Version):
+        check_label(wanted)
     if not isinstance(at_least, Version | int | None) or isinstance(at_least, bool):
         raise TypeError(f"at_least must be a Version or a counter, not {type(at_least).__name__}")

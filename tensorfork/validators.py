@@ -4,6 +4,7 @@ attrs calls the functions named `*_field`, with (instance, attribute, value). Th
 at the end are for arguments of callers, where any kind of number will do.
 """
 
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -20,8 +21,25 @@ Field: TypeAlias = "Attribute[Any]"
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a str of at most `MAX_TEXT` characters."""
-    return type(value) is str and len(value) <= MAX_TEXT
+    """Whether it is a str of at most `MAX_TEXT` characters that can be sent."""
+    return type(value) is str and len(value) <= MAX_TEXT and is_encodable(value)
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be encoded: not if it has half of a surrogate pair, which `os.fsdecode` may make."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_encodable(name: str, text: object) -> None:
+    """Raise `ValueError` for a str that cannot be encoded. `name` says what it is."""
+    if isinstance(text, str) and not is_encodable(text):
+        raise ValueError(f"{name} has half of a surrogate pair, which is no text that can be sent: {text[:80]!r}")
 
 
 def is_natural(value: object) -> bool:
@@ -32,11 +50,12 @@ def is_natural(value: object) -> bool:
 def text_field(instance: object, attribute: Field, value: object) -> None:
     """Raise `ValueError` unless the value is a short text."""
     if not is_text(value):
-        raise ValueError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]}")
+        raise ValueError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]!r}")
 
 
 def optional_text_field(instance: object, attribute: Field, value: object) -> None:
-    """Raise `TypeError` unless the value is None or a short text."""
+    """Raise unless the value is None or a short text: `ValueError` for a text that cannot be sent, else `TypeError`."""
+    check_encodable(attribute.name, value)
     if value is not None and not is_text(value):
         raise TypeError(f"{attribute.name} must be a text of at most {MAX_TEXT} characters, not {str(value)[:80]!r}")
 
@@ -48,6 +67,8 @@ def texts_field(instance: object, attribute: Field, value: object) -> None:
     if len(value) > MAX_ENTRIES:
         raise ValueError(f"{attribute.name} has {len(value)} entries; {MAX_ENTRIES} at most")
     for key, one in value.items():
+        check_encodable(attribute.name, key)
+        check_encodable(f"{attribute.name}[{key!r}]", one)
         if not is_text(key) or not is_text(one):
             raise TypeError(f"{attribute.name} must map texts to texts, not {str(key)[:40]!r} to {str(one)[:40]!r}")
 
@@ -90,8 +111,11 @@ def seconds(name: str, value: Any, *, zero: bool = False, most: float = DAY) -> 
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    number = float(value)
-    if not (number <= most and (number > 0.0 or (zero and number == 0.0))):  # nan is not either
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits; out of range whatever its sign
+        number = math.nan
+    if not (number <= most and (number > 0.0 or (zero and number == 0.0))):  # nan is neither
         least = "at least 0" if zero else "more than 0"
         at_most = f", and at most {most:,.0f} (a day)" if most == DAY else ""
         raise ValueError(f"{name} is in seconds; it must be {least}{at_most}, not {value}")

@@ -4,11 +4,12 @@ The layout that `describe` returns (`ModelLayout`) is what a seed sends to its f
 stay in this process.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import instance_of, optional
 
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
@@ -22,6 +23,7 @@ from tensorfork.model.walk import FoundTensors, Holder, walk
 from tensorfork.placement import Placement
 from tensorfork.regions import Region
 from tensorfork.runs import MAX_RUNS, runs_of, union
+from tensorfork.validators import MAX_TEXT, is_text
 
 
 @frozen(eq=False, repr=False)
@@ -84,8 +86,8 @@ class ModelSource:
 
     model: Any
     selection: Selection
-    identity: Identity | None = None
-    rank: Rank | None = None
+    identity: Identity | None = field(default=None, validator=optional(instance_of(Identity)))
+    rank: Rank | None = field(default=None, validator=optional(instance_of(Rank)))
 
     def walk(self) -> FoundTensors:
         """What the model holds now. Raises as `describe` does."""
@@ -121,6 +123,7 @@ def check_mapped(model: LocalModel) -> None:
 
 def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None) -> LocalModel:
     check_ordinary(found.tensors)
+    _check_names(found.tensors)
     locations = [locate(name, tensor) for name, tensor in found.tensors.items()]
     extents = storage_extents(locations)
     layouts = tuple(
@@ -133,8 +136,23 @@ def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None)
         [storage for extent in extents.values() for storage in extent.storages],
         _published(locations, layouts, len(storages)),
     )
-    layout = ModelLayout(layouts, storages, found.left_out, identity, rank)
+    layout = ModelLayout(layouts, storages, tuple(map(_shown, found.left_out)), identity, rank)
     return LocalModel(layout, found.tensors, found.wrappers, memory, found.holders)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raise `UnsupportedTensor` for a name that cannot be sent."""
+    for name in names:
+        if not is_text(name):
+            raise UnsupportedTensor(
+                f"{name[:80]!r}: a tensor's name must be a text of at most {MAX_TEXT} characters that can be sent, "
+                "without half of a surrogate pair. Call it something else, or leave it out with a pattern in exclude="
+            )
+
+
+def _shown(name: str) -> str:
+    """The name of a tensor that is left out, in a form that can be sent and printed."""
+    return name if is_text(name) else name[:MAX_TEXT].encode("ascii", "backslashreplace").decode()[:MAX_TEXT]
 
 
 def _published(

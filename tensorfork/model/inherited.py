@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tensorfork.lineage import Version
+from tensorfork.lineage import Version, check_label
 
 _State = tuple[weakref.ref[torch.Tensor], int, int]
 """A tensor, its address, and how often torch has changed it in place."""
@@ -36,8 +36,7 @@ def version_of(tensors: Mapping[str, torch.Tensor], given: Version | str | None)
     """
     if isinstance(given, Version):
         return given
-    if given is not None and not isinstance(given, str):
-        raise TypeError(f"version must be a Version or a label, not {type(given).__name__}")
+    check_label(given)
     known = _remembered.get(id(next(iter(tensors.values())))) if tensors else None
     if given is None and known is not None:
         version, states = known

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from attrs import field, frozen
 
+from tensorfork.validators import check_encodable
+
 Patterns = str | Sequence[str] | None
 
 
@@ -15,6 +17,7 @@ def _patterns(given: Patterns) -> tuple[str, ...] | None:
     for pattern in patterns:
         if type(pattern) is not str or not pattern:
             raise TypeError(f"include and exclude must be names or patterns of names, not {pattern!r}")
+        check_encodable("a pattern of include and exclude", pattern)
     return patterns
 
 

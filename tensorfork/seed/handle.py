@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from tensorfork.layout import ModelLayout
-from tensorfork.lineage import Version
+from tensorfork.lineage import Version, check_label
 from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.leases import SeedStats
 from tensorfork.seed.service import CLOSE_TIMEOUT, SeedService
@@ -84,6 +84,7 @@ class Seed:
         If the change raises, or leaving it does, the generation stays odd, and forks are refused, until a later change
         succeeds.
         """
+        check_label(version)
         if self._is_snapshot:
             raise RuntimeError("a snapshot does not change; close this seed, and publish the model again")
         return self._service.model.updating(values_only, version)

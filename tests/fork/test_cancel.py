@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_seeds import needs_mooncake, small_pieces
 from lying_seeds import Liar, kind_of
-from processes import Child, serve
+from processes import Child
 from seed_leases import until
 
 import tensorfork
@@ -268,9 +268,7 @@ def test_digests_are_not_computed_to_the_end_for_a_fork_that_is_cancelled() -> N
     digests.close()
 
 
-def test_once_tensors_take_their_memory_it_is_too_late(
-    seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_once_tensors_take_their_memory_it_is_too_late(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
     cancel, ours = threading.Event(), target("meta")
     run = Installation.run
     monkeypatch.setattr(Installation, "run", lambda installation: (cancel.set(), run(installation))[1])
@@ -281,5 +279,5 @@ def test_once_tensors_take_their_memory_it_is_too_late(
 
 @pytest.mark.parametrize("wrong", [True, 1.0, "soon", object()], ids=repr)
 def test_what_is_no_event_is_a_type_error(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="cancel must be a threading.Event"):
+    with pytest.raises(TypeError, match=r"cancel must be a threading\.Event"):
         tensorfork.fork("tcp://127.0.0.1:1", cancel=wrong)
