@@ -18,7 +18,12 @@ EXAMPLES: dict[type[Exception], Callable[[], Exception]] = {
         "tcp://10.0.0.7:4180", {"rank": (None, tensorfork.Rank(tp=(1, 2))), "identity": (SURROUNDINGS, None)}
     ),
     tensorfork.LayoutMismatch: lambda: tensorfork.LayoutMismatch(
-        missing=["a"], unexpected=["b", "c"], mismatched=[("d", "dtype")], left_out={"a"}
+        missing=["a", "w"],
+        unexpected=["b", "c", "module.w"],
+        mismatched=[("d", "dtype")],
+        left_out={"a"},
+        renamed={"w": "module.w"},
+        advice="module.",
     ),
     tensorfork.TransferFailed: lambda: tensorfork.TransferFailed("stopped", complete=["a"], undrained=[(4096, 8)]),
     tensorfork.ForkCancelled: lambda: tensorfork.ForkCancelled("stopped", complete=["a"], undrained=[(4096, 8)]),
