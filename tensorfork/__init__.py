@@ -7,7 +7,8 @@ report = tensorfork.fork_into(model, seed.address)    # in the new one
 from tensorfork.interpreter.garbage_collection import gc_paused as _gc_paused
 
 with _gc_paused():  # behind torch a collection is due, which would double the time of this import
-    from tensorfork.api import fork, fork_into, publish
+    from tensorfork.api import digests, fork, fork_into, publish
+    from tensorfork.digest.record import Digests
     from tensorfork.errors import (
         ForkCancelled,
         IdentityMismatch,
@@ -43,6 +44,7 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
 __all__ = [
     "Channel",
     "Copy",
+    "Digests",
     "Export",
     "Facts",
     "ForkCancelled",
@@ -81,6 +83,7 @@ __all__ = [
     "VersionMismatch",
     "__version__",
     "allow_process_settings",
+    "digests",
     "fork",
     "fork_into",
     "publish",

@@ -1,5 +1,6 @@
 """The public functions: publish a model in one process, fork it in another. The steps of a fork are in `fork.steps`."""
 
+import time
 from collections.abc import Callable, Sequence
 from threading import Event
 from typing import Any
@@ -8,12 +9,15 @@ import torch
 from attrs import evolve
 
 from tensorfork.digest import warm_up
+from tensorfork.digest.batch import DigestBatch
+from tensorfork.digest.record import Digests
 from tensorfork.exhaustion import resources
 from tensorfork.fork import destination, steps
 from tensorfork.fork.destination import DestinationMemory
 from tensorfork.fork.exclusive import exclusive_fill
 from tensorfork.fork.match import match
 from tensorfork.fork.rename import Rename, namer
+from tensorfork.fork.seed_digests import seed_digests
 from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.steps import Filling
 from tensorfork.fork.terms import Progress, Terms
@@ -33,6 +37,7 @@ from tensorfork.seed.handle import Seed
 from tensorfork.seed.publication import check_publishable
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
+from tensorfork.validators import seconds
 from tensorfork.wire.conversation import peer_address
 
 TIMEOUT = 300.0
@@ -279,3 +284,45 @@ def fork(
         report, copied = steps.run(peer, filling, terms, Stopwatch())
         remember_version(copied.tensors, report.version)
         return dict(copied.tensors)
+
+
+@in_normal_mode
+@resources()
+def digests(
+    source: Any,
+    *,
+    timeout: float = TIMEOUT,
+    identity: Identity | None = None,
+    rank: Rank | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Digests:
+    """The digest of every tensor of a seed, or of a model of this process, by name. Nothing is copied.
+
+    A seed computes its digests once for each generation of its weights, when somebody first asks, and keeps them. It is
+    asked under a lease, as by a fork: it looks whether its tensors are where it published them, and all digests are of
+    one generation. What was written into its weights outside of `Seed.updating` since is not in them. For a model of
+    this process they are computed now, on the current streams; `publish` is not needed.
+
+    Args:
+        source: a seed's address, an `nn.Module`, or a mapping of names to tensors, such as a checkpoint's.
+        timeout: seconds for everything, where a seed is asked; a day at most.
+        identity: which model it is to be; compared with the seed's.
+        rank: which part of it; compared with the seed's.
+        include: the tensors whose digests are wanted, by name or by pattern as in `fork_into`. By default all.
+        exclude: the tensors to leave out, in the same form.
+
+    Raises:
+        TensorForkError: as `fork_into`; where the seed's weights change meanwhile, `SeedChanged`.
+        UnsupportedTensor: a tensor of the model has no bytes, or is of a kind that cannot be published.
+        TypeError, ValueError: bad arguments.
+    """
+    selection = Selection(include, exclude)
+    if isinstance(source, str):
+        peer_address(source)
+        return seed_digests(source, time.monotonic() + seconds("timeout", timeout), identity, rank, selection)
+    if identity is not None or rank is not None:
+        raise TypeError("identity= and rank= are compared with a seed's; a model has none")
+    model = describe(source, selection)
+    check_publishable(model)
+    return Digests.of(DigestBatch.of(model.tensors).compute())

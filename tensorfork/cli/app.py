@@ -28,6 +28,30 @@ def about(
 
 
 @app.command()
+def digests(
+    address: Annotated[str, typer.Argument(metavar="ADDRESS", help="The seed's, such as tcp://10.0.0.7:4180.")],
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only these tensors; may be repeated.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Not these tensors.")] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Seconds to wait for the seed.", min=0.1)] = 300.0,
+) -> None:
+    """Print the digests of a running seed's weights: a line for each tensor, then one for all content.
+
+    Seeds that hold the same weights under the same names print the same. The version goes to standard error.
+    """
+    try:
+        found = tensorfork.digests(address, include=include, exclude=exclude, timeout=timeout)
+    except (tensorfork.TensorForkError, ValueError) as error:
+        typer.echo(f"tensorfork digests: {error}", err=True)
+        raise typer.Exit(2) from None
+    for name, digest in found.items():
+        typer.echo(f"{digest}  {name if name.isprintable() else ascii(name)}")
+    typer.echo(f"{found.content}  all content ({found.algorithm})")
+    typer.echo(f"version {found.version}, generation {found.generation}", err=True)
+
+
+@app.command()
 def demo(
     model: Annotated[
         Path | None,

@@ -134,6 +134,18 @@ def _close(session: Session, deadline: float) -> None:
         log.exception("a session was not closed")
 
 
+@contextmanager
+def lease_of_nothing(seed: SeedConnection, deadline: float) -> Iterator[messages.Leased]:
+    """Take a lease over no transport, under which digests can be asked for; give it back at the end."""
+    seconds = max(0.0, deadline - time.monotonic())
+    request = messages.TakeLease(messages.NO_TRANSPORT, {}, seconds, True, seed.welcome.publication)
+    leased, _ = seed.conversation.request(request, messages.Leased, deadline, "lease")
+    try:
+        yield leased
+    finally:
+        _release(seed, leased.lease, deadline)
+
+
 def _release(seed: SeedConnection, id: bytes, deadline: float) -> None:
     """Give a lease back. If that fails it is logged only: the seed ends the lease itself, when its time is over."""
     now, cancelled = time.monotonic(), seed.cancelled

@@ -87,7 +87,7 @@ def check_definition(seed: SeedConnection) -> None:
     if seed.welcome.digest != definition.NAME:
         raise ProtocolError(
             f"{seed.address}: the seed's digests are {seed.welcome.digest!r}, ours {definition.NAME!r}; use the same "
-            "version of tensorfork, or verify=False at your own risk"
+            "version of tensorfork, or fork with verify=False at your own risk"
         )
 
 

@@ -1,19 +1,29 @@
 """A seed's digests: computed when first asked for, once a generation, on a thread of their own."""
 
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from attrs import evolve
 
 from tensorfork.digest.batch import DigestBatch
 from tensorfork.digest.content import content_root
-from tensorfork.errors import SeedMoved
+from tensorfork.digest.record import Digests
+from tensorfork.errors import SeedAsleep, SeedChanged, SeedMoved
 from tensorfork.memory import cuda, streams
+from tensorfork.model.modes import in_normal_mode
 from tensorfork.seed.published_model import PublishedModel
 from tensorfork.wire import messages, tables
 from tensorfork.wire.listener import SendReply
+from tensorfork.wire.refusals import error_of
 
 log = logging.getLogger("tensorfork")
+
+_ASLEEP = "the seed is suspended: its memory may not be there; resume() it first"
+_POLL = 0.1
+"""Seconds between two checks, while `record` waits, whether the seed was closed."""
 
 
 class DigestCache:
@@ -58,6 +68,44 @@ class DigestCache:
             self._reply_to_waiting()
         else:
             self.start()
+
+    @in_normal_mode
+    def record(self) -> Digests:
+        """See `Seed.digests`. Waits until they are computed. Not for the thread that computes them."""
+        self._check_open()
+        generation, publication = self._model.at_one_moment()
+        version = self._model.version
+        if self._model.suspended:
+            raise SeedAsleep(_ASLEEP)
+        if generation % 2 or generation != self._model.generation:
+            raise SeedChanged(self._model.why_changing())
+        publication.places.check()
+        try:
+            values = self._wait_for(generation, len(publication.tensors))
+        except SeedChanged:
+            if self._model.suspended:
+                raise SeedAsleep(_ASLEEP) from None
+            raise
+        digests = Digests.of(dict(zip(publication.tensors, values, strict=True)), version, generation)
+        return evolve(digests, version=evolve(version, content=digests.content))
+
+    def _check_open(self) -> None:
+        if self._cancel.is_set():
+            raise RuntimeError("the seed is closed")
+
+    def _wait_for(self, generation: int, count: int) -> list[int]:
+        """The digests of a generation, in the layout's order. Raises what a fork would get."""
+        answers: queue.SimpleQueue[tuple[messages.Reply, Sequence[bytes]]] = queue.SimpleQueue()
+        self.request(generation, lambda answer, frames=(): answers.put((answer, frames)))
+        while True:
+            try:
+                answer, frames = answers.get(timeout=_POLL)
+            except queue.Empty:
+                self._check_open()
+                continue
+            if isinstance(answer, messages.Refused):
+                raise error_of(answer, answer.reason)
+            return tables.unpack_digests(frames, count)
 
     def close(self) -> None:
         """Cancel the computation; its thread ends soon after."""

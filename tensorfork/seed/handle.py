@@ -11,6 +11,7 @@ from functools import cache
 from types import TracebackType
 from typing import Self
 
+from tensorfork.digest.record import Digests
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version, check_label
 from tensorfork.model.describe import LocalModel, ModelSource
@@ -123,6 +124,23 @@ class Seed:
         Returns whether they have, within `timeout` seconds, a day at most. They go on in any case, until `close`.
         """
         return self._service.drain(time.monotonic() + seconds("timeout", timeout, zero=True))
+
+    def digests(self) -> Digests:
+        """The digest of every tensor that is published, at the current generation, with the content's and the version.
+
+        They are computed once a generation, when first asked for by anybody, on a thread and on streams of their own,
+        with a quarter of a GPU's multiprocessors. The caller waits for them; the streams that the model computes on do
+        not. What was changed in place outside of `updating` is not seen once they are there:
+        `tensorfork.digests(model)` computes anew.
+
+        Raises:
+            SeedChanged: the weights are being changed, or changed before the digests were there.
+            SeedMoved: the tensors are not where they were published.
+            SeedAsleep: the seed is suspended.
+            PeerRefused: they could not be computed; the message says why.
+            RuntimeError: the seed is closed.
+        """
+        return self._service.digests()
 
     def stats(self) -> SeedStats:
         """What it has done so far."""

@@ -71,7 +71,8 @@ class Lease:
             self.channel.end()
 
     def __str__(self) -> str:
-        return f"a fork over {self.transport} (lease {self.id.hex()[:8]})"
+        what = f"a fork over {self.transport}" if self.transport else "a process that asks for digests"
+        return f"{what} (lease {self.id.hex()[:8]})"
 
 
 class LeaseTable:

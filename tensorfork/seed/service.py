@@ -14,6 +14,7 @@ from typing import Any
 from attrs import evolve
 
 from tensorfork.digest import definition
+from tensorfork.digest.record import Digests
 from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved, TensorForkError
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
@@ -21,6 +22,7 @@ from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.address import listening_address
 from tensorfork.seed.digests import DigestCache
 from tensorfork.seed.leases import ENDED, MAX_LEASES, RELEASED, Lease, LeaseTable, SeedStats
+from tensorfork.seed.no_transport import NoTransport
 from tensorfork.seed.publication import Publication
 from tensorfork.seed.published_model import PublishedModel
 from tensorfork.sockets.address import Address
@@ -72,7 +74,7 @@ class SeedService:
         advertise: str | None,
     ) -> None:
         """Bind and start answering. Raises `ValueError` for an address that cannot be, `OSError` for one in use."""
-        self._transports = transports
+        self._transports = {**transports, NoTransport.name: NoTransport()}
         self._leases = LeaseTable()
         self.model = PublishedModel(model, source, transports, version, stable, self._on_replaced)
         self._digests = DigestCache(self.model)
@@ -92,6 +94,10 @@ class SeedService:
     def version(self) -> Version:
         """See `Seed.version`."""
         return evolve(self.model.version, content=self._digests.content(self.model.generation))
+
+    def digests(self) -> Digests:
+        """See `Seed.digests`."""
+        return self._digests.record()
 
     def stats(self) -> SeedStats:
         """See `Seed.stats`."""
@@ -230,8 +236,10 @@ class SeedService:
             return CHANGED
         if len(self._leases) >= MAX_LEASES:
             return messages.Refused(messages.BUSY, f"the seed has {MAX_LEASES} forks already; try again")
+        if request.transport == NoTransport.name:
+            return None
         if offered is None:
-            names = ", ".join(self._transports) or "none"
+            names = ", ".join(publication.offered) or "none"
             reason = f"the seed does not offer {request.transport!r}; it has: {names}"
             return messages.Refused(messages.UNAVAILABLE, reason)
         if offered.why_not is not None:

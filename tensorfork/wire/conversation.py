@@ -17,19 +17,15 @@ import zmq
 from tensorfork.errors import (
     ForkCancelled,
     LeaseEnded,
-    PeerRefused,
     PeerUnreachable,
     ProtocolError,
-    SeedAsleep,
-    SeedChanged,
-    SeedMoved,
     TensorForkError,
-    TransportUnavailable,
 )
 from tensorfork.sockets.address import Address, resolve
 from tensorfork.sockets.monitor import recv_event
 from tensorfork.sockets.zeromq import connect, new_context, new_socket, poll_timeout
 from tensorfork.wire import messages
+from tensorfork.wire.refusals import error_of
 
 M = TypeVar("M")
 
@@ -247,18 +243,7 @@ class Conversation:
             ) from error
 
     def _error_from(self, refused: messages.Refused, step: str) -> TensorForkError:
-        text = f"{self.peer}: {refused.reason} (at step {step})"
-        if refused.code == messages.VERSION_CODE:
-            return ProtocolError(f"{text}; ours is version {messages.VERSION}")
-        if refused.code == messages.UNAVAILABLE:
-            return TransportUnavailable(text)
-        if refused.code == messages.CHANGED:
-            return SeedChanged(text)
-        if refused.code == messages.MOVED:
-            return SeedMoved(text, tensors=refused.tensors)
-        if refused.code == messages.ASLEEP:
-            return SeedAsleep(text)
-        return PeerRefused(text)
+        return error_of(refused, f"{self.peer}: {refused.reason} (at step {step})")
 
 
 def peer_address(text: Any) -> Address:

@@ -40,6 +40,9 @@ MAX_OFFER = 16 << 20
 MAX_LEASE_SECONDS = 86400.0
 """The longest time of a lease: a day. A longer `timeout=` of a fork is a `ValueError`."""
 
+NO_TRANSPORT = ""
+"""What `TakeLease` names where no bytes are to be moved."""
+
 MAX_NAMES = 100
 """Names of tensors in a refusal."""
 
@@ -122,6 +125,7 @@ class TakeLease(Record):
     """Asks for a lease: the memory stays where it is for so many seconds, readable over a transport. See `Leased`."""
 
     transport: str = field(validator=_short)
+    """A name that the seed offers; or `NO_TRANSPORT`, for a lease under which only digests are asked for."""
     facts: dict[str, Any]
     seconds: float = field(validator=[ge(0.0), le(MAX_LEASE_SECONDS)])
     digests: bool

@@ -301,3 +301,30 @@ def test_sizes_times_and_speeds_are_shown_in_units_that_fit() -> None:
     assert sizes.format_seconds(0.01234) == "12.3 ms"
     assert sizes.format_speed(3e9, 2.0) == "1.50 GB/s"
     assert sizes.format_speed(1e6, 1.0) == "1.0 MB/s"
+
+
+# The digests of a seed.
+
+
+def test_the_digests_of_a_seed_are_printed_with_their_names_and_the_content() -> None:
+    tensors = {"a.weight": torch.ones(3), "b\n\x1b[31m": torch.zeros(3), "c": torch.zeros(2)}
+    with tensorfork.publish(tensors) as seed:
+        expected = seed.digests()
+        result = invoke("digests", seed.address, "--exclude", "c")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"{expected['a.weight']}  a.weight",
+        f"{expected[list(tensors)[1]]}  'b\\n\\x1b[31m'",
+        f"{expected.content}  all content (sums3/1)",
+    ]
+    assert result.stderr == f"version {expected.version}, generation 0\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [(["tcp://127.0.0.1:1", "--timeout", "0.2"], "the connection is refused"), (["nonsense"], "nonsense")],
+)
+def test_a_seed_that_cannot_be_asked_is_an_error(arguments: list[str], why: str) -> None:
+    result = invoke("digests", *arguments)
+    assert result.exit_code == 2
+    assert why in result.stderr
