@@ -26,6 +26,7 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
         TransferFailed,
         TransportUnavailable,
         UnsupportedTensor,
+        ValueMismatch,
         VerificationFailed,
         VersionMismatch,
     )
@@ -33,9 +34,10 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
     from tensorfork.interpreter.settings import allow_process_settings
     from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
     from tensorfork.lineage import Version
+    from tensorfork.model.value_policy import ValuePolicy
     from tensorfork.placement import Placement
     from tensorfork.regions import Copy, Place, Region, RemoteRegion
-    from tensorfork.report import ForkReport
+    from tensorfork.report import DifferentValues, ForkReport, ValueReport
     from tensorfork.seed.handle import Seed
     from tensorfork.seed.leases import SeedStats
     from tensorfork.transports.base import Channel, Export, Facts, Session, Site, Transport
@@ -45,6 +47,7 @@ __all__ = [
     "Channel",
     "Copy",
     "Digests",
+    "DifferentValues",
     "Export",
     "Facts",
     "ForkCancelled",
@@ -78,6 +81,9 @@ __all__ = [
     "Transport",
     "TransportUnavailable",
     "UnsupportedTensor",
+    "ValueMismatch",
+    "ValuePolicy",
+    "ValueReport",
     "VerificationFailed",
     "Version",
     "VersionMismatch",

@@ -21,6 +21,7 @@ from tensorfork.fork.seed_digests import seed_digests
 from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.steps import Filling
 from tensorfork.fork.terms import Progress, Terms
+from tensorfork.fork.values import OurValues
 from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
@@ -31,6 +32,7 @@ from tensorfork.model.inherited import remember_version, version_of
 from tensorfork.model.modes import in_normal_mode
 from tensorfork.model.selection import Patterns, Selection
 from tensorfork.model.snapshot import snapshot as take_snapshot
+from tensorfork.model.value_policy import ValuePolicy
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed.address import listening_address
 from tensorfork.seed.handle import Seed
@@ -137,6 +139,7 @@ def fork_into(
     at_least: Version | int | None = None,
     arena: bool = True,
     cancel: Event | None = None,
+    values: str | ValuePolicy = "report",
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
 
@@ -181,6 +184,9 @@ def fork_into(
             them are. Without, each storage is an allocation of its own: for models that free tensors one by one.
         cancel: an event that cancels the fork when another thread sets it; `ForkCancelled` is then raised, mostly
             within 0.3 seconds. It may also be one of multiprocessing's.
+        values: what to do about plain values beside the tensors (numbers, texts, ...) that are not the seed's:
+            "report" has them in the report and logs them once; "strict" raises `ValueMismatch` before anything is
+            copied; "ignore" does not compare. A `ValuePolicy` may also allow some, and take some over.
 
     Raises:
         TensorForkError: docs/errors.md lists each kind, and the state in which it leaves the model.
@@ -188,8 +194,8 @@ def fork_into(
             arguments are found before the model is walked and the peer is asked.
     """
     peer_address(peer)
-    selection = Selection(include, exclude)
-    namer(rename)
+    selection, policy = Selection(include, exclude), ValuePolicy.of(values)
+    name_of = namer(rename)
     with gc_paused(GC_PAUSE):
         watch = Stopwatch()
         watch.enter("survey")
@@ -221,7 +227,8 @@ def fork_into(
             return destination.memory_for(pairs, theirs, ours, terms.device, arena=arena)
 
         with exclusive_fill(ours):
-            filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory), names)
+            our_values = OurValues.of(ours.visited, policy, None if rename is None else name_of)
+            filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory), names, our_values)
             report, _ = steps.run(peer, filling, terms, watch)
             remember_version(ours.tensors, report.version)
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
@@ -251,7 +258,7 @@ def fork(
     """Copy all tensors of the seed at `peer` into new memory on `device`, and return them by name.
 
     Tied tensors are one tensor under several names, and storages are shared as the seed's are. The arguments and errors
-    are those of `fork_into`. After a failure nothing is kept.
+    are those of `fork_into`. After a failure nothing is kept. There is no model here with plain values to compare.
     """
     peer_address(peer)
     selection = Selection(include, exclude)

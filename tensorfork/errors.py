@@ -8,6 +8,7 @@
     │   ├── IdentityMismatch        the two are not the same model, or not the same part of it
     │   ├── VersionMismatch         the seed has another version of the weights than was asked for
     │   ├── LayoutMismatch          the two models differ in names, dtypes, shapes, strides or ties
+    │   ├── ValueMismatch           plain values beside the tensors differ, with values="strict", or cannot be taken
     │   ├── TransportUnavailable    the transport cannot work between these two processes
     │   ├── ResourceExhausted       this process has no memory, file descriptors or threads left for it
     │   └── ForkCancelled           the caller has set `cancel=`
@@ -142,6 +143,20 @@ class LayoutMismatch(TensorForkError):
 def _more(differences: Sequence[object]) -> list[str]:
     """A line that counts the differences that are not listed, if there are any."""
     return [f"... and {len(differences) - _LISTED:,} more of these"] if len(differences) > _LISTED else []
+
+
+class ValueMismatch(TensorForkError):
+    """Plain values of the model are not the seed's, and may not differ, or cannot be taken over.
+
+    Raised for `values="strict"`, or a `ValuePolicy`. Nothing was copied; the model is untouched.
+
+    Attributes:
+        names: of the values.
+    """
+
+    def __init__(self, message: str, *, names: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 class TransportUnavailable(TensorForkError):

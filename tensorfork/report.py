@@ -24,6 +24,71 @@ PHASES = (
 """In order, from describing our own model (survey) to giving meta tensors their memory (install)."""
 
 
+@frozen
+class DifferentValues:
+    """Plain values of one attribute that are not the seed's.
+
+    Attributes:
+        attribute: the last part of their names, without indices: ``k_scale_float``.
+        names: of all of them.
+        seed: the first one in the seed, in words. What is no number travels as a hash, and is not known.
+        here: the first one here, in words.
+    """
+
+    attribute: str
+    names: tuple[str, ...]
+    seed: str
+    here: str
+
+    def __str__(self) -> str:
+        values = "1 value" if len(self.names) == 1 else f"{len(self.names):,} values, such as"
+        return f"{self.attribute}: {values} {self.names[0]}: {self.seed} in the seed, {self.here} here"
+
+
+@frozen(repr=False)
+class ValueReport:
+    """How the model's plain values (numbers, texts, names of classes and functions) compare with the seed's.
+
+    The seed's are those of when it granted the lease, or took the snapshot.
+
+    Attributes:
+        compared: how many there are on either side.
+        different: those that differ, or that only one side has, by attribute, unless they differ rightly.
+        expected: how many differ rightly.
+        taken: names of those that have become the seed's.
+        opaque: what could not be looked into here, a hundred at most: objects of other libraries, large arrays.
+        not_looked_at: values beyond the first 10,000 of the model, in the seed and here.
+    """
+
+    compared: int
+    different: Sequence[DifferentValues] = ()
+    expected: int = 0
+    taken: Sequence[str] = ()
+    opaque: Sequence[str] = ()
+    not_looked_at: int = 0
+
+    @property
+    def phrase(self) -> str:
+        """What differs and what was not looked at, in a few words; empty if there is nothing to say."""
+        said = []
+        if self.different:
+            groups = [f"{len(one.names):,} {one.attribute}" for one in self.different[:5]]
+            said.append("plain values differ: " + ", ".join(groups) + ", ..." * (len(self.different) > 5))
+        if self.taken:
+            said.append(f"{len(self.taken):,} plain values taken")
+        if self.not_looked_at:
+            said.append(f"{self.not_looked_at:,} plain values not looked at")
+        return "; ".join(said)
+
+    def __str__(self) -> str:
+        total = sum(len(one.names) for one in self.different)
+        shown = "; ".join(map(str, self.different[:10]))
+        more = f"; and {len(self.different) - 10:,} other attributes" if len(self.different) > 10 else ""
+        return f"{total:,} of {self.compared:,} plain values are not the seed's: {shown}{more}"
+
+    __repr__ = __str__
+
+
 @frozen(repr=False)
 class ForkReport:
     """What happened in one fork. Prints as one line.
@@ -40,10 +105,11 @@ class ForkReport:
         restarts: how often the fork began again because the seed changed.
         passed_over: transports that were not used, each with the reason.
         not_compared: checks that were skipped: "identity" and "rank" if they were not given here, "digests" without
-            verification.
+            verification, "values" if they are ignored, or if the seed published a mapping of tensors.
         left_out: tensors, of ours and the seed's, that our selection leaves out; ours are unchanged.
         left_out_by_seed: tensors that the seed has and did not publish.
         version: which weights these are; its `content` is known where digests were compared.
+        values: how the plain values beside the tensors compare; None where they were not compared.
     """
 
     peer: str
@@ -60,6 +126,7 @@ class ForkReport:
     left_out: Sequence[str] = ()
     left_out_by_seed: Sequence[str] = ()
     version: Version | None = None
+    values: ValueReport | None = None
 
     @property
     def total(self) -> float:
@@ -81,6 +148,7 @@ class ForkReport:
         if self.left_out or self.left_out_by_seed:
             checked += f"; left out: {len(self.left_out):,} here, {len(self.left_out_by_seed):,} by the seed"
         checked += f"; version {self.version.label}" if self.version and self.version.label else ""
+        checked += f"; {self.values.phrase}" if self.values is not None and self.values.phrase else ""
         moved = f"{self.tensors:,} tensors ({_size(self.nbytes)})"
         return (
             f"forked {moved} from {self.peer} over {self.transport}/{self.fabric} "

@@ -21,6 +21,7 @@ from tensorfork.layout import ModelLayout, TensorLayout
 from tensorfork.model.describe import LocalModel
 from tensorfork.model.install import Installation, check_installable, like_original
 from tensorfork.model.modes import NormalMode
+from tensorfork.model.value_writes import ValueWrite
 from tensorfork.regions import Region
 
 _META = torch.device("meta")
@@ -124,9 +125,12 @@ class Destination:
         """The layouts of our tensors."""
         return [pair.ours for pair in self.pairs]
 
-    def install(self) -> None:
-        """Give the meta tensors their new memory: all of them, or none if one fails. They stay the same objects."""
-        self.installation.run()
+    def install(self, values: Sequence[ValueWrite] = ()) -> None:
+        """Give the meta tensors their new memory, and write these values: all, or none if one fails.
+
+        The tensors stay the same objects.
+        """
+        self.installation.run(values)
 
     def mark_changed(self) -> None:
         """Increment the version counters of the tensors that are filled in place, for autograd."""

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 from attrs import frozen
 
-from tensorfork.errors import TensorForkError, TransportUnavailable
+from tensorfork.errors import ProtocolError, TensorForkError, TransportUnavailable
 from tensorfork.exhaustion import exhausted
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import DestinationMemory
 from tensorfork.fork.strided import Scratch
+from tensorfork.fork.values import OurValues, SeedValues
 from tensorfork.regions import Place
 from tensorfork.transports.base import Session, Transport
 from tensorfork.wire import messages, tables
@@ -37,6 +38,7 @@ class Lease:
         piece: the longest copy that the transport wants, in bytes.
         scratch: for strided tensors.
         version: which weights are leased.
+        values: the seed's plain values; None if it has none, or was not asked.
     """
 
     id: bytes
@@ -48,6 +50,7 @@ class Lease:
     piece: int
     scratch: Scratch
     version: messages.WeightsVersion
+    values: SeedValues | None
 
 
 @contextmanager
@@ -58,13 +61,15 @@ def take_lease(
     deadline: float,
     *,
     digests: bool,
+    values: OurValues | None,
     enter: Callable[[str], object],
 ) -> Iterator[Lease]:
     """Take a lease over a transport, and open a session under it; close both at the end.
 
     The session may still be getting ready inside the `with` block: call `get_ready` before the first pull. `enter` is
-    called with the name of each phase that begins. Raises `TransportUnavailable` where the transport does not work,
-    `ResourceExhausted` where there is nothing left for it.
+    called with the name of each phase that begins. With `values` the seed's are asked for, and ours read meanwhile.
+    Raises `TransportUnavailable` where the transport does not work, `ResourceExhausted` where there is nothing left
+    for it.
     """
     enter("lease")
     scratch = Scratch.for_tensors(memory.gapped)
@@ -76,9 +81,14 @@ def take_lease(
         max(0.0, deadline - time.monotonic()),
         digests,
         seed.welcome.publication,
+        values is not None,
     )
-    leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease")
+    meanwhile = None if values is None else values.read
+    leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease", meanwhile)
     try:
+        frames, value_pages = frames[: leased.pages], frames[leased.pages :]
+        if len(frames) != leased.pages or len(value_pages) != (leased.values or 0):
+            raise ProtocolError(f"{seed.address}: a lease came with other pages than it announced")
         remote = tables.unpack_regions(frames)
         enter("open")
         channel = ForkChannel(seed.conversation, leased.lease)
@@ -99,6 +109,7 @@ def take_lease(
                 transport.piece,
                 scratch,
                 leased.version,
+                None if leased.values is None else SeedValues(value_pages, leased.salt, leased.beyond),
             )
         finally:
             enter("close")

@@ -11,7 +11,7 @@ bytes; meta tensors stay meta until `install`, which gives memory to all of them
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from threading import Event
 
@@ -33,10 +33,11 @@ from tensorfork.exhaustion import exhausted
 from tensorfork.fork import transfer, verification
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import Destination, DestinationMemory
-from tensorfork.fork.lease import get_ready, take_lease
+from tensorfork.fork.lease import Lease, get_ready, take_lease
 from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.terms import Terms
 from tensorfork.fork.transport_choice import reason_against
+from tensorfork.fork.values import OurValues, log_differences
 from tensorfork.layout import ModelLayout
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
@@ -55,11 +56,13 @@ class Filling:
             that begins.
         tensors: the tensors in that memory; made while the transport opens.
         names: what they are called in the seed.
+        values: our plain values; None where we have none.
     """
 
     allocate: Callable[[ModelLayout, Callable[[str], object]], DestinationMemory]
     tensors: Callable[[DestinationMemory], Destination]
     names: SeedNames
+    values: OurValues | None = None
 
 
 def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[ForkReport, Destination]:
@@ -77,11 +80,16 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
     attempt = attempts.last
     assert attempt is not None
     destination = attempt.destination()
-    destination.install()
+    compared = None if attempt.values is None else attempt.values.compared
+    destination.install(() if compared is None else compared.writes)
+    if compared is not None:
+        log_differences(compared.report, peer)
+    skipped = [("digests", not terms.verify), ("values", attempt.values is not None and compared is None)]
     return evolve(
         report,
         seconds=dict(watch.stop()),
-        not_compared=(*attempts.not_compared, *([] if terms.verify else ["digests"])),
+        not_compared=(*attempts.not_compared, *(check for check, is_skipped in skipped if is_skipped)),
+        values=None if compared is None else compared.report,
         left_out=attempts.left_out,
         left_out_by_seed=attempt.layout.left_out,
     ), destination
@@ -164,7 +172,7 @@ class _Attempts:
         if terms.verify:
             warm_up.begin(memory.devices)
         destination = cache(lambda: filling.tensors(memory))
-        return _Attempt(self.seed, layout, memory, destination, filling.names, terms, self.watch)
+        return _Attempt(self.seed, layout, memory, destination, filling.names, filling.values, terms, self.watch)
 
 
 @frozen(eq=False, repr=False)
@@ -176,6 +184,7 @@ class _Attempt:
     memory: DestinationMemory
     destination: Callable[[], Destination]
     names: SeedNames
+    values: OurValues | None
     terms: Terms
     watch: Stopwatch
 
@@ -205,7 +214,11 @@ class _Attempt:
         """Lease, open, pull, check, verify. Raises `TransportUnavailable` where the transport turns out not to work."""
         terms, seed, enter = self.terms, self.seed, self.watch.enter
         deadline = terms.deadline
-        with take_lease(seed, transport, self.memory, deadline, digests=terms.verify, enter=enter) as lease:
+        asked, values = terms.verify, self.values if self.values and self.values.policy.compares else None
+        with (
+            take_lease(seed, transport, self.memory, deadline, digests=asked, values=values, enter=enter) as lease,
+            self._comparing(lease),
+        ):
             version = seed.check_version(terms.version, terms.at_least, lease.version)
             enter("allocate")
             destination = self.destination()
@@ -251,3 +264,9 @@ class _Attempt:
             verified=terms.verify,
             version=version,
         )
+
+    def _comparing(self, lease: Lease) -> AbstractContextManager[None]:
+        """Compare the seed's values with ours. Raises `ValueMismatch` before the block is entered."""
+        if self.values is None or lease.values is None:
+            return nullcontext()
+        return self.values.comparing(lease.values, self.seed.address)

@@ -19,7 +19,7 @@ from tensorfork.memory.allocations import why_unmapped
 from tensorfork.model.modes import check_ordinary
 from tensorfork.model.selection import Selection
 from tensorfork.model.storages import TensorLocation, locate, storage_extents
-from tensorfork.model.walk import FoundTensors, Holder, walk
+from tensorfork.model.walk import FoundTensors, Holder, Visited, walk
 from tensorfork.placement import Placement
 from tensorfork.regions import Region
 from tensorfork.runs import MAX_RUNS, runs_of, union
@@ -64,6 +64,7 @@ class LocalModel:
         wrappers: the tensors that are made of these, by name, the inner ones first.
         memory: where its storages lie.
         holders: what holds the tensors; see `tensorfork.model.walk`.
+        visited: what the walk has walked into; None for a mapping of tensors.
     """
 
     layout: ModelLayout
@@ -71,6 +72,7 @@ class LocalModel:
     wrappers: Mapping[str, torch.Tensor]
     memory: ModelMemory
     holders: Sequence[Holder] = ()
+    visited: Visited | None = None
 
 
 @frozen(eq=False, repr=False)
@@ -137,7 +139,7 @@ def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None)
         _published(locations, layouts, len(storages)),
     )
     layout = ModelLayout(layouts, storages, tuple(map(_shown, found.left_out)), identity, rank)
-    return LocalModel(layout, found.tensors, found.wrappers, memory, found.holders)
+    return LocalModel(layout, found.tensors, found.wrappers, memory, found.holders, found.visited)
 
 
 def _check_names(names: Iterable[str]) -> None:

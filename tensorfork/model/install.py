@@ -14,14 +14,17 @@ the model before it or after it.
 
 import copyreg
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from operator import call
 from typing import Any
 
 import torch
 from attrs import frozen
 
 from tensorfork.errors import UnsupportedTensor
-from tensorfork.model.walk import inner_tensors
+from tensorfork.model.entries import inner_tensors
+from tensorfork.model.value_writes import ValueWrite
 
 
 @frozen(eq=False, repr=False)
@@ -68,17 +71,21 @@ class Installation:
                 rebuilt[id(old)] = TensorSwap(name, old, new)
         return cls(tensors, list(rebuilt.values()))
 
-    def run(self) -> None:
-        """Do all swaps. Raises `UnsupportedTensor` if torch refuses one; all tensors are then as they were."""
+    def run(self, values: Sequence[ValueWrite] = ()) -> None:
+        """Do all swaps, and write these values. Raises `UnsupportedTensor` if torch refuses one.
+
+        All is then as it was.
+        """
         swaps = [*self.tensors, *self.wrappers]
         with torch._C.DisableTorchFunctionSubclass():
             graphs = self._check(swaps)
             contents = [swap.old._cdata for swap in swaps]
             try:
-                _swap_all(swaps)
+                _swap_all(swaps, [value.do for value in values])
             except BaseException:
                 # whatever was done: what has another content than before gets that back
-                _swap_all([one for one, content in zip(swaps, contents, strict=True) if one.old._cdata != content])
+                swapped = [one for one, content in zip(swaps, contents, strict=True) if one.old._cdata != content]
+                _swap_all(swapped, [value.undo for value in values])
                 raise
         for node in graphs:
             node.register_prehook(_refuse_backward)
@@ -113,13 +120,15 @@ def _refusal(swap: TensorSwap, reason: str) -> UnsupportedTensor:
     return UnsupportedTensor(f"{swap.name} cannot take its memory in place: {reason}. All are as they were.")
 
 
-def _swap_all(swaps: Sequence[TensorSwap]) -> None:
-    """Swap contents, in order, in one call of a C function. Raises `RuntimeError` where torch refuses one.
+def _swap_all(swaps: Sequence[TensorSwap], calls: Sequence[Callable[[], object]] = ()) -> None:
+    """Swap contents, in order, and call C functions, in one call of a C function.
+
+    Raises `RuntimeError` where torch refuses a swap.
 
     The objects keep their classes and attributes, and Python's weak references to them stay valid.
     """
     old, new = [swap.old for swap in swaps], [swap.new for swap in swaps]
-    deque(map(torch._C._swap_tensor_impl, old, new), maxlen=0)
+    deque(chain(map(torch._C._swap_tensor_impl, old, new), map(call, calls)), maxlen=0)
 
 
 def check_installable(tensors: Mapping[str, torch.Tensor]) -> None:

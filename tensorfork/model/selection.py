@@ -16,7 +16,7 @@ def _patterns(given: Patterns) -> tuple[str, ...] | None:
     patterns = (given,) if isinstance(given, str) else tuple(given)
     for pattern in patterns:
         if type(pattern) is not str or not pattern:
-            raise TypeError(f"include and exclude must be names or patterns of names, not {pattern!r}")
+            raise TypeError(f"include, exclude and the like must be names or patterns of names, not {pattern!r}")
         check_encodable("a pattern of include and exclude", pattern)
     return patterns
 

@@ -26,7 +26,8 @@ def snapshot(model: LocalModel, device: str | torch.device | None = None) -> Loc
         device: where the copy goes, such as ``cpu``; by default each storage stays on its device.
 
     Returns:
-        Plain tensors of the same names. The layout differs from the model's in nothing but devices.
+        Plain tensors of the same names. The layout differs from the model's in nothing but devices. The values beside
+        the tensors are the model's own.
     """
     inside: list[list[TensorLayout]] = [[] for _ in model.layout.storages]
     for tensor in model.layout.tensors:
@@ -47,7 +48,7 @@ def snapshot(model: LocalModel, device: str | torch.device | None = None) -> Loc
     )
     addresses, owners = [one.data_ptr() for one in buffers], [one.untyped_storage() for one in buffers]
     memory = ModelMemory(addresses, owners, model.memory.published)
-    return LocalModel(evolve(model.layout, storages=storages), copied, {}, memory)
+    return LocalModel(evolve(model.layout, storages=storages), copied, {}, memory, visited=model.visited)
 
 
 def _fill(buffer: torch.Tensor, tensors: Sequence[TensorLayout], model: LocalModel) -> None:

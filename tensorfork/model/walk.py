@@ -15,8 +15,6 @@ does not enter gradients, optimizers, hooks, functions and their closures, class
 machinery of torch (graphs, compiled code, process groups) and of Python.
 """
 
-import enum
-import types
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +24,19 @@ from attrs import frozen
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from tensorfork.errors import UnsupportedTensor
+from tensorfork.model.entries import (
+    BUILT_IN_COLLECTIONS,
+    DTENSOR_INTERNALS,
+    dictionary_of,
+    element_suffixes,
+    elements_of,
+    inner_tensors,
+    items_of,
+    join,
+    key_text,
+    parent_of,
+    slots_of,
+)
 from tensorfork.model.kinds import (
     ATOM,
     MAPPING,
@@ -48,6 +59,18 @@ Holder = tuple[str, Any, Any, Any]
 
 
 @frozen(eq=False, repr=False)
+class Visited:
+    """The objects that a walk has walked into, in order, each with its first name; the tensors; and what was selected.
+
+    `tensorfork.model.values` reads what they hold beside the tensors.
+    """
+
+    objects: Sequence[tuple[str, Any]]
+    tensors: Mapping[str, torch.Tensor]
+    selection: Selection
+
+
+@frozen(eq=False, repr=False)
 class FoundTensors:
     """What a walk found.
 
@@ -58,6 +81,7 @@ class FoundTensors:
         left_out: names that the selection leaves out, of tensors that have no selected name either.
         holders: what holds the tensors, and what leads to them: (name, container, key, value), so that
             ``container[key] is value`` says later whether that is still so. Slots are not among them.
+        visited: what was walked into; None for a mapping of tensors.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -65,6 +89,7 @@ class FoundTensors:
     wrappers: Mapping[str, torch.Tensor]
     left_out: tuple[str, ...]
     holders: Sequence[Holder]
+    visited: Visited | None = None
 
 
 def walk(model: Any, selection: Selection | None = None) -> FoundTensors:
@@ -93,13 +118,10 @@ def walk(model: Any, selection: Selection | None = None) -> FoundTensors:
     if unmatched := selection.unmatched([*walker.tensors]):
         raise ValueError(f"include={unmatched[0]!r} means no tensor of this model")
     left_out = tuple(dict.fromkeys(walker.left_out()))
-    return FoundTensors(walker.tensors, walker.placements, walker.wrappers, left_out, walker.holders())
+    holders = walker.holders()
+    visited = Visited(walker.visited, walker.tensors, selection) if isinstance(model, torch.nn.Module) else None
+    return FoundTensors(walker.tensors, walker.placements, walker.wrappers, left_out, holders, visited)
 
-
-_BUILT_IN_COLLECTIONS = (list, tuple, dict, deque, set, frozenset)
-"""These have no attributes of their own; subclasses may."""
-_DTENSOR_INTERNALS = frozenset({"_local_tensor"})
-_EMPTY: Mapping[str, Any] = {}
 
 _UNORDERED = "a set has no order, so its tensors have no names; keep them in a list or a dict, or exclude them"
 _SCRIPTED = (
@@ -120,6 +142,7 @@ class _Walker:
         self.tensors: dict[str, torch.Tensor] = {}
         self.placements: dict[str, Placement] = {}
         self.wrappers: dict[str, torch.Tensor] = {}
+        self.visited: list[tuple[str, Any]] = []
         self._holders: list[Holder] = []
         self._scripted: list[str] = []
         self._selection, self._selects_all, self._seen = selection, selection.is_all, seen
@@ -165,14 +188,15 @@ class _Walker:
                 self._visit_modules(paths, value)
                 continue
             self._seen[id(value)] = value
+            self.visited.append((paths[0], value))
             if kind == MAPPING:
                 self._visit_items(paths, value)
             elif kind == SEQUENCE:
                 self._visit_elements(paths, value)
             elif kind == SET:
-                for i, element in enumerate(_elements_of(value)):
+                for i, element in enumerate(elements_of(value)):
                     self.visit([f"{path}{{{i}}}" for path in paths], element)
-            if type(value) not in _BUILT_IN_COLLECTIONS:
+            if type(value) not in BUILT_IN_COLLECTIONS:
                 self._visit_attributes(paths, value)
 
     def left_out(self) -> Iterator[str]:
@@ -196,10 +220,10 @@ class _Walker:
         """The holders of what was selected, and of what leads to that."""
         selected = {id(tensor) for tensors in (self.tensors, self.wrappers) for tensor in tensors.values()}
         leading: set[str] = set()
-        parents = {_parent(name) if "[" in name else name.rpartition(".")[0] for name in self.tensors}
+        parents = {parent_of(name) if "[" in name else name.rpartition(".")[0] for name in self.tensors}
         while parents := parents - leading:
             leading |= parents
-            parents = {_parent(name) for name in parents}
+            parents = {parent_of(name) for name in parents}
         return [
             one for one in self._holders if id(one[3]) in selected or (one[0] in leading and id(one[3]) in self._seen)
         ]
@@ -285,7 +309,7 @@ class _Walker:
                 registered = module.__dict__.get(registry)
                 for key, tensor in list(registered.items()) if registered else ():
                     if tensor is not None:
-                        name = _join(path, key)
+                        name = join(path, key)
                         self.add_tensor((name,), tensor)
                         self._holders.append((name, registered, key, tensor))
                         if tensor.__dict__ or type(tensor) not in PLAIN_TENSORS:
@@ -293,6 +317,7 @@ class _Walker:
         self._seen.update((id(module), module) for module, _ in modules.values())
         for tensor, names in with_attributes.values():
             self._visit_tensor_attributes(names, tensor)
+        self.visited += [(names[0], module) for module, names in modules.values()]
         for module, names in modules.values():
             self._visit_attributes(names, module, internals_of(module))
 
@@ -310,7 +335,7 @@ class _Walker:
             above.add(id(module))
             for key, child in list(children.items()):
                 if child is not None:
-                    name = _join(path, key)
+                    name = join(path, key)
                     self.hold(name, children, key, child)
                     self._list_modules(name, child, listed, above)
             above.remove(id(module))
@@ -318,79 +343,37 @@ class _Walker:
     def _visit_tensor_attributes(self, paths: Sequence[str], tensor: torch.Tensor) -> None:
         if (tensor.__dict__ or type(tensor) not in PLAIN_TENSORS) and id(tensor) not in self._attributes_visited:
             self._attributes_visited.add(id(tensor))
-            self._visit_attributes(paths, tensor, _DTENSOR_INTERNALS if is_dtensor(type(tensor)) else frozenset())
+            self.visited.append((paths[0], tensor))
+            self._visit_attributes(paths, tensor, DTENSOR_INTERNALS if is_dtensor(type(tensor)) else frozenset())
 
     def _visit_attributes(self, paths: Sequence[str], owner: Any, skipped: frozenset[str] = frozenset()) -> None:
         """Visit the values in an object's dictionary and slots, but for the skipped keys."""
-        dictionary, slots = self._fields_of(type(owner))
-        held = _EMPTY if dictionary is None else dictionary.__get__(owner)
+        fields = dictionary, slots = self._fields_of(type(owner))
+        held = dictionary_of(owner, fields) if dictionary is None else dictionary.__get__(owner)
         has_own = len(held) > len(skipped) or not skipped.issuperset(list(held))  # most modules have none
         values = list(held.items()) if has_own else ()  # a list, made at once: a model may be in use
         found = [(k, v) for k, v in values if type(v) not in PLAIN_VALUES and isinstance(k, str) and k not in skipped]
-        for key, slot in slots:
-            if key not in skipped:
-                try:
-                    found.append((key, slot.__get__(owner)))
-                except AttributeError:
-                    pass  # it was never set
+        if slots:
+            found += [(k, v) for k, v in slots_of(owner, fields) if k not in skipped]
         for key, value in sorted(found, key=lambda item: item[0]):
-            names = [_join(path, key) for path in paths]
+            names = [join(path, key) for path in paths]
             if key in held:
                 self.hold(names[0], held, key, value)
             self.visit(names, value)
 
     def _visit_items(self, paths: Sequence[str], mapping: Any) -> None:
-        items = mapping.items() if isinstance(mapping, types.MappingProxyType) else dict.items(mapping)
-        for i, (key, value) in enumerate(list(items)):
+        for i, (key, value) in enumerate(items_of(mapping)):
             if type(value) not in PLAIN_VALUES:
-                text = _key_text(key) or f"#{i}"
+                text = key_text(key) or f"#{i}"
                 names = [f"{path}[{text}]" for path in paths]
                 self.hold(names[0], mapping, key, value)
                 self.visit(names, value)
 
     def _visit_elements(self, paths: Sequence[str], sequence: Any) -> None:
-        elements, fields = _elements_of(sequence), getattr(type(sequence), "_fields", ())
-        is_named = isinstance(fields, tuple) and 0 < len(fields) == len(elements)
+        elements = elements_of(sequence)
+        named = element_suffixes(sequence, len(elements))
         for i, value in enumerate(elements):
             if type(value) not in PLAIN_VALUES:
-                suffix = f".{fields[i]}" if is_named else f"[{i}]"
+                suffix = named[i] if named else f"[{i}]"
                 self.hold(paths[0] + suffix, sequence, i, value)
                 self.visit([path + suffix for path in paths], value)
-
-
-def inner_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a traceable wrapper subclass is made of, by the names of its attributes.
-
-    Raises `UnsupportedTensor` when it cannot be taken apart.
-    """
-    try:
-        parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        inner = {part: getattr(tensor, part) for part in parts}
-    except Exception as error:  # the subclass's own code
-        raise UnsupportedTensor(f"{name}: this {type(tensor).__name__} cannot be taken apart: {error}") from error
-    return {part: value for part, value in inner.items() if isinstance(value, torch.Tensor)}
-
-
-def _elements_of(collection: Any) -> list[Any]:
-    """The elements of a list, tuple, deque or set, even where a subclass overrides ``__iter__``."""
-    bases: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
-    base = next(base for base in bases if isinstance(collection, base))
-    return list(base.__iter__(collection))
-
-
-def _parent(name: str) -> str:
-    return name[: max(name.rfind("."), name.rfind("["), 0)]
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _key_text(key: Any) -> str | None:
-    """A dict's key as text that is the same in every process; None where it has none."""
-    if isinstance(key, enum.Enum):
-        return f"{type(key).__name__}.{key.name}"
-    if isinstance(key, tuple):
-        parts = [_key_text(part) for part in key]
-        return None if None in parts else f"({', '.join(map(str, parts))})"
-    return repr(key) if type(key) in PLAIN_VALUES else None

@@ -14,6 +14,7 @@ from tensorfork.model.describe import LocalModel, ModelSource, check_mapped
 from tensorfork.model.walk import FoundTensors
 from tensorfork.regions import Region, RemoteRegion
 from tensorfork.seed.look import PublishedPlaces
+from tensorfork.seed.values import PublishedValues
 from tensorfork.transports.base import Transport
 from tensorfork.wire import messages, tables
 
@@ -31,6 +32,7 @@ class Publication:
         pages: the layout, packed.
         offered: the transports, each with its facts or why it cannot work.
         stable: whether the owner promises that the memory stays mapped.
+        values: the plain values beside the tensors.
     """
 
     number: int
@@ -41,12 +43,21 @@ class Publication:
     pages: tuple[messages.Pages, list[bytes]]
     offered: Mapping[str, messages.Offered]
     stable: bool
+    values: PublishedValues
     _covered: dict[str, tuple[Sequence[Region], list[bytes]]] = field(factory=dict)
     _lock: threading.Lock = field(factory=threading.Lock)
 
     @classmethod
-    def of(cls, number: int, model: LocalModel, transports: Mapping[str, Transport], *, stable: bool) -> "Publication":
-        """Publish a described model: ask each transport, pack the layout.
+    def of(
+        cls,
+        number: int,
+        model: LocalModel,
+        transports: Mapping[str, Transport],
+        *,
+        stable: bool,
+        fixed: bool = False,
+    ) -> "Publication":
+        """Publish a described model: ask each transport, pack the layout. `fixed` is whether its values stay.
 
         Raises:
             UnsupportedTensor: tensors have no memory.
@@ -63,6 +74,7 @@ class Publication:
             tables.pack_layout(model.layout),
             {name: _offer(transport, regions) for name, transport in transports.items()},
             stable,
+            PublishedValues(model.visited, fixed=fixed),
         )
 
     def renewed(self, source: ModelSource, transports: Mapping[str, Transport]) -> "Publication":
@@ -72,7 +84,8 @@ class Publication:
         """
         found = source.walk()
         if self._has(found) and self.places.same_forms() and not self.places.moved():
-            return evolve(self, places=self.places.with_holders(found.holders))
+            places = self.places.with_holders(found.holders)
+            return evolve(self, places=places, values=PublishedValues(found.visited, fixed=False))
         return Publication.of(self.number + 1, source.describe(found), transports, stable=self.stable)
 
     def _has(self, found: FoundTensors) -> bool:

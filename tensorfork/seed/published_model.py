@@ -37,7 +37,7 @@ class PublishedModel:
         on_replaced: Callable[[Publication], None],
     ) -> None:
         self._source, self._transports, self._on_replaced = source, transports, on_replaced
-        self.publication = Publication.of(0, model, transports, stable=stable)
+        self.publication = Publication.of(0, model, transports, stable=stable, fixed=source is None)
         self.version = version
         self._next_version: tuple[str | None] | None = None
         """The label of the version that the change now under way makes; None if it makes none."""

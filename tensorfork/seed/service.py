@@ -273,9 +273,7 @@ class SeedService:
                 return
             self._leases.granted += 1
             serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
-            _, pages = lease.publication.cover(transport)
-            version = tables.pack_version(self.version)
-            reply(messages.Leased(lease.id, lease.generation, export.offer, len(pages), version), pages)
+            reply(*self._leased(lease, transport, export, request))
             while (asked := lease.checks.get()) is not None:
                 self._check(lease, asked)
             if lease.why is not RELEASED:
@@ -288,6 +286,19 @@ class SeedService:
             if reachable:
                 log.info("%s has ended; its reader can still reach the memory", lease)
             self._leases.remove(lease, reachable=reachable)
+
+    def _leased(
+        self, lease: Lease, transport: Transport, export: Export, request: messages.TakeLease
+    ) -> tuple[messages.Leased, list[bytes]]:
+        """The reply to a lease that was granted, and the pages behind it."""
+        _, pages = lease.publication.cover(transport)
+        version = tables.pack_version(self.version)
+        values = lease.publication.values.packed() if request.values else None
+        if values is None:
+            return messages.Leased(lease.id, lease.generation, export.offer, len(pages), version), pages
+        told = len(values.pages), values.salt, values.beyond
+        leased = messages.Leased(lease.id, lease.generation, export.offer, len(pages), version, *told)
+        return leased, [*pages, *values.pages]
 
     def _export(
         self, lease: Lease, transport: Transport, request: messages.TakeLease, reply: SendReply

@@ -87,8 +87,15 @@ class Conversation:
         self._monitor = self._socket.get_monitor_socket(_MONITORED)
         connect(self._socket, self.resolved)
 
-    def request(self, message: messages.Request, expect: type[M], deadline: float, step: str) -> tuple[M, list[bytes]]:
-        """Send a request; return its reply, and the frames behind it.
+    def request(
+        self,
+        message: messages.Request,
+        expect: type[M],
+        deadline: float,
+        step: str,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> tuple[M, list[bytes]]:
+        """Send a request, call `meanwhile`, and return the reply and the frames behind it.
 
         Raises:
             PeerUnreachable: no reply by the deadline, or the peer went away; names the address and the step.
@@ -100,6 +107,8 @@ class Conversation:
         number = next(self._numbers)
         with self._lock:
             self._send_frames([messages.encode(message, number)], deadline, step)
+            if meanwhile is not None:
+                meanwhile()
             while True:
                 frames = self._recv_frames(deadline, step)
                 reply_number, reply = self._decode(frames[0], step)

@@ -18,7 +18,7 @@ from tensorfork.wire.records import Record, from_plain, to_plain
 
 MAGIC = "tensorfork"
 
-VERSION = 2
+VERSION = 3
 
 MAX_REQUEST = 64 << 10
 """Bytes of a request. Even one made to be slow is unpacked in a few milliseconds of the seed's interpreter."""
@@ -132,17 +132,26 @@ class TakeLease(Record):
     """Whether digests will be asked for, so that the seed can begin to compute them."""
     publication: int | None = None
     """What the fork's layout is of. Refused as `CHANGED` where the seed has published something else since."""
+    values: bool = False
+    """Whether to send the plain values beside the tensors."""
 
 
 @frozen(eq=False, repr=False)
 class Leased(Record):
-    """The reply to `TakeLease`. The pages behind it have the regions and each storage's place: `tables.pack_places`."""
+    """The reply to `TakeLease`. The pages behind it have the regions and each storage's place: `tables.pack_places`.
+
+    Behind those come as many pages of plain values (`tables.pack_values`), if they were asked for and the seed has any:
+    else `values` is None. Their hashes are made with the salt. `beyond` is how many the seed has not looked at.
+    """
 
     lease: bytes = field(validator=max_len(64))
     generation: int
     offer: bytes = field(validator=max_len(MAX_OFFER))
     pages: int = field(validator=[ge(0), le(MAX_FRAMES)])
     version: WeightsVersion
+    values: int | None = field(default=None, validator=optional([ge(0), le(MAX_FRAMES)]))
+    salt: bytes = field(default=b"", validator=max_len(16))
+    beyond: int = field(default=0, validator=ge(0))
 
 
 @frozen(eq=False, repr=False)

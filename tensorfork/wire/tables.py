@@ -16,6 +16,8 @@ from tensorfork.errors import ProtocolError
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.lineage import Version
+from tensorfork.model.value_encoding import Encoded, is_encoded
+from tensorfork.model.values import MAX_VALUES
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
 from tensorfork.validators import is_text
@@ -134,6 +136,28 @@ def unpack_places(pages: Sequence[bytes]) -> dict[int, Place]:
         return dict(_rows(pages[1 + _natural(unpack(pages[0])) :], 3, place))
 
 
+def pack_values(names: Sequence[str], values: Sequence[Encoded]) -> list[bytes]:
+    """Plain values, encoded by `tensorfork.model.value_encoding`, as pages."""
+    slices = (slice(start, start + PAGE) for start in range(0, len(names), PAGE))
+    return [msgpack.packb([names[some], values[some]]) for some in slices]
+
+
+def unpack_values(pages: Sequence[bytes]) -> dict[str, Encoded]:
+    """The values that `pack_values` packed, by name; raises `ProtocolError`."""
+
+    def named(name: Any, value: Any) -> tuple[str, Encoded]:
+        if not is_encoded(value):
+            raise ValueError("what stands for a value is none")
+        return _text(name), value
+
+    with _protocol_errors("table of values"):
+        rows = list(_rows(pages, 2, named, limit=MAX_VALUES))
+        values = dict(rows)
+        if len(values) != len(rows):
+            raise ValueError("two values go by one name")
+        return values
+
+
 def pack_digests(values: Sequence[int]) -> list[bytes]:
     """Digests as frames."""
     return [b"".join(value.to_bytes(8, "little") for value in page) for page in _paged(values)]
@@ -162,15 +186,15 @@ def _paged(items: Iterable[T]) -> Iterator[list[T]]:
         yield page
 
 
-def _rows(pages: Sequence[bytes], columns: int, make: Callable[..., T]) -> Iterator[T]:
+def _rows(pages: Sequence[bytes], columns: int, make: Callable[..., T], limit: int | None = None) -> Iterator[T]:
     total = 0
     for page in pages:
         table = unpack(page)
         if not isinstance(table, list) or len(table) != columns or len({len(column) for column in table}) != 1:
             raise ValueError("its columns are not of one length")
         total += len(table[0])
-        if total > MAX_TENSORS:
-            raise ValueError(f"it has more than {MAX_TENSORS:,} rows")
+        if total > (most := limit or MAX_TENSORS):
+            raise ValueError(f"it has more than {most:,} rows")
         yield from map(make, *table)
 
 

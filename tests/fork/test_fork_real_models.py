@@ -54,6 +54,8 @@ def test_a_model_of_another_process_computes_the_same_bit_for_bit(
         assert hash_of(run(kind, model)) != output
     report = tensorfork.fork_into(model, address, timeout=SECONDS, device="cpu")
     assert report.tensors == len(contents)
+    assert report.values is not None
+    assert list(map(str, report.values.different)) == []
     assert hashes(model) == contents
     assert {name: id(tensor) for name, tensor in walk(model).tensors.items()} == objects
     for name, tensor in walk(model).tensors.items():

@@ -16,6 +16,7 @@ from tensorfork.fork.destination import Destination, memory_for, tensors_of_mode
 from tensorfork.fork.match import match
 from tensorfork.model import install
 from tensorfork.model.describe import describe
+from tensorfork.model.value_writes import ValueWrite, prepare_write
 
 
 class Loaded(nn.Parameter):
@@ -43,6 +44,7 @@ class Model(nn.Module):
             self.scale = self.quantized.scale
             self.parameter = nn.Parameter(Pair(torch.full((2,), value), torch.full((1,), value)), requires_grad=True)
         self.weak = [weakref.ref(self.weight)]
+        self.factor = 1.0
 
     def plain(self) -> list[torch.Tensor]:
         pairs = [part for pair in (self.quantized, self.parameter) for part in (pair.data_, pair.scale)]
@@ -85,6 +87,13 @@ def ready(model: Model) -> Destination:
     return destination
 
 
+def writes(model: Model) -> list[ValueWrite]:
+    """A value that becomes the seed's together with the tensors."""
+    write = prepare_write((model, "factor", True), 2.5)
+    assert isinstance(write, ValueWrite)
+    return [write]
+
+
 def at_opcodes(call: Callable[[], None], at_opcode: Callable[[int], None]) -> None:
     """Call `at_opcode` with a count before every instruction of Python's that runs inside of the call."""
     count = 0
@@ -108,10 +117,11 @@ def at_opcodes(call: Callable[[], None], at_opcode: Callable[[int], None]) -> No
 def test_before_every_instruction_all_tensors_are_on_the_meta_device_or_none_is() -> None:
     model = Model(0, "meta")
     destination = ready(model)
-    seen: list[set[str]] = []
-    at_opcodes(destination.install, lambda _: seen.append(model.devices()))
-    assert all(len(devices) == 1 for devices in seen)
-    assert (seen[0], seen[-1]) == ({"meta"}, {"cpu"})
+    values = writes(model)
+    seen: list[set[Any]] = []
+    at_opcodes(lambda: destination.install(values), lambda _: seen.append({*model.devices(), model.factor}))
+    assert all(states in ({"meta", 1.0}, {"cpu", 2.5}) for states in seen)
+    assert (seen[0], seen[-1]) == ({"meta", 1.0}, {"cpu", 2.5})
     model.check("cpu", 3)
 
 
@@ -131,11 +141,13 @@ def test_an_exception_at_any_instruction_leaves_all_or_none_and_the_model_can_be
                 raise Interrupt
 
         try:
-            at_opcodes(destination.install, interrupt)
+            values = writes(model)
+            at_opcodes(lambda to=destination, values=values: to.install(values), interrupt)
             finished = True
         except Interrupt:
             outcomes.append(*model.devices())
             model.check(outcomes[-1], 3)
+            assert model.factor == {"meta": 1.0, "cpu": 2.5}[outcomes[-1]]
             if outcomes[-1] == "meta":
                 again = destination if len(outcomes) % 5 else ready(model)
                 again.install()
@@ -154,20 +166,22 @@ def test_what_was_swapped_when_a_swap_failed_is_swapped_back(monkeypatch: pytest
     calls: list[int] = []
     swap_all = install._swap_all
 
-    def fail_half_way(swaps: Any) -> None:
+    def fail_half_way(swaps: Any, writes: Any = ()) -> None:
         calls.append(len(swaps))
         if len(calls) == 2:
-            swap_all(swaps[:done])
+            swap_all(swaps[:done], writes)
             raise KeyboardInterrupt
-        swap_all(swaps)
+        swap_all(swaps, writes)
 
     monkeypatch.setattr(install, "_swap_all", fail_half_way)
     with pytest.raises(KeyboardInterrupt):
-        destination.install()
+        destination.install(writes(model))
     assert calls[1:] == [12, min(done, 12)]
     model.check("meta", 0)
-    destination.install()
+    assert model.factor == 1.0
+    destination.install(writes(model))
     model.check("cpu", 3)
+    assert model.factor == 2.5
 
 
 @pytest.mark.parametrize("which", ["weight", "half", "scale", "quantized"])

@@ -1,0 +1,145 @@
+"""A seed's plain values: as they are when a lease is granted, read again only where something may have changed."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from structures import Plain, Slotted, module
+from torch import nn
+
+import tensorfork
+from tensorfork.model.values import read_values
+from tensorfork.model.walk import walk
+from tensorfork.seed import values as seed_values
+from tensorfork.seed.values import PublishedValues
+
+TIMEOUT = 20.0
+
+
+def published(model: nn.Module, *, fixed: bool = False) -> PublishedValues:
+    return PublishedValues(walk(model).visited, fixed=fixed)
+
+
+class Reads:
+    """Counts how often the values were read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+
+        def read(*arguments: Any) -> Any:
+            self.count += 1
+            return read_values(*arguments)
+
+        monkeypatch.setattr(seed_values, "read_values", read)
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "an attribute": lambda model: setattr(model, "scale", 0.25),
+    "a new attribute": lambda model: setattr(model, "another", 1),
+    "an attribute that goes": lambda model: delattr(model, "scale"),
+    "an attribute that is renamed": lambda model: model.__dict__.update(other=model.__dict__.pop("nothing")),
+    "an object": lambda model: setattr(model.plain, "x", 3),
+    "a slot": lambda model: setattr(model.slotted, "scale", 3),
+    "a list": lambda model: model.items.append(4),
+    "an element": lambda model: model.items.__setitem__(0, 4),
+    "a dict": lambda model: model.table.update(a=2),
+    "a set": lambda model: model.names.add("b"),
+    "a long list": lambda model: model.long.__setitem__(70, 4),
+    "a list in a long list": lambda model: model.long[71].append(4),
+    "a tensor's attribute": lambda model: setattr(model.weight, "note", 4),
+}
+
+
+def example() -> Any:
+    model = module(scale=0.5, nothing=None, plain=Plain(x=2), slotted=Slotted(2), items=[1, 2], table={"a": 1})
+    model.names, model.long = {"a"}, [*range(70), 70, [1, 2]]
+    model.weight = nn.Parameter(torch.zeros(1))
+    model.weight.note = 3
+    return model
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_read_again_and_what_has_not_is_not(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    model = example()
+    reads, values = Reads(monkeypatch), published(model)
+    first = values.packed()
+    assert values.packed() is first
+    assert reads.count == 1
+    CHANGES[change](model)
+    second = values.packed()
+    assert second is not None
+    assert first is not None
+    assert second.pages != first.pages
+    assert values.packed() is second
+    assert reads.count == 2
+
+
+def test_what_does_not_show_its_changes_is_read_each_time() -> None:
+    numpy = pytest.importorskip("numpy")
+    array, cell = numpy.zeros(3), [0.5]
+    for model, change in (
+        (module(a=array), lambda: array.__setitem__(0, 1)),
+        (module(f=functools.partial(round, Plain(x=cell))), lambda: cell.__setitem__(0, 1.5)),
+    ):
+        values = published(model)
+        first = values.packed()
+        change()
+        second = values.packed()
+        assert first is not None
+        assert second is not None
+        assert first.pages != second.pages
+
+
+@pytest.mark.parametrize("made", ["published", "snapshot"])
+def test_a_fork_gets_the_values_of_when_the_lease_was_granted_or_the_snapshot_taken(made: str) -> None:
+    model = module(scale=1.0, weight=nn.Parameter(torch.zeros(1)))
+    with tensorfork.publish(model, snapshot=made == "snapshot") as seed:
+        model.scale = 2.0
+        report = tensorfork.fork_into(module(scale=3.0, weight=torch.zeros(1)), seed.address, timeout=TIMEOUT)
+        assert report.values is not None
+        assert [one.seed for one in report.values.different] == ["2.0" if made == "published" else "1.0"]
+
+
+def test_objects_that_come_with_an_update_are_read() -> None:
+    model, into = module(weight=nn.Parameter(torch.zeros(1))), module(weight=torch.zeros(1), new=Plain(x=1))
+    with tensorfork.publish(model) as seed:
+        with seed.updating():
+            model.new = Plain(x=2)
+        report = tensorfork.fork_into(into, seed.address, timeout=TIMEOUT)
+        assert report.values is not None
+        assert [str(one) for one in report.values.different] == ["x: 1 value new.x: 2 in the seed, 1 here"]
+
+
+def test_a_snapshot_does_not_refer_to_the_model() -> None:
+    model = example()
+    values = published(model, fixed=True)
+    first = values.packed()
+    model.scale = 7.0
+    assert values.packed() is first
+    assert values._visited is None
+
+
+def test_values_that_cannot_be_read_are_not_compared_and_the_fork_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("changed during iteration")
+
+    monkeypatch.setattr(seed_values, "read_values", fail)
+    with tensorfork.publish(module(scale=1.0, weight=nn.Parameter(torch.ones(1)))) as seed:
+        into = module(scale=2.0, weight=torch.zeros(1))
+        report = tensorfork.fork_into(into, seed.address, timeout=TIMEOUT)
+    assert into.weight.item() == 1.0
+    assert "values" in report.not_compared
+    assert "cannot be read" in caplog.text
+
+
+def test_two_seeds_have_different_salts() -> None:
+    model = module(text="a text")
+    one, other = published(model).packed(), published(model).packed()
+    assert one is not None
+    assert other is not None
+    assert one.salt != other.salt
+    assert one.pages != other.pages
