@@ -46,8 +46,8 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
 __all__ = [
     "Channel",
     "Copy",
-    "Digests",
     "DifferentValues",
+    "Digests",
     "Export",
     "Facts",
     "ForkCancelled",

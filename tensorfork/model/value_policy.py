@@ -44,7 +44,11 @@ def _patterns(given: Patterns) -> tuple[str, ...]:
 
 
 def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    return Selection(patterns).selects if patterns else lambda name: False
+    return Selection(patterns).selects if patterns else _none
+
+
+def _none(name: str) -> bool:
+    return False
 
 
 def _check_word(instance: object, attribute: Any, value: object) -> None:
@@ -52,7 +56,7 @@ def _check_word(instance: object, attribute: Any, value: object) -> None:
         raise ValueError(f"values must be a ValuePolicy, or one of {', '.join(map(repr, WORDS))}, not {value!r}")
 
 
-@frozen(eq=False)
+@frozen
 class ValuePolicy:
     """What a fork does about plain values of the model (numbers, texts, ...) that are not the seed's.
 
@@ -69,8 +73,8 @@ class ValuePolicy:
     differ: str = field(default=REPORT, validator=_check_word)
     expected: tuple[str, ...] = field(default=(), converter=_patterns)
     take: tuple[str, ...] = field(default=(), converter=_patterns)
-    _expects: Callable[[str], bool] = field(init=False, repr=False)
-    takes: Callable[[str], bool] = field(init=False, repr=False)
+    _expects: Callable[[str], bool] = field(init=False, repr=False, eq=False)
+    takes: Callable[[str], bool] = field(init=False, repr=False, eq=False)
 
     @_expects.default
     def _compile_expected(self) -> Callable[[str], bool]:

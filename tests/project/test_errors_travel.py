@@ -25,6 +25,7 @@ EXAMPLES: dict[type[Exception], Callable[[], Exception]] = {
         renamed={"w": "module.w"},
         advice="module.",
     ),
+    tensorfork.ValueMismatch: lambda: tensorfork.ValueMismatch("another eps", names=["norm.eps"]),
     tensorfork.TransferFailed: lambda: tensorfork.TransferFailed("stopped", complete=["a"], undrained=[(4096, 8)]),
     tensorfork.ForkCancelled: lambda: tensorfork.ForkCancelled("stopped", complete=["a"], undrained=[(4096, 8)]),
     tensorfork.VerificationFailed: lambda: tensorfork.VerificationFailed("wrong", tensors=["a", "b"]),
@@ -78,15 +79,18 @@ def test_the_examples_have_every_attribute_that_an_error_documents() -> None:
 
 
 VERSION = tensorfork.Version("0a1b", 3, "step-3", "ff00")
+VALUES = tensorfork.ValueReport(9, (tensorfork.DifferentValues("eps", ("norm.eps",), "1e-05", "1e-06"),), 2, ("a",))
 REPORT = tensorfork.ForkReport(
-    "tcp://10.0.0.7:4180", "zeromq", "tcp", 3, 12, 4, {"transfer": 0.5}, True, 1, {"nccl": "no GPU"}, version=VERSION
-)
+    "tcp://10.0.0.7:4180", "zeromq", "tcp", 3, 12, 4, {"transfer": 0.5}, True, 1, {"nccl": "no GPU"}, version=VERSION,
+    values=VALUES,
+)  # fmt: skip
+POLICY = tensorfork.ValuePolicy("strict", expected="*.rank", take=["*.k_scale_float"])
 STATS = tensorfork.SeedStats(1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(
     "value",
-    [SURROUNDINGS, tensorfork.Identity(), tensorfork.Rank(tp=(1, 2)), VERSION, REPORT, STATS],
+    [SURROUNDINGS, tensorfork.Identity(), tensorfork.Rank(tp=(1, 2)), VERSION, REPORT, POLICY, STATS],
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_returned_arrives_as_it_was(value: Any) -> None:
@@ -94,6 +98,14 @@ def test_what_is_returned_arrives_as_it_was(value: Any) -> None:
         assert type(arrived) is type(value)
         assert arrived == value
         assert repr(arrived) == repr(value)
+
+
+def test_a_policy_that_arrived_says_the_same() -> None:
+    for arrived in carried(POLICY):
+        assert [arrived.expects(name) for name in ("a.rank", "a.training", "a.eps")] == [True, True, False]
+        assert [arrived.takes(name) for name in ("a.k_scale_float", "a.eps")] == [True, False]
+    for arrived in carried(tensorfork.ValuePolicy()):
+        assert not arrived.takes("a.eps")
 
 
 def test_an_identity_that_arrived_cannot_be_changed_either() -> None:
