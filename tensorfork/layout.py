@@ -11,12 +11,12 @@ from operator import mul
 from typing import Any
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import evolve, field, fields_dict, frozen
 
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.placement import Placement
-from tensorfork.validators import natural_field, naturals_field, text_field
+from tensorfork.validators import is_natural, is_naturals, is_text, natural_field, naturals_field, text_field
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -42,13 +42,47 @@ class TensorLayout:
         placement: for a `DTensor`'s local shard, which part of the whole it is.
     """
 
-    name: str = field(validator=text_field)
-    dtype: str = field(validator=text_field)
-    shape: tuple[int, ...] = field(validator=naturals_field)
-    stride: tuple[int, ...] = field(validator=naturals_field)
-    storage: int = field(validator=natural_field, eq=False)
-    offset: int = field(validator=natural_field, eq=False)
-    placement: Placement | None = field(default=None, validator=_optional_placement)
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    storage: int = field(eq=False)
+    offset: int = field(eq=False)
+    placement: Placement | None = None
+    numel: int = field(init=False, eq=False, repr=False)
+    """How many elements it has."""
+    is_dense: bool = field(init=False, eq=False, repr=False)
+    """Whether its elements fill its extent without gaps or overlaps: contiguous, transposed or permuted."""
+
+    def __attrs_post_init__(self) -> None:
+        # one function instead of a validator for each field: a fork makes three of these for each of its tensors
+        shape, stride = self.shape, self.stride
+        if not (
+            is_text(self.name)
+            and is_text(self.dtype)
+            and is_naturals(shape)
+            and is_naturals(stride)
+            and len(shape) == len(stride)
+            and is_natural(self.storage)
+            and is_natural(self.offset)
+            and (self.placement is None or type(self.placement) is Placement)
+        ):
+            self._raise_invalid()
+        object.__setattr__(self, "numel", _product(shape))
+        object.__setattr__(self, "is_dense", is_dense(shape, stride))
+
+    def _raise_invalid(self) -> None:
+        attributes = fields_dict(TensorLayout)
+        checks = {
+            text_field: ("name", "dtype"),
+            naturals_field: ("shape", "stride"),
+            natural_field: ("storage", "offset"),
+            _optional_placement: ("placement",),
+        }
+        for check, names in checks.items():
+            for name in names:
+                check(self, attributes[name], getattr(self, name))
+        raise ValueError(f"{self.name} has {len(self.shape)} sizes and {len(self.stride)} strides")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,11 +95,6 @@ class TensorLayout:
         return dtype
 
     @property
-    def numel(self) -> int:
-        """How many elements it has."""
-        return _product(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of its elements, without the gaps between them."""
         return self.numel * self.torch_dtype.itemsize
@@ -73,17 +102,12 @@ class TensorLayout:
     @property
     def extent(self) -> int:
         """Bytes from the first byte of its first element to the last byte of its last, with the gaps between them."""
+        if self.is_dense:
+            return self.nbytes
         elements = 1
         for size, step in zip(self.shape, self.stride, strict=True):
-            if not size:
-                return 0
             elements += (size - 1) * step
         return elements * self.torch_dtype.itemsize
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether its elements fill its extent without gaps or overlaps: contiguous, transposed or permuted."""
-        return is_dense(self.shape, self.stride)
 
     def difference(self, other: "TensorLayout") -> str | None:
         """How this tensor, the seed's, differs from the other, ours, in words; None if a fork can fill ours."""
@@ -111,8 +135,13 @@ class TensorLayout:
 class StorageLayout:
     """One storage: its size in bytes, and its device in the process that described it."""
 
-    nbytes: int = field(validator=natural_field)
-    device: str = field(validator=text_field)
+    nbytes: int
+    device: str
+
+    def __attrs_post_init__(self) -> None:
+        if not (is_natural(self.nbytes) and is_text(self.device)):
+            natural_field(self, fields_dict(StorageLayout)["nbytes"], self.nbytes)
+            text_field(self, fields_dict(StorageLayout)["device"], self.device)
 
 
 @frozen(repr=False)
@@ -138,8 +167,6 @@ class ModelLayout:
             raise ValueError("a name stands twice in the layout")
         sizes = [storage.nbytes for storage in self.storages]
         for tensor in self.tensors:
-            if len(tensor.shape) != len(tensor.stride):
-                raise ValueError(f"{tensor.name} has {len(tensor.shape)} sizes and {len(tensor.stride)} strides")
             if tensor.storage >= len(sizes):
                 raise ValueError(f"{tensor.name} lies in storage {tensor.storage} of {len(sizes)}")
             if tensor.offset + tensor.extent > sizes[tensor.storage]:

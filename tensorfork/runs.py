@@ -48,7 +48,7 @@ def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
     If the grid has more than `limit` runs before merging, returns `limit` + 1 of these.
     """
     if tensor.is_dense:
-        return [(0, tensor.nbytes)] if tensor.numel else []
+        return [(0, tensor.numel * tensor.torch_dtype.itemsize)] if tensor.numel else []
     length, steps = grid_of(tensor)
     offsets: set[int] = set()
     for offset in _offsets(steps):

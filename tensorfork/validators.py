@@ -79,15 +79,20 @@ def natural_field(instance: object, attribute: Field, value: object) -> None:
         raise ValueError(f"{attribute.name} must be a natural number, not {str(value)[:80]}")
 
 
+def is_naturals(value: object) -> bool:
+    """Whether it is a tuple of at most `MAX_DIMENSIONS` ints of at least 0."""
+    if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
+        return False
+    for size in value:  # noqa: SIM110  # a generator costs twice as much, and each tensor has two of these tuples
+        if type(size) is not int or size < 0:
+            return False
+    return True
+
+
 def naturals_field(instance: object, attribute: Field, value: object) -> None:
     """Raise `ValueError` unless the value is a tuple of at most `MAX_DIMENSIONS` ints of at least 0."""
-    if type(value) is tuple and len(value) <= MAX_DIMENSIONS:
-        for size in value:  # a loop, and no call in it: each tensor has two of these tuples
-            if type(size) is not int or size < 0:
-                break
-        else:
-            return
-    raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
+    if not is_naturals(value):
+        raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
 
 
 def index_field(instance: object, attribute: Field, value: object) -> None:

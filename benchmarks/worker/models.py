@@ -2,7 +2,8 @@
 
 A shape is written ``llama`` (Llama-3-8B: 291 tensors, 16.1 GB), ``experts`` (10,000 tensors of 1.5 MB, 15.7 GB), either
 with a factor (``llama*0.1``), ``16GB/1`` (bytes in all / number of tensors), or ``3000x64KiB`` (number x bytes of
-each). All are bfloat16.
+each). All are bfloat16. ``transformers-llama`` and ``transformers-mixtral`` are models of transformers, built as their
+users build them (`benchmarks.worker.real_models`); they too take a factor.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.worker import real_models
 from benchmarks.worker.state import WorkerState
 
 ALIGNMENT = 512
@@ -42,14 +44,17 @@ def build(state: WorkerState, *, shape: str, placement: str, fill: bool = False)
     Args:
         state: the worker's state, which gets the model.
         shape: see above.
-        placement: "placed": each tensor where the allocator puts it; "arena": all in one allocation; "meta": on the
-            meta device.
+        placement: "placed": each tensor where the allocator puts it; "arena": all in one allocation (not for real
+            models); "meta": on the meta device.
         fill: write bytes that differ from tensor to tensor.
     """
     release(state)
-    named_shapes = shapes(shape)
-    state.model = _tree(named_shapes, list(_tensors(named_shapes, state.device, placement)))
-    state.tensors = dict(state.model.named_parameters())
+    if real_models.is_one(shape):
+        state.model = real_models.build(shape, "meta" if placement == "meta" else state.device)
+    else:
+        named_shapes = shapes(shape)
+        state.model = _tree(named_shapes, list(_tensors(named_shapes, state.device, placement)))
+    state.tensors = {**dict(state.model.named_parameters()), **dict(state.model.named_buffers())}
     if fill:
         _fill(state)
     state.sync()

@@ -8,7 +8,7 @@ left to compute. Tensors on the CPU are digested at the end, because digests and
 import queue
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from attrs import define
@@ -40,8 +40,9 @@ class ArrivalDigests:
     """The digests of tensors whose bytes are arriving. Call `arrived` for each copy, then `digests`, then `close`.
 
     Args:
-        tensors: by name; they are filled by `copies`.
+        tensors: gives those that are filled by `copies`, by name. The thread calls it, and waits until they are made.
         layouts: of these tensors, in storages of ours.
+        devices: those that the tensors are on.
         ours: where each of these storages begins.
         copies: sorted by where they go (`into`, `at`).
         cancel: set to stop; `digests` then raises `ForkCancelled`.
@@ -49,47 +50,38 @@ class ArrivalDigests:
 
     def __init__(
         self,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Callable[[], Mapping[str, torch.Tensor]],
         layouts: Sequence[TensorLayout],
+        devices: Collection[torch.device],
         ours: Mapping[int, Place],
         copies: Sequence[Copy],
         cancel: threading.Event | None = None,
     ) -> None:
-        self._tensors = tensors
+        self._tensors, self._layouts, self._ours, self._copies = tensors, layouts, ours, copies
+        self._devices = devices
         self._cancel = threading.Event() if cancel is None else cancel
-        warm_up.wait({tensor.device for tensor in tensors.values()})
-        self._parts = _divide(tensors, layouts, ours, copies)
-        self._first_copies = [part.first for part in self._parts]
-        in_parts = {name for part in self._parts for name in part.names}
-        self._at_end = [name for name in tensors if name not in in_parts]
-        self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._digests: dict[str, int] = {}
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="tensorfork-verify", daemon=True)
-        if self._parts:
+        if any(device.type == "cuda" for device in devices):
             self._thread.start()
 
     def arrived(self, i: int) -> None:
         """Record that copy i arrived."""
-        at = bisect_right(self._first_copies, i) - 1
-        while at >= 0 and self._parts[at].first <= i < self._parts[at].last:  # a copy may reach into two parts
-            part = self._parts[at]
-            part.missing -= 1
-            if not part.missing:
-                self._ready.put(at)
-            at -= 1
+        self._arrived.put(i)
 
     def digests(self) -> dict[str, int]:
         """The digest of every tensor. Called once all bytes have arrived; raises what the thread met."""
-        at_end = {name: self._tensors[name] for name in self._at_end}
-        with streams.on_side_streams({tensor.device for tensor in at_end.values()}):
-            self._digests |= DigestBatch.of(at_end).compute(self._stopped)
         self._join_thread()
-        if self._cancel.is_set():
-            raise ForkCancelled("the fork was cancelled (at step digests)")
+        self._check_cancelled()
         if self._error is not None:
             raise self._error
+        at_end = {name: tensor for name, tensor in self._tensors().items() if name not in self._digests}
+        with streams.on_side_streams({tensor.device for tensor in at_end.values()}):
+            self._digests |= DigestBatch.of(at_end).compute(self._stopped)
+        self._check_cancelled()
         return self._digests
 
     def close(self) -> None:
@@ -97,23 +89,41 @@ class ArrivalDigests:
         self._closed = True
         self._join_thread()
 
+    def _check_cancelled(self) -> None:
+        if self._cancel.is_set():
+            raise ForkCancelled("the fork was cancelled (at step digests)")
+
     def _stopped(self) -> bool:
         return self._closed or self._cancel.is_set()
 
     def _join_thread(self) -> None:
         if self._thread.is_alive():
-            self._ready.put(None)
+            self._arrived.put(None)
             self._thread.join()
 
     def _run(self) -> None:
         try:
             cuda.relax_capture()
-            batches = [DigestBatch.of({name: self._tensors[name] for name in part.names}) for part in self._parts]
-            with streams.on_side_streams({tensor.device for tensor in self._tensors.values()}):
-                while (at := self._ready.get()) is not None:
-                    self._digests |= batches[at].compute(self._stopped)
+            warm_up.wait(self._devices)
+            tensors = self._tensors()
+            parts = _divide(tensors, self._layouts, self._ours, self._copies)
+            batches = [DigestBatch.of({name: tensors[name] for name in part.names}) for part in parts]
+            with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
+                while (i := self._arrived.get()) is not None and not self._stopped():
+                    for at in _completed(parts, i):
+                        self._digests |= batches[at].compute(self._stopped)
         except BaseException as error:  # raised by `digests`
             self._error = error
+
+
+def _completed(parts: Sequence[_Part], i: int) -> Iterator[int]:
+    """Count copy i as arrived; the parts, by number, that are complete with it. A copy may reach into two."""
+    at = bisect_right(parts, i, key=lambda part: part.first) - 1
+    while at >= 0 and parts[at].first <= i < parts[at].last:
+        parts[at].missing -= 1
+        if not parts[at].missing:
+            yield at
+        at -= 1
 
 
 def _divide(

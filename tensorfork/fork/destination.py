@@ -1,13 +1,14 @@
 """What a fork fills: tensors that have memory already, and new ones for those that are still on the meta device.
 
 It is made in two steps. `DestinationMemory` is what a transport needs, and takes milliseconds to make. `Destination`
-has the tensors in that memory; there may be many, so they are made while the transport opens.
+has the tensors in that memory; there may be many, so they are made while bytes move, where all of the memory is new.
 
 New tensors lie in one allocation for each device, or in one for each storage; `fork.slots` says where, and which share
 a storage. A meta tensor takes its new memory only in `Destination.install`, the last step of a fork, and stays the same
 object.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from tensorfork.regions import Region
 
 _META = torch.device("meta")
 
+STEP = 50
+"""Tensors made in a row: half a millisecond. Then the thread that moves bytes gets the interpreter if it waits."""
+
 
 @frozen(eq=False, repr=False)
 class DestinationMemory:
@@ -33,20 +37,23 @@ class DestinationMemory:
 
     Attributes:
         pairs: our tensors, meta or not, with the seed's that fill them.
+        filled: the same pairs, with our tensors as they lie in `regions`.
         regions: all of the memory: one region for each new slot, and one for each storage that we had already.
         gapped: the tensors with gaps between their elements, each with its device.
         new: the new storages.
         placed: the layouts of the new tensors, by name, in the new storages.
-        own_id_offset: added to the number of a storage that we had already, so that no slot has the same id.
+        tensors_can_wait: whether the tensors may be made while it is being filled: all of it is new, and no wrapper has
+            to be put together again, which may fail.
         keep_alive: the owners of the memory.
     """
 
     pairs: Sequence[Pair]
+    filled: Sequence[Pair]
     regions: Sequence[Region]
     gapped: Sequence[tuple[TensorLayout, torch.device]]
     new: NewStorages
     placed: Mapping[str, TensorLayout]
-    own_id_offset: int
+    tensors_can_wait: bool
     keep_alive: Sequence[Any]
 
     @property
@@ -75,10 +82,17 @@ def memory_for(
     own_id_offset = max(slots.slots, default=-1) + 1
     gapped = _gapped(slots)
     gapped += [(t, on) for t in ours.layout.tensors if not t.is_dense and (on := ours.tensors[t.name].device) != _META]
-    regions = ours.memory.regions(ours.layout)
+    regions, filled = ours.memory.regions(ours.layout), pairs
     if meta:
         regions = [*new.regions, *(evolve(region, id=own_id_offset + region.id) for region in regions)]
-    return DestinationMemory(pairs, regions, gapped, new, slots.tensors, own_id_offset, [ours.memory, new])
+        filled = [Pair(pair.theirs, slots.tensors[pair.name]) for pair in meta]
+        filled += [
+            Pair(pair.theirs, evolve(pair.ours, storage=own_id_offset + pair.ours.storage))
+            for pair in (pairs if len(meta) < len(pairs) else ())
+            if not ours.tensors[pair.name].is_meta
+        ]
+    can_wait = len(meta) == len(pairs) and not ours.wrappers
+    return DestinationMemory(pairs, filled, regions, gapped, new, slots.tensors, can_wait, [ours.memory, new])
 
 
 def memory_for_all(theirs: ModelLayout, device: torch.device | None, *, arena: bool = True) -> DestinationMemory:
@@ -86,7 +100,7 @@ def memory_for_all(theirs: ModelLayout, device: torch.device | None, *, arena: b
     slots = slots_of_copy(theirs, _device_of(theirs, sorted({tensor.storage for tensor in theirs.tensors}), device))
     new = allocate(slots.slots, arena=arena)
     pairs = [Pair(tensor, tensor) for tensor in theirs.tensors]
-    return DestinationMemory(pairs, new.regions, _gapped(slots), new, slots.tensors, 0, [new])
+    return DestinationMemory(pairs, pairs, new.regions, _gapped(slots), new, slots.tensors, True, [new])
 
 
 def _device_of(
@@ -109,21 +123,14 @@ class Destination:
     """The tensors that a fork fills.
 
     Attributes:
-        pairs: which of the seed's tensors fills which of ours; ours as they lie in `DestinationMemory.regions`.
         tensors: the tensors to fill, by name. For a meta tensor it is a new one, which `install` turns it into.
         installation: the pending change of the meta tensors.
         wrappers: the model's tensors of subclasses that are made of other tensors.
     """
 
-    pairs: Sequence[Pair]
     tensors: Mapping[str, torch.Tensor]
     installation: Installation
     wrappers: Sequence[torch.Tensor]
-
-    @property
-    def layouts(self) -> list[TensorLayout]:
-        """The layouts of our tensors."""
-        return [pair.ours for pair in self.pairs]
 
     def install(self, values: Sequence[ValueWrite] = ()) -> None:
         """Give the meta tensors their new memory, and write these values: all, or none if one fails.
@@ -149,11 +156,13 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
     tensors, wrappers = ours.tensors, list({id(one): one for one in ours.wrappers.values()}.values())
     meta = [pair for pair in memory.pairs if tensors[pair.name].is_meta]
     if not meta:
-        return Destination(memory.pairs, tensors, Installation([], []), wrappers)
+        return Destination(tensors, Installation([], []), wrappers)
     ready = dict(tensors)
     made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
     with NormalMode():
-        for pair in meta:
+        for number, pair in enumerate(meta, 1):
+            if number % STEP == 0:
+                time.sleep(0)
             old = tensors[pair.name]
             if id(old) not in made:
                 # strides that matter become the seed's; those that do not stay as they are
@@ -162,13 +171,7 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
                 made[id(old)] = pair.name, old, like_original(old, new)
             ready[pair.name] = made[id(old)][2]
         installation = Installation.prepare({name: (old, new) for name, old, new in made.values()}, ours.wrappers)
-    renumbered = [Pair(pair.theirs, memory.placed[pair.name]) for pair in meta]
-    renumbered += [
-        Pair(pair.theirs, evolve(pair.ours, storage=memory.own_id_offset + pair.ours.storage))
-        for pair in memory.pairs
-        if not tensors[pair.name].is_meta
-    ]
-    return Destination(renumbered, ready, installation, wrappers)
+    return Destination(ready, installation, wrappers)
 
 
 def tensors_of_copy(memory: DestinationMemory) -> Destination:
@@ -176,9 +179,11 @@ def tensors_of_copy(memory: DestinationMemory) -> Destination:
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
     with NormalMode():
-        for tensor in (pair.theirs for pair in memory.pairs):
+        for number, tensor in enumerate((pair.theirs for pair in memory.pairs), 1):
+            if number % STEP == 0:
+                time.sleep(0)
             key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)
             if key not in made:
                 made[key] = memory.new.tensor(tensor)
             tensors[tensor.name] = made[key]
-    return Destination(memory.pairs, tensors, Installation([], []), [])
+    return Destination(tensors, Installation([], []), [])

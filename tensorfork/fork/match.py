@@ -1,6 +1,6 @@
 """Matching our tensors with the seed's: pairs, or one error with every difference. Pure: no memory, no sockets."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from attrs import evolve
@@ -108,6 +108,8 @@ def _elements(tensor: TensorLayout) -> tuple[object, ...]:
 def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     """Tensors that share bytes here which are different bytes in the seed, each with the reason in words."""
     suspects: dict[str, Pair] = {}
+    in_storage = Counter(pair.ours.storage for pair in pairs)
+    pairs = [pair for pair in pairs if in_storage[pair.ours.storage] > 1]  # few, in most models
     by_name = {pair.name: pair for pair in pairs}
     order = {name: i for i, name in enumerate(by_name)}
     for one, other in _clashes([extent_of_pair(pair) for pair in pairs if pair.ours.numel]):

@@ -2,14 +2,11 @@
 
 from typing import NamedTuple
 
-from attrs import frozen
-
 from tensorfork.layout import TensorLayout
 from tensorfork.runs import runs_of
 
 
-@frozen
-class Pair:
+class Pair(NamedTuple):
     """One of our tensors, and the seed's that fills it."""
 
     theirs: TensorLayout

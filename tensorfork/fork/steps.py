@@ -10,11 +10,12 @@ bytes; meta tensors stay meta until `install`, which gives memory to all of them
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from threading import Event
 
+import torch
 from attrs import define, evolve, field, frozen
 
 from tensorfork.digest import warm_up
@@ -31,7 +32,9 @@ from tensorfork.errors import (
 )
 from tensorfork.exhaustion import exhausted
 from tensorfork.fork import transfer, verification
+from tensorfork.fork.background import BackgroundCall
 from tensorfork.fork.connection import SeedConnection
+from tensorfork.fork.cut import Plan
 from tensorfork.fork.destination import Destination, DestinationMemory
 from tensorfork.fork.lease import Lease, get_ready, take_lease
 from tensorfork.fork.seed_names import SeedNames
@@ -39,6 +42,7 @@ from tensorfork.fork.terms import Terms
 from tensorfork.fork.transport_choice import reason_against
 from tensorfork.fork.values import OurValues, log_differences
 from tensorfork.layout import ModelLayout
+from tensorfork.lineage import Version
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
 from tensorfork.wire import tables
@@ -54,7 +58,7 @@ class Filling:
     Attributes:
         allocate: memory for the seed's tensors. It is told the layout, and calls its second argument with the phase
             that begins.
-        tensors: the tensors in that memory; made while the transport opens.
+        tensors: the tensors in that memory.
         names: what they are called in the seed.
         values: our plain values; None where we have none.
     """
@@ -220,44 +224,26 @@ class _Attempt:
             self._comparing(lease),
         ):
             version = seed.check_version(terms.version, terms.at_least, lease.version)
-            enter("allocate")
-            destination = self.destination()
             enter("match")
-            plan = transfer.make_plan(lease, destination, seed)
-            enter("verify")
-            digests = None
-            if terms.verify:
-                digests = ArrivalDigests(
-                    destination.tensors, destination.layouts, lease.ours, plan.copies, terms.cancel
-                )
-            try:
-                enter("open")
-                get_ready(lease, transport, deadline)
-                enter("transfer")
-                nbytes = transfer.pull(lease, plan, destination, seed, terms, digests)
-                enter("verify")
-                verification.check_generation(lease, seed, deadline)
-                if digests is not None:
-                    content = verification.compare_digests(
-                        lease, seed, self.layout, digests, self.names.renamed, deadline
-                    )
-                    version = evolve(version, content=content)
-                    seed.check_version(terms.version, terms.at_least, tables.pack_version(version))
-                seed.conversation.check_cancelled("install")  # the last look: what begins now is done
-            except ForkCancelled as error:  # all bytes are here
-                raise ForkCancelled(str(error), complete=tuple(destination.tensors)) from error
-            except TransferFailed as error:
-                verification.explain_failure(error, lease, seed, deadline)
-                raise
-            finally:
-                destination.mark_changed()  # also where only some of it arrived
-                if digests is not None:
-                    digests.close()
+            plan = transfer.make_plan(lease, self.memory.filled, seed)
+            enter("open")
+            get_ready(lease, transport, deadline)
+            enter("transfer")
+            with self._tensors() as tensors, self._arrivals(lease, plan, tensors) as digests:
+                try:
+                    nbytes = transfer.pull(lease, plan, self.memory.filled, tensors, seed, terms, digests)
+                    lease.session.end_reading()
+                    version = self._check(lease, digests, version)
+                except ForkCancelled as error:  # all bytes are here
+                    raise ForkCancelled(str(error), complete=[pair.name for pair in self.memory.pairs]) from error
+                except TransferFailed as error:
+                    verification.explain_failure(error, lease, seed, deadline)
+                    raise
         return ForkReport(
             peer=seed.address,
             transport=transport.name,
             fabric=lease.session.fabric,
-            tensors=len(destination.tensors),
+            tensors=len(self.memory.pairs),
             nbytes=nbytes,
             generation=lease.generation,
             seconds={},
@@ -265,8 +251,55 @@ class _Attempt:
             version=version,
         )
 
+    def _check(self, lease: Lease, digests: ArrivalDigests | None, version: Version) -> Version:
+        """Check what has arrived; return the version, with its content where digests were compared."""
+        terms, seed, deadline = self.terms, self.seed, self.terms.deadline
+        self.watch.enter("verify")
+        verification.check_generation(lease, seed, deadline)
+        if digests is not None:
+            content = verification.compare_digests(lease, seed, self.layout, digests, self.names.renamed, deadline)
+            version = evolve(version, content=content)
+            seed.check_version(terms.version, terms.at_least, tables.pack_version(version))
+        seed.conversation.check_cancelled("install")  # the last look: what begins now is done
+        return version
+
     def _comparing(self, lease: Lease) -> AbstractContextManager[None]:
         """Compare the seed's values with ours. Raises `ValueMismatch` before the block is entered."""
         if self.values is None or lease.values is None:
             return nullcontext()
         return self.values.comparing(lease.values, self.seed.address)
+
+    @contextmanager
+    def _tensors(self) -> Iterator[Callable[[], Mapping[str, torch.Tensor]]]:
+        """The tensors to fill: made meanwhile, where no failure would show in the model.
+
+        Those that are filled in place are marked as changed, also where only some of the bytes arrived.
+        """
+        if self.memory.tensors_can_wait:
+            making = BackgroundCall(self.destination, "tensorfork-tensors")
+            try:
+                yield lambda: making.result().tensors
+                making.result()
+            finally:
+                making.wait()
+            return
+        destination = self.destination()
+        try:
+            yield lambda: destination.tensors
+        finally:
+            destination.mark_changed()
+
+    @contextmanager
+    def _arrivals(
+        self, lease: Lease, plan: Plan, tensors: Callable[[], Mapping[str, torch.Tensor]]
+    ) -> Iterator[ArrivalDigests | None]:
+        """What computes our digests; None without verification."""
+        if not self.terms.verify:
+            yield None
+            return
+        layouts, devices = [pair.ours for pair in self.memory.filled], self.memory.devices
+        digests = ArrivalDigests(tensors, layouts, devices, lease.ours, plan.copies, self.terms.cancel)
+        try:
+            yield digests
+        finally:
+            digests.close()

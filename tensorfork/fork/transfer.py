@@ -1,12 +1,13 @@
 """Moving the bytes: what to copy under a lease, and the pull."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from tensorfork.digest.arrivals import ArrivalDigests
 from tensorfork.errors import ProtocolError, TensorForkError, TransferFailed, TransportUnavailable
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.cut import Plan, complete, cut
-from tensorfork.fork.destination import Destination
 from tensorfork.fork.lease import Lease
 from tensorfork.fork.pairs import Pair
 from tensorfork.fork.strided import pull_strided
@@ -14,27 +15,30 @@ from tensorfork.fork.terms import Progress, Terms
 from tensorfork.regions import Place
 
 
-def make_plan(lease: Lease, destination: Destination, seed: SeedConnection) -> Plan:
+def make_plan(lease: Lease, pairs: Sequence[Pair], seed: SeedConnection) -> Plan:
     """What to copy. Raises `ProtocolError` unless every tensor of the seed's lies within a leased region.
 
     So no transport is ever asked to read anything else.
     """
-    for tensor in (pair.theirs for pair in destination.pairs if pair.theirs.numel):
+    for tensor in (pair.theirs for pair in pairs if pair.theirs.numel):
         place = lease.theirs.get(tensor.storage)
         if place is None or place.offset + tensor.offset + tensor.extent > lease.sizes.get(place.region, 0):
             raise ProtocolError(f"{seed.address}: {tensor.name} does not lie within what was leased")
-    return cut(destination.pairs, lease.theirs, lease.ours, lease.piece)
+    return cut(pairs, lease.theirs, lease.ours, lease.piece)
 
 
 def pull(
     lease: Lease,
     plan: Plan,
-    destination: Destination,
+    pairs: Sequence[Pair],
+    tensors: Callable[[], Mapping[str, torch.Tensor]],
     seed: SeedConnection,
     terms: Terms,
     digests: ArrivalDigests | None,
 ) -> int:
-    """Move every byte of the plan; return how many. `digests` is told of each copy that has arrived.
+    """Move every byte of the plan, which fills `pairs`; return how many. `digests` is told of each copy that arrived.
+
+    `tensors` gives those that are filled; it may wait until they are made.
 
     Whatever the transport raises becomes `TransferFailed`, with the names of the tensors that are complete; the others
     hold old and new bytes. But `TransportUnavailable` stays, since another transport may do, and what `progress` raises
@@ -46,7 +50,7 @@ def pull(
             lease.session.pull(plan.copies, terms.deadline, arrivals.add_copy, terms.cancel)
         arrivals.check_copies()
         for pair in plan.strided:
-            tensor, deadline = destination.tensors[pair.name], terms.deadline
+            tensor, deadline = tensors()[pair.name], terms.deadline
             pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline, terms.cancel)
             arrivals.add_strided(pair)
     except TransportUnavailable:
@@ -54,11 +58,11 @@ def pull(
     except Exception as error:
         if error is arrivals.callback_error:
             raise
-        arrived = arrivals.complete_tensors(destination.pairs, lease.ours)
+        arrived = arrivals.complete_tensors(pairs, lease.ours)
         why = str(error) if isinstance(error, TensorForkError) else f"the transport failed: {error!r}"
         raise TransferFailed(
             f"{why if why.startswith(seed.address) else f'{seed.address}: {why}'}; {len(arrived)} of "
-            f"{len(destination.pairs)} tensors had arrived. Try again, or another seed; do not use the model.",
+            f"{len(pairs)} tensors had arrived. Try again, or another seed; do not use the model.",
             complete=arrived,
             undrained=getattr(error, "undrained", ()),
         ) from error

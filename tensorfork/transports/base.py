@@ -104,6 +104,9 @@ class Session(ABC):
                 done are complete.
         """
 
+    def end_reading(self) -> None:  # noqa: B027  # most sessions close at once
+        """No pull follows. The session may begin to release things in the background; `close` waits for that."""
+
     @abstractmethod
     def close(self, deadline: float) -> None:
         """Release connections, handles and memory. Can be called after a failure, and more than once."""

@@ -121,7 +121,7 @@ def test_every_region_has_a_number_of_its_own_and_every_pair_lies_in_one(name: s
     memory, destination = filled(GENERATED[name](), model, arena=arena)
     sizes = {region.id: region.nbytes for region in memory.regions}
     assert len(sizes) == len(memory.regions)
-    for pair in destination.pairs:
+    for pair in memory.filled:
         if pair.ours.numel:
             assert pair.ours.offset + pair.ours.extent <= sizes[pair.ours.storage]
             address = next(region.address for region in memory.regions if region.id == pair.ours.storage)
@@ -205,8 +205,8 @@ def test_a_meta_tensor_takes_the_seed_s_strides_and_stays_the_same_object(arena:
     model = {"w": torch.empty(4, 6, device="meta"), "other": torch.empty(3, device="meta")}
     weight = model["w"]
     seed = {"w": torch.randn(6, 4).t(), "other": torch.randn(3)}
-    _, destination = filled(seed, model, arena=arena)
-    assert {one.name: one.stride for one in destination.layouts} == {"w": (1, 4), "other": (1,)}
+    memory, destination = filled(seed, model, arena=arena)
+    assert {pair.name: pair.ours.stride for pair in memory.filled} == {"w": (1, 4), "other": (1,)}
     destination.install()
     assert model["w"] is weight
     assert (weight.shape, weight.stride()) == ((4, 6), (1, 4))
