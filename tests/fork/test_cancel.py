@@ -274,7 +274,7 @@ def test_once_tensors_take_their_memory_it_is_too_late(seed: tensorfork.Seed, mo
     assert all(bool((tensor == 1).all()) for tensor in ours.values())
 
 
-@pytest.mark.parametrize("wrong", [True, 1.0, "soon", object()], ids=repr)
+@pytest.mark.parametrize("wrong", [True, 1.0, "soon", object()], ids=["bool", "float", "text", "object"])
 def test_what_is_no_event_is_a_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"cancel must be a threading\.Event"):
         tensorfork.fork("tcp://127.0.0.1:1", cancel=wrong)
