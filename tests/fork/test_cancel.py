@@ -258,7 +258,7 @@ def test_a_seed_whose_fork_is_cancelled_under_way_has_its_lease_back_and_serves_
 
 def test_digests_are_not_computed_to_the_end_for_a_fork_that_is_cancelled() -> None:
     cancel = threading.Event()
-    digests = ArrivalDigests({"a": torch.ones(1000)}, [], {}, [], cancel)
+    digests = ArrivalDigests(lambda: {"a": torch.ones(1000)}, [], set(), {}, [], cancel)
     cancel.set()
     with pytest.raises(tensorfork.ForkCancelled):
         digests.digests()
@@ -268,7 +268,7 @@ def test_digests_are_not_computed_to_the_end_for_a_fork_that_is_cancelled() -> N
 def test_once_tensors_take_their_memory_it_is_too_late(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
     cancel, ours = threading.Event(), target("meta")
     run = Installation.run
-    monkeypatch.setattr(Installation, "run", lambda installation: (cancel.set(), run(installation))[1])
+    monkeypatch.setattr(Installation, "run", lambda *args: (cancel.set(), run(*args))[1])
     assert tensorfork.fork_into(ours, seed.address, device="cpu", cancel=cancel, timeout=SECONDS).verified
     assert cancel.is_set()
     assert all(bool((tensor == 1).all()) for tensor in ours.values())
