@@ -82,7 +82,8 @@ def publish(
             under it too. By default all are published.
         exclude: the tensors to leave out, in the same form: caches, and integers that hold addresses or handles.
         stable: promise that the tensors' memory on the CPU stays where it is until the seed is closed. Then it is sent
-            without a copy, some 1.4 times as fast over ZeroMQ. If it moves all the same, the process may end.
+            without a copy, some 1.4 times as fast over ZeroMQ. If it moves all the same, or maps a file that is
+            truncated, the process may end.
         snapshot: publish a copy of the model as it is now, made here: True for one on the same devices, or a device,
             such as ``cpu``. Ties and shared memory are kept. Whatever becomes of the model, the copy stays, and takes
             its memory, until the seed is closed.
@@ -215,7 +216,7 @@ def fork_into(
             transports=transport,
         )
         ours = describe(model, selection)
-        check_mapped(ours)
+        check_mapped(ours, writing=True)
         names = SeedNames.of(ours.layout, selection, rename)
         if verify:
             warm_up.begin({tensor.device for tensor in ours.tensors.values()} | terms.named_devices)

@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Any
 
 from tensorfork.errors import TensorForkError
+from tensorfork.memory.mapped_files import why_unreadable
 from tensorfork.memory.raw import view_at
 
 Span = tuple[int, int]
@@ -70,7 +71,9 @@ def _read_by_file(spans: Sequence[Span], into: int) -> None:
                 except OSError as error:
                     if error.errno != errno.EFAULT:
                         raise
-                    raise UnreadableMemory(f"memory at {address:#x} is not mapped in this process any more") from error
+                    raise UnreadableMemory(
+                        f"memory at {address:#x} is not mapped in this process any more{why_unreadable(address)}"
+                    ) from error
                 os.preadv(file, [view_at(into, written)], 0)
                 address, into = address + written, into + written
     finally:

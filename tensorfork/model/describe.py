@@ -15,6 +15,7 @@ from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import DTYPE_NAMES, ModelLayout, StorageLayout, TensorLayout, plain_stride
+from tensorfork.memory import mapped_files
 from tensorfork.memory.allocations import why_unmapped
 from tensorfork.model.modes import check_ordinary
 from tensorfork.model.selection import Selection
@@ -74,6 +75,20 @@ class LocalModel:
     holders: Sequence[Holder] = ()
     visited: Visited | None = None
 
+    def mapped_spans(self) -> dict[str, tuple[int, int]]:
+        """Where each tensor on the CPU begins and ends, by name. Empty where none maps a file or is protected."""
+        storages = list(zip(self.memory.addresses, self.layout.storages, strict=True))
+        ranges = [(start, start + one.nbytes) for start, one in storages if start and one.device == "cpu"]
+        if not mapped_files.any_in(sorted(ranges)):
+            return {}
+        return {
+            tensor.name: (base + tensor.offset, base + tensor.offset + tensor.extent)
+            for tensor in self.layout.tensors
+            if tensor.numel
+            and (base := self.memory.addresses[tensor.storage])
+            and self.layout.storages[tensor.storage].device == "cpu"
+        }
+
 
 @frozen(eq=False, repr=False)
 class ModelSource:
@@ -113,14 +128,20 @@ def describe(
     return ModelSource(model, selection or Selection(), identity, rank).describe()
 
 
-def check_mapped(model: LocalModel) -> None:
-    """Raise `UnsupportedTensor` for a tensor on a GPU whose memory is not mapped there, as the driver says."""
+def check_mapped(model: LocalModel, *, writing: bool = False) -> None:
+    """Raise `UnsupportedTensor` for a tensor whose memory cannot be read now, or with `writing` not be written.
+
+    On a GPU the driver says so, on the CPU the kernel: memory that is read-only, or maps a file that was truncated.
+    """
     if unmapped := why_unmapped(model.memory.regions(model.layout)):
         storage, why = next(iter(unmapped.items()))
         raise UnsupportedTensor(
             f"{model.layout.first_names()[storage]}: {why} ({len(unmapped):,} storages in all). Wake the engine, or "
             "give the model its memory back, first"
         )
+    if unusable := mapped_files.why_not_usable(model.mapped_spans(), writing=writing):
+        name, why = next(iter(unusable.items()))
+        raise UnsupportedTensor(f"{name}: {why} ({len(unusable):,} tensors in all)")
 
 
 def _describe(found: FoundTensors, identity: Identity | None, rank: Rank | None) -> LocalModel:

@@ -1,7 +1,7 @@
 """The look at a published model: whether its tensors are where they were when it was published.
 
 It costs what reading the addresses costs, runs on threads of the seed's own, and lets the engine's thread run between
-two steps. It does not read the tensors' memory.
+two steps. It does not read the tensors' memory. Of memory that maps a file, the file's size is asked for.
 """
 
 import time
@@ -16,6 +16,7 @@ import torch
 
 from tensorfork.errors import SeedMoved
 from tensorfork.memory.allocations import MappedMemory
+from tensorfork.memory.mapped_files import MappedFiles
 from tensorfork.model.describe import LocalModel
 from tensorfork.model.walk import Holder
 from tensorfork.regions import Region
@@ -52,6 +53,7 @@ class PublishedPlaces:
         self._storages = list(dict(zip(keys, storages, strict=True)).values())
         self._sizes = list(map(torch.UntypedStorage.nbytes, self._storages))
         self._layout, self._mapped = model.layout, MappedMemory.of(regions)
+        self._files = MappedFiles.of(model.mapped_spans())
         self._hold(model.holders)
 
     def with_holders(self, holders: Sequence[Holder]) -> "PublishedPlaces":
@@ -95,6 +97,7 @@ class PublishedPlaces:
             for some in _steps(len(self._storages)):
                 if list(map(torch.UntypedStorage.nbytes, self._storages[some])) != self._sizes[some]:
                     found = self._shrunk_storages(some) | found
+        found = self._files.truncated() | found
         if unmapped := self._mapped.moved():
             first_names = self._layout.first_names()
             for region, what in unmapped.items():
