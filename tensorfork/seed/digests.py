@@ -12,6 +12,7 @@ from tensorfork.digest.batch import DigestBatch
 from tensorfork.digest.content import content_root
 from tensorfork.digest.record import Digests
 from tensorfork.errors import SeedAsleep, SeedChanged, SeedMoved
+from tensorfork.exhaustion import resources
 from tensorfork.memory import cuda, streams
 from tensorfork.model.modes import in_normal_mode
 from tensorfork.seed.published_model import PublishedModel
@@ -44,8 +45,9 @@ class DigestCache:
         """Start computing the current generation's digests, unless they are there or being computed."""
         with self._lock:
             if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
-                self._running = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
-                self._running.start()
+                thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
+                thread.start()  # may fail for want of threads; the next request tries again
+                self._running = thread
 
     def content(self, generation: int) -> str | None:
         """The root over a generation's digests, as hexadecimal digits; None unless they have been computed."""
@@ -70,6 +72,7 @@ class DigestCache:
             self.start()
 
     @in_normal_mode
+    @resources()
     def record(self) -> Digests:
         """See `Seed.digests`. Waits until they are computed. Not for the thread that computes them."""
         self._check_open()

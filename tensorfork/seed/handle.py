@@ -138,6 +138,7 @@ class Seed:
             SeedMoved: the tensors are not where they were published.
             SeedAsleep: the seed is suspended.
             PeerRefused: they could not be computed; the message says why.
+            ResourceExhausted: this process has no thread left for them.
             RuntimeError: the seed is closed.
         """
         return self._service.digests()

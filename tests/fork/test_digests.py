@@ -15,6 +15,7 @@ from torch import nn
 
 import tensorfork
 from tensorfork.seed import digests as digests_module
+from tensorfork.seed.leases import RELEASED
 from tensorfork.seed.service import SeedService
 
 
@@ -133,6 +134,7 @@ def test_no_transport_is_needed_and_the_lease_is_given_back(tensors: dict[str, t
     with tensorfork.publish(tensors, transports=[]) as seed:
         assert of(seed) == tensorfork.digests(tensors)
         until(lambda: seed.stats().running == 0, "the lease ends")
+        assert list(seed._service._leases._ended.values()) == [RELEASED]
         assert (seed.stats().granted, seed.stats().refused) == (1, 0)
         with pytest.raises(tensorfork.TransportUnavailable, match="it offers: nothing"):
             tensorfork.fork(seed.address, timeout=SECONDS)
@@ -289,6 +291,23 @@ def test_suspending_a_seed_ends_the_wait_for_its_digests(seed: tensorfork.Seed, 
     with computing.then(suspend), pytest.raises(tensorfork.SeedAsleep):
         seed.digests()
     assert suspended.wait(SECONDS)
+
+
+def test_a_want_of_threads_is_an_error_that_passes(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "tensorfork-digest":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(tensorfork.ResourceExhausted):
+            seed.digests()
+        with pytest.raises(tensorfork.PeerRefused, match="can't start new thread"):
+            of(seed)
+    assert of(seed) == seed.digests()
 
 
 # Of a model.
