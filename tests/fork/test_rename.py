@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from processes import Child
+from subclasses import Pair
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.utils.parametrize import register_parametrization
 from wrapped_models import WRAPPERS, Model, compiled, compiled_layers, one_process_group
 
 import tensorfork
@@ -117,6 +119,31 @@ def test_shards_are_compared_by_their_placement_under_another_name_too() -> None
             plain = compiled(Model(3))
             with pytest.raises(tensorfork.LayoutMismatch, match=r"placement Shard.* in the seed, whole here"):
                 tensorfork.fork_into(plain, seed.address, rename=rename, timeout=SECONDS)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tensor_made_of_others_and_what_a_parametrization_hides_are_bridged_by_a_function(device: str) -> None:
+    def build(value: float, device: str) -> nn.Module:
+        module = nn.Module()
+        module.quantized = Pair(torch.full((3, 2), value, device=device), torch.full((3, 1), value, device=device))
+        module.linear = nn.Linear(2, 2, device=device)
+        return module
+
+    def name_in_seed(name: str) -> str:
+        return name.removeprefix("inner.").replace("parametrizations.weight.original", "weight")
+
+    theirs = build(3, "cpu")
+    ours = nn.Module()
+    ours.inner = build(1, device)
+    register_parametrization(ours.inner.linear, "weight", nn.Identity(), unsafe=True)
+    original = ours.inner.linear.parametrizations.weight.original
+    with tensorfork.publish(theirs) as seed:
+        report = tensorfork.fork_into(ours, seed.address, rename=name_in_seed, device="cpu", timeout=SECONDS)
+    assert report.tensors == 4
+    assert torch.equal(ours.inner.quantized.data_, theirs.quantized.data_)
+    assert torch.equal(ours.inner.quantized.scale, theirs.quantized.scale)
+    assert ours.inner.linear.parametrizations.weight.original is original
+    assert torch.equal(ours.inner.linear.weight, theirs.linear.weight)
 
 
 def publish_compiled(pipe: Connection) -> None:
