@@ -175,8 +175,9 @@ def fork_into(
             beginnings of our names to what takes their place: ``{"_orig_mod.": ""}``, or ``{"": "_orig_mod."}`` where
             the seed is the one that is compiled. A key ends where a part of a name does, and ``*`` in it stands for one
             part: ``{"layers.*._orig_mod.": "layers.*."}``. Of several that fit the longest counts. Or a function from
-            our name to the seed's, called once for each before the seed is asked. Patterns, errors and the report have
-            our names; only what the seed alone has goes by the seed's.
+            our name to the seed's, called for every tensor before the seed is asked, and later for plain values (where
+            it fails for one, that value is not compared). Patterns, errors and the report have our names; only what the
+            seed alone has goes by the seed's.
         wait: seconds to wait for a seed that is suspended, within the timeout; ``inf`` for as long as that lasts. With
             `restarts` the fork waits until its timeout in any case.
         version: the version that the seed must have: a label, or a `Version`, whose content is compared too if known.

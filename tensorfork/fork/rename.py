@@ -31,6 +31,19 @@ def namer(rename: Rename) -> Namer:
     return _checked(rename)
 
 
+def object_in_seed(name_of: Namer, name: str) -> str:
+    """The seed's name for an object of ours, or a value: as the names below it begin there. Raises as `name_of` does.
+
+    So ``layers.0`` is ``layers.0._orig_mod`` where each tensor below is renamed so, and ``layers.0._orig_mod`` is
+    ``layers.0`` where that part is removed.
+    """
+    try:
+        below = name_of(f"{name}.")
+    except (TypeError, ValueError):  # a function that knows whole names alone
+        below = ""
+    return below[:-1] if below.endswith(".") else name_of(name)
+
+
 def _checked(function: Callable[[str], str]) -> Namer:
     def name_in_seed(name: str) -> str:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from tensorfork.errors import ValueMismatch
-from tensorfork.fork.rename import Namer
+from tensorfork.fork.rename import Namer, object_in_seed
 from tensorfork.fork.value_differences import ABSENT, Difference, by_attribute, prepare_writes
 from tensorfork.model.value_encoding import CHUNK, Encoded, Encoder, same
 from tensorfork.model.value_policy import IGNORE, STRICT, ValuePolicy
@@ -76,7 +76,7 @@ class OurValues:
         if self._name_of is None:
             return name
         try:
-            return self._name_of(name)
+            return object_in_seed(self._name_of, name)
         except (TypeError, ValueError):  # a function that knows the names of tensors alone
             return None
 

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from wrapped_models import WRAPPERS, Model, compiled, compiled_layers, one_process_group
 
 import tensorfork
-from tensorfork.fork.rename import namer
+from tensorfork.fork.rename import namer, object_in_seed
 from tensorfork.model.walk import walk
 
 SECONDS = 30.0
@@ -69,6 +69,8 @@ def test_what_the_error_suggests_bridges_a_wrapper(kind: str, wrapped_side: str,
         rename = suggested(ours, seed, device="cpu")
         report = tensorfork.fork_into(ours, seed.address, rename=rename, device="cpu", timeout=SECONDS)
     assert report.verified
+    assert report.values is not None
+    assert not report.values.different
     assert report.tensors == len(before)
     assert equal(ours, plain)
     assert {name: id(tensor) for name, tensor in walk(ours).tensors.items()} == before
@@ -201,6 +203,25 @@ def test_a_plain_model_forks_from_a_compiled_one_of_another_process() -> None:
 )
 def test_a_name_of_ours_is_in_the_seed(rename: Any, ours: str, theirs: str) -> None:
     assert namer(rename)(ours) == theirs
+
+
+@pytest.mark.parametrize(
+    ("rename", "ours", "theirs"),
+    [
+        ({"l.*.m.": "l.*."}, "l.0.m", "l.0"),
+        ({"l.*.m.": "l.*."}, "l.0.m.eps", "l.0.eps"),
+        ({"l.*.": "l.*.m."}, "l.0", "l.0.m"),
+        (lambda name: name.replace("m.", ""), "l.0.m", "l.0"),
+        ({"m.": "", "m.l.*.m.": "l.*."}, "m.l.0.m", "l.0"),
+        ({"m.": "", "m.l.*.m.": "l.*."}, "m.l.0", "l.0"),
+        ({"m.l.0.eps": "eps"}, "m.l.0.eps", "eps"),
+        ({"m.l.0.eps": "l.0.eps"}.__getitem__, "m.l.0.eps", "l.0.eps"),
+        ({"m.": ""}, "m", "m"),
+        ({}, "l.0", "l.0"),
+    ],
+)
+def test_an_object_is_called_in_the_seed_as_what_lies_below_it_begins(rename: Any, ours: str, theirs: str) -> None:
+    assert object_in_seed(namer(rename), ours) == theirs
 
 
 @pytest.mark.parametrize(
