@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from benchmarks import changes, digest, disturbance, fork, imports, limits, publish, settings
+from benchmarks import changes, digest, disturbance, fork, imports, limits, publish, ready, settings
 from benchmarks.bench import Bench
 from benchmarks.measure import Outcome
 
@@ -18,6 +18,8 @@ TRANSPORTS: dict[str, dict[str, Any]] = {
     "nccl": {"goals": {("placed", "arena"): 0.95, ("placed", "placed"): 0.95}, "limit": limits.SEND},
     "zeromq": {"goals": {("placed", "arena"): 3.0}, "into": ("arena",), "limit": limits.TCP},
 }
+REAL_MODELS = ("transformers-llama", "transformers-mixtral")
+REAL_COLD_GOALS = {False: 2.5, True: 2.5}
 SLOW = "zeromq"
 """Measured with a quarter of the model."""
 EXPERTS_GOALS = {"cuda_ipc": 0.90, "transfer_engine:nvlink": 0.90, "nccl": 0.80}
@@ -93,6 +95,8 @@ def _on_cpus() -> Iterator[Case]:
         yield Case(f"cpu-publish-{shape}", cpu | {"publish"}, partial(publish.case, shape=shape))
         yield Case(f"cpu-changes-{shape}", cpu | {"changes"}, partial(changes.case, shape=shape))
     yield Case("cpu-digest", cpu, partial(digest.case, shape="256MiB/300", goal=digest.CPU_GOAL))
+    run = partial(ready.case, shape=f"{REAL_MODELS[0]}*0.03", transport="zeromq")
+    yield Case("cpu-ready", frozenset({"ready"}), run, rounds=3)
     yield Case("import", cpu, imports.case, rounds=7)
     quick = frozenset({"quick"})
     yield Case("quick-cpu", quick, partial(fork.cpu_case, shape="64MiB/100"))
@@ -117,6 +121,11 @@ def _on_gpus() -> Iterator[Case]:
             fork.gpu_case, shape=_size("experts", transport), transport=transport, **options | {"goals": goals}
         )
         yield Case(f"gpu-experts-{transport}", forks | {"gpu-experts"}, run, 1)
+    for shape in REAL_MODELS:
+        for transport in ("cuda_ipc", "transfer_engine:nvlink"):
+            options = {"shape": shape, "transport": transport, "into": ("arena",), "cold_goals": REAL_COLD_GOALS}
+            yield Case(f"gpu-{shape}-{transport}", gpu | {"gpu-real"}, partial(fork.gpu_case, **options), 1)
+    yield Case("gpu-ready", gpu | {"ready"}, partial(ready.case, shape=REAL_MODELS[0], transport="cuda_ipc"), 1)
     for shape in ("llama", "experts"):
         yield Case(f"gpu-changes-{shape}", gpu | {"changes"}, partial(changes.case, shape=shape), 1)
         yield Case(f"gpu-baselines-{shape}", gpu | {"gpu-baselines"}, partial(limits.baselines_case, shape=shape), 1)

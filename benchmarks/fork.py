@@ -17,6 +17,8 @@ COLD_GOALS = {False: 2.5, True: 3.5}
 """Goals: a whole cold fork's time to the raw copy's; unverified and verified."""
 NCCL_COLD = 1.2
 """The same for NCCL, to the time in which torch makes a group and sends the bytes."""
+SURVEY_MS = 15.0
+"""Goal: a model of up to a thousand tensors is walked and described in so long, on a machine with GPUs."""
 MANY_TENSORS, ALLOCATE_MS = 10_000, 150.0
 """Goal: the memory for so many new tensors is allocated in so long."""
 SMALL_BYTES = 64 << 20
@@ -80,6 +82,7 @@ def gpu_case(
     into: Sequence[str] = ("arena", "placed"),
     goals: Goals | None = None,
     limit: str = limits.RAW,
+    cold_goals: Mapping[bool, float] = COLD_GOALS,
 ) -> None:
     """Between GPUs, or within one: cold in fresh processes, warm, the memory added, and whether the bytes arrive."""
     published = _publish(bench, outcome, shape, seed, transport)
@@ -90,7 +93,7 @@ def gpu_case(
         limit_measures |= limits.mooncake_tcp(bench, outcome)
     for placement in into:
         count = bench.cold if placement == into[0] else 1
-        fork = _cold(bench, outcome, published, transport, placement, count, limit_measures)
+        fork = _cold(bench, outcome, published, transport, placement, count, limit_measures, cold_goals)
         measures: dict[str, Measure] = {
             mode: _forking(bench, published, fork, transport, verify=verify) for verify, mode in VERIFIED.items()
         }
@@ -171,6 +174,7 @@ def _cold(
     placement: str,
     count: int,
     limit_measures: dict[str, Measure],
+    goals: Mapping[bool, float] = COLD_GOALS,
 ) -> Worker:
     """Fork once in each of several fresh processes; returns the last of them, which is warm now.
 
@@ -195,7 +199,11 @@ def _cold(
             worker.close()
     outcome.detail[f"cold into {placement}"] = forks
     for verify, mode in VERIFIED.items():
-        _judge_cold(outcome, seed, f"into {placement}: whole, cold, {mode}", forks[mode], speeds, join_seconds, verify)
+        what = f"into {placement}: whole, cold, {mode}"
+        _judge_cold(outcome, seed, what, forks[mode], speeds, join_seconds, goals[verify])
+    survey_ms = [1e3 * one["seconds"]["survey"] for mode in forks for one in forks[mode]]
+    survey_goal = SURVEY_MS if placement == "arena" and seed.tensors < MANY_TENSORS and limit_measures else None
+    outcome.add(f"into {placement}: our own model surveyed, cold", survey_ms, "ms", goal=survey_goal, less=True)
     if placement == "arena" and seed.tensors >= MANY_TENSORS:
         allocate_ms = [1e3 * one["seconds"]["allocate"] for mode in forks for one in forks[mode]]
         outcome.add("into arena: room made, cold", allocate_ms, "ms", goal=ALLOCATE_MS, less=True)
@@ -209,7 +217,7 @@ def _judge_cold(
     forks: Sequence[Any],
     speeds: dict[str, list[float]],
     join_seconds: Sequence[float],
-    verify: bool,
+    goal_of_whole: float,
 ) -> None:
     """Add whole cold forks beside the raw copy's time or, for NCCL, the time to make a group and send the bytes."""
     limit, against, goal = None, list[float](), None
@@ -221,7 +229,7 @@ def _judge_cold(
         outcome.detail[f"joining NCCL, for {what}"] = list(join_seconds)
     elif limits.RAW in speeds:
         limit, against = "time of the raw copy", limits.seconds_of(seed.nbytes, speeds[limits.RAW])
-        goal = COLD_GOALS[verify] if seed.tensors <= 300 and limits.TCP not in speeds else None
+        goal = goal_of_whole if seed.tensors < 1000 and limits.TCP not in speeds else None
     outcome.add(what, [one["whole"] for one in forks], "s", limit=limit, against=against, goal=goal, less=True)
 
 

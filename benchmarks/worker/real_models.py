@@ -21,6 +21,11 @@ def build(shape: str, device: str) -> torch.nn.Module:
         raise Skip(f"transformers: {error}") from error
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config(kind, float(factor or 1)), dtype=torch.bfloat16)
+    return for_inference(model)
+
+
+def for_inference(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, in the state in which it generates."""
     return model.eval().requires_grad_(False)
 
 
