@@ -75,7 +75,7 @@ def memory_for(
     """
     meta = [pair for pair in pairs if ours.tensors[pair.name].is_meta]
     by_object = {id(ours.tensors[pair.name]): (pair.name, ours.tensors[pair.name]) for pair in reversed(meta)}
-    check_installable(dict(by_object.values()))
+    check_installable(dict(by_object.values()), ours.model)
     device_of = _device_of(theirs, sorted({pair.theirs.storage for pair in meta}), device)
     slots = slots_for(meta, theirs, device_of, apart=not arena)
     new = allocate(slots.slots, arena=arena)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs.validators import instance_of, optional
 
 from tensorfork.errors import UnsupportedTensor
@@ -17,6 +17,7 @@ from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import DTYPE_NAMES, ModelLayout, StorageLayout, TensorLayout, plain_stride
 from tensorfork.memory import mapped_files
 from tensorfork.memory.allocations import why_unmapped
+from tensorfork.model.causes import check_not_offloaded
 from tensorfork.model.modes import check_ordinary
 from tensorfork.model.selection import Selection
 from tensorfork.model.storages import TensorLocation, locate, storage_extents
@@ -66,6 +67,7 @@ class LocalModel:
         memory: where its storages lie.
         holders: what holds the tensors; see `tensorfork.model.walk`.
         visited: what the walk has walked into; None for a mapping of tensors.
+        model: what was described; None for a snapshot.
     """
 
     layout: ModelLayout
@@ -74,6 +76,7 @@ class LocalModel:
     memory: ModelMemory
     holders: Sequence[Holder] = ()
     visited: Visited | None = None
+    model: Any = None
 
     def mapped_spans(self) -> dict[str, tuple[int, int]]:
         """Where each tensor on the CPU begins and ends, by name. Empty where none maps a file or is protected."""
@@ -113,7 +116,9 @@ class ModelSource:
     def describe(self, found: FoundTensors | None = None) -> LocalModel:
         """The model as it is now, or as it was found. Raises as `describe` does."""
         with gc_paused():
-            return _describe(self.walk() if found is None else found, self.identity, self.rank)
+            described = _describe(self.walk() if found is None else found, self.identity, self.rank)
+            check_not_offloaded(self.model, (name for name, tensor in described.tensors.items() if tensor.is_meta))
+            return evolve(described, model=self.model)
 
 
 def describe(

@@ -23,6 +23,7 @@ import torch
 from attrs import frozen
 
 from tensorfork.errors import UnsupportedTensor
+from tensorfork.model.causes import held_by
 from tensorfork.model.entries import inner_tensors
 from tensorfork.model.value_writes import ValueWrite
 
@@ -131,19 +132,22 @@ def _swap_all(swaps: Sequence[TensorSwap], calls: Sequence[Callable[[], object]]
     deque(chain(map(torch._C._swap_tensor_impl, old, new), map(call, calls)), maxlen=0)
 
 
-def check_installable(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `UnsupportedTensor` for a meta tensor among these that cannot take memory in place. Each is given once."""
+def check_installable(tensors: Mapping[str, torch.Tensor], model: Any = None) -> None:
+    """Raise `UnsupportedTensor` for a meta tensor among these that cannot take memory in place. Each is given once.
+
+    `model` is the module that holds them, if any; its hooks may say why.
+    """
     views = _count_views(tensors.values())
     for name, tensor in tensors.items():
-        _check_swappable(name, tensor, views[id(tensor)])
+        _check_swappable(name, tensor, views[id(tensor)], model)
 
 
-def _check_swappable(name: str, tensor: torch.Tensor, views: int) -> None:
+def _check_swappable(name: str, tensor: torch.Tensor, views: int, model: Any = None) -> None:
     if _other_references(tensor, views)[0]:
-        raise UnsupportedTensor(
-            f"{name} is on the meta device and cannot take memory in place: a view that is not in the model, or a "
-            "graph of computations, holds on to it. Let go of that first"
+        cause = held_by(model, name) or (
+            "a view that is not in the model, or a graph of computations, holds on to it. Let go of that first"
         )
+        raise UnsupportedTensor(f"{name} is on the meta device and cannot take memory in place: {cause}")
 
 
 def _count_views(tensors: Iterable[torch.Tensor]) -> Counter[int]:
