@@ -40,8 +40,8 @@ def held_by(model: Any, name: str) -> str | None:
         attribute = getattr(hook, "name", None)
         if norm and attribute and name.rpartition(".")[2].startswith(attribute):
             return (
-                f"torch.nn.utils.{norm} has computed {attribute!r} from it, and autograd keeps the graph of that. Build "
-                "the model under torch.no_grad(); or, for both sides, use "
+                f"torch.nn.utils.{norm} has computed {attribute!r} from it, and autograd keeps the graph of that. "
+                "Build the model under torch.no_grad(); or, for both sides, use "
                 f"torch.nn.utils.parametrizations.{norm}, or call torch.nn.utils.remove_{norm}"
             )
     return None
