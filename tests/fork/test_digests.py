@@ -12,6 +12,7 @@ from attrs import evolve
 from processes import Child, serve
 from seed_leases import SECONDS, model, until
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tensorfork
 from tensorfork.seed import digests as digests_module
@@ -125,6 +126,15 @@ def test_a_model_under_other_names_has_another_content(seed: tensorfork.Seed) ->
         assert found.content != of(seed).content
         assert found.version is not None
         assert found.version.lineage == seed.version.lineage
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, lambda: torch.device("meta"), torch.inference_mode])
+def test_a_mode_of_torch_on_the_caller_s_thread_changes_nothing(mode: Any, tensors: dict[str, torch.Tensor]) -> None:
+    before = tensorfork.digests(tensors)
+    with tensorfork.publish(tensors) as seed, mode():
+        assert tensorfork.digests(tensors) == before
+        assert seed.digests() == before
+        assert of(seed) == before
 
 
 # They are asked for under a lease, over no transport.
