@@ -42,12 +42,20 @@ class DigestCache:
         self.computed = 0
 
     def start(self) -> None:
-        """Start computing the current generation's digests, unless they are there or being computed."""
-        with self._lock:
-            if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
-                thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
-                thread.start()  # may fail for want of threads; the next request tries again
-                self._running = thread
+        """Start computing the current generation's digests, unless they are there or being computed.
+
+        Where there is no thread for it, those who wait are told.
+        """
+        try:
+            with self._lock:
+                if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
+                    thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
+                    thread.start()
+                    self._running = thread
+        except RuntimeError as error:
+            log.warning("the digests cannot be computed: %s", error)
+            failure = messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")
+            self._reply_to_waiting(failure=failure)
 
     def content(self, generation: int) -> str | None:
         """The root over a generation's digests, as hexadecimal digits; None unless they have been computed."""

@@ -16,6 +16,7 @@ from attrs import evolve
 from tensorfork.digest import definition
 from tensorfork.digest.record import Digests
 from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved, TensorForkError
+from tensorfork.exhaustion import exhausted
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
@@ -220,7 +221,18 @@ class SeedService:
         if request.digests:
             self._digests.start()
         self._leases.add(lease)
-        self._start_thread("tensorfork-lease", lambda: self._run_lease(lease, request, reply))
+        try:
+            self._start_thread("tensorfork-lease", lambda: self._run_lease(lease, request, reply))
+        except Exception as error:
+            self._refuse(lease, error, reply)
+
+    def _refuse(self, lease: Lease, error: Exception | None, reply: SendReply) -> None:
+        """End a lease that has not begun, if it has not ended by itself, and tell the fork why."""
+        if error is not None:
+            lease.end(_refusal(lease, self._transports[lease.transport], error))
+        self._leases.refused += 1
+        self._leases.remove(lease)
+        reply(lease.why)
 
     def _reason_to_refuse(
         self, request: messages.TakeLease, generation: int, publication: Publication
@@ -260,7 +272,12 @@ class SeedService:
         thread = threading.Thread(target=run, name=name, daemon=True)
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            with self._lock:
+                self._threads.discard(thread)
+            raise
         return thread
 
     def _run_lease(self, lease: Lease, request: messages.TakeLease, reply: SendReply) -> None:
@@ -271,8 +288,13 @@ class SeedService:
             export = self._export(lease, transport, request, reply)
             if export is None:
                 return
+            try:
+                serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
+            except Exception as error:
+                reachable = not export.close(time.monotonic())
+                self._refuse(lease, error, reply)
+                return
             self._leases.granted += 1
-            serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
             reply(*self._leased(lease, transport, export, request))
             while (asked := lease.checks.get()) is not None:
                 self._check(lease, asked)
@@ -311,11 +333,9 @@ class SeedService:
                 lease.publication.places.check()
                 regions, _ = lease.publication.cover(transport)
                 return transport.export(regions, self._site, request.facts, lease.expires)
+            self._refuse(lease, None, reply)
         except Exception as error:
-            lease.end(_refusal(lease, transport, error))
-        self._leases.refused += 1
-        self._leases.remove(lease)
-        reply(lease.why)
+            self._refuse(lease, error, reply)
         return None
 
     def _check(self, lease: Lease, reply: SendReply) -> None:
@@ -378,6 +398,9 @@ def _refusal(lease: Lease, transport: Transport, error: Exception) -> messages.R
         return lease.why
     if isinstance(error, SeedMoved):
         return messages.Refused(messages.MOVED, str(error), list(error.tensors))
+    if found := exhausted(error):
+        log.warning("a fork is refused: %s", found)
+        return messages.Refused(messages.BUSY, f"the seed cannot serve another fork: {found}")
     if not isinstance(error, TensorForkError):
         log.exception("the transport %s failed to export", transport.name)
     return messages.Refused(messages.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}")

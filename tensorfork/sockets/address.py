@@ -11,6 +11,7 @@ from typing import Any
 from attrs import frozen
 
 from tensorfork.errors import PeerUnreachable, TransportUnavailable
+from tensorfork.exhaustion import exhausted
 
 CHECK_SECONDS = 0.1
 """Seconds between two checks whether a name is still wanted that is being looked up."""
@@ -64,7 +65,7 @@ def resolve(address: Address, deadline: float, check: Callable[[], object] = lam
     def look_up() -> None:
         try:
             results.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][4][0])
-        except (OSError, UnicodeError) as error:  # UnicodeError for a text that cannot be a host's name
+        except Exception as error:  # UnicodeError, for one, for a text that cannot be a host's name
             results.append(error)
 
     thread = threading.Thread(target=look_up, name="tensorfork-resolve", daemon=True)
@@ -74,6 +75,8 @@ def resolve(address: Address, deadline: float, check: Callable[[], object] = lam
         thread.join(min(CHECK_SECONDS, left))
     result = results[0] if results else TimeoutError("no answer from the resolver")
     if isinstance(result, Exception):
+        if found := exhausted(result):
+            raise found from result
         raise PeerUnreachable(
             f"{address}: no such host (looking up the name): {result}. Check the address the seed printed."
         ) from result

@@ -4,35 +4,25 @@ libzmq's defaults assume peers that are trusted: a message of any size, 30 s for
 may connect to a seed's port, so none of these is left at its default.
 """
 
-import errno
-import os
-import resource
 import time
 from collections.abc import Iterator
 
 import zmq
 
+from tensorfork.interpreter.limits import require_descriptors, require_threads
 from tensorfork.sockets.address import Address
 
 HANDSHAKE_MS = 5_000
 """Milliseconds for ZeroMQ's handshake; then the connection is closed."""
 
-FREE_DESCRIPTORS = 48
-"""File descriptors that must be free before a context is made. A context with its sockets takes about a dozen."""
-
 
 def new_context(io_threads: int = 1) -> "zmq.Context[zmq.Socket[bytes]]":
-    """A new context. Raises `OSError` when this process has few file descriptors left.
+    """A new context. Raises `ResourceExhausted` when this process has few file descriptors or threads left.
 
-    libzmq ends the process when it gets no descriptor, and anybody can use them up with idle connections to a seed.
+    libzmq ends the process when it gets none.
     """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    used = len(os.listdir("/proc/self/fd"))
-    if limit != resource.RLIM_INFINITY and used + FREE_DESCRIPTORS > limit:
-        raise OSError(
-            errno.EMFILE,
-            f"{used} of {limit} file descriptors are in use, too many to begin; raise the limit (ulimit -n)",
-        )
+    require_descriptors()
+    require_threads(1 + io_threads)
     return zmq.Context(io_threads)
 
 
@@ -55,7 +45,7 @@ def new_socket(
 def bind(socket: "zmq.Socket[bytes]", address: Address) -> Address:
     """Bind to an address, and return it with the port that was chosen.
 
-    Raises `OSError` (`zmq.ZMQError` is one) when the address is taken, or not one of this host.
+    Raises `zmq.ZMQError` when the address is taken, or not one of this host.
     """
     socket.ipv6 = ":" in address.host
     socket.bind(str(address))

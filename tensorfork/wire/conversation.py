@@ -64,9 +64,9 @@ class Conversation:
         self.peer = peer_address(peer)
         self._cancel = threading.Event() if cancel is None else cancel
         self._leaving = False
-        self.resolved = resolve(self.peer, deadline, lambda: self.check_cancelled("resolve"))
-        self._context = new_context()
+        self._context = new_context()  # first: without descriptors, looking up a name says that there is no such host
         try:
+            self.resolved = resolve(self.peer, deadline, lambda: self.check_cancelled("resolve"))
             self._open_socket()
         except BaseException:
             self._context.destroy(linger=0)

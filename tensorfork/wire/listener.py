@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import zmq
@@ -54,28 +55,35 @@ class Listener:
     ) -> None:
         """Bind to the address. Raises `OSError` when it is taken, or not one of this host."""
         self._on_request, self._on_gone = on_request, on_gone
-        self._context = new_context()
-        self._socket = new_socket(self._context, zmq.ROUTER, max_message=messages.MAX_MESSAGE, queue=MAX_QUEUED)
-        self._socket.copy_threshold = COPY_BELOW
-        self._socket.router_mandatory = True
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
-        try:
-            self.address = bind(self._socket, address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise OSError(error.errno, f"cannot listen at {address}: {error}") from error
-        self._outbox: deque[Sequence[bytes]] = deque()
         self._waker = Waker()
+        with ExitStack() as stack:
+            stack.callback(self._waker.close)
+            self._context = new_context()
+            stack.callback(self._context.destroy, linger=0)
+            self._socket = new_socket(self._context, zmq.ROUTER, max_message=messages.MAX_MESSAGE, queue=MAX_QUEUED)
+            self._socket.copy_threshold = COPY_BELOW
+            self._socket.router_mandatory = True
+            self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
+            self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+            try:
+                self.address = bind(self._socket, address)
+            except zmq.ZMQError as error:
+                raise OSError(error.errno, f"cannot listen at {address}: {error}") from error
+            stack.pop_all()
+        self._outbox: deque[Sequence[bytes]] = deque()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tensorfork-seed", daemon=True)
 
     def start(self, tick: Callable[[], float | None]) -> None:
         """Start the thread. It calls `tick` before each poll; `tick` returns when it must be called again
-        (`time.monotonic()`), or None if only a request matters.
+        (`time.monotonic()`), or None if only a request matters. Where there is no thread, the listener is closed.
         """
         self._tick = tick
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._release()
+            raise
 
     def send(self, peer: bytes, message: messages.Reply, number: int = 0, frames: Sequence[bytes] = ()) -> None:
         """Queue a message for a fork, from any thread. It is dropped if the fork is gone or does not read."""

@@ -62,7 +62,7 @@ def test_idle_connections_use_up_the_descriptors_of_a_seed_and_it_lives() -> Non
                 idle[-1].recv(1)  # it is there
             try:
                 tensorfork.fork(seed.address, timeout=SECONDS)
-            except tensorfork.TransportUnavailable as error:
+            except tensorfork.PeerRefused as error:
                 refusals.append(str(error))
             finally:
                 for connection in idle:

@@ -23,6 +23,7 @@ import torch
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.interpreter.environment import Changes, environment
+from tensorfork.interpreter.limits import require_threads
 from tensorfork.memory import cuda, host_reads, huge_pages
 from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.transports.process_group.batches import ByteRange
@@ -66,6 +67,7 @@ class GlooGroup(PairGroup):
         from torch.distributed import ProcessGroupGloo
 
         _destroy_finished()
+        require_threads(MAX_IN_FLIGHT)
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout, options._threads = time_left(deadline), MAX_IN_FLIGHT
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tensorfork.errors import TransportUnavailable
+from tensorfork.interpreter.limits import require_descriptors
 from tensorfork.sockets.address import WILDCARDS, Address, numeric_host
 from tensorfork.transports.process_group.tasks import BackgroundTask
 
@@ -55,10 +56,12 @@ class GroupStores:
     Each group has a client of its own. A client that waits for a key blocks everything else that is asked through it,
     and groups that start in different orders on the two sides would wait for each other.
 
-    `check` is called repeatedly while torch connects, and may raise. Raises `TransportUnavailable`.
+    `check` is called repeatedly while torch connects, and may raise. Raises `TransportUnavailable`, and
+    `ResourceExhausted` where few descriptors are left: torch would try again and again.
     """
 
     def __init__(self, host: str, port: int, token: str, deadline: float, check: Callable[[], object]) -> None:
+        require_descriptors()
         self._host, self._port, self._token = host, port, token
         self._taken = 0
         self._clients = [self._connect(deadline, check)]

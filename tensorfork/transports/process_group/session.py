@@ -39,6 +39,9 @@ CLOSE_WAIT = 2.0
 DRAIN_TIMEOUT = 2.0
 """Seconds that a GPU is given to stop writing after an abort."""
 
+REASON_WAIT = 0.2
+"""Seconds in which the seed may say why a group could not be created."""
+
 _undrained: list[tuple[PairGroup, Any]] = []
 """Operations by which a GPU may still be writing; kept for ever, since nothing says when it stops."""
 
@@ -184,8 +187,17 @@ class GroupSession(Session):
         except BaseException as error:
             _close_all(groups)
             if isinstance(error, RuntimeError | PeerUnreachable | TransferFailed):
-                raise TransportUnavailable(f"no group with {self._seed} could be created: {error}") from error
+                why = self._failure_at_seed() if isinstance(error, RuntimeError) else None
+                raise TransportUnavailable(f"no group with {self._seed} could be created: {why or error}") from error
             raise
+
+    def _failure_at_seed(self) -> str | None:
+        """What the seed says of a group that could not be created; None if it says nothing soon."""
+        try:
+            message = self._channel.try_recv(time.monotonic() + REASON_WAIT)
+        except (PeerUnreachable, ProtocolError):
+            return None
+        return f"the seed says: {str(message[-1])[:4096]}" if message and message[0] == "failed" else None
 
     def _expect(self, word: str, deadline: float, check: Callable[[], object]) -> None:
         """Wait for the seed's next message, which must begin with this word."""

@@ -16,10 +16,9 @@ from tensorfork.regions import Region
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
-from tensorfork.sockets.zeromq import bind, new_socket, recv_arrived
+from tensorfork.sockets.zeromq import bind, new_context, new_socket, recv_arrived
 from tensorfork.transports.base import Channel, Export
 from tensorfork.transports.zeromq.buffers import PINNED_BUFFERS, AnswerBuffers
-from tensorfork.transports.zeromq.context import new_lease_context
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
@@ -58,7 +57,7 @@ class ZeroMQExport(Export):
             stack.callback(self._buffers.close)
             releases = Releases()
             stack.callback(releases.close)
-            context = new_lease_context(2)
+            context = new_context(2)
             stack.callback(context.destroy, linger=0)
             self._socket = new_socket(context, zmq.ROUTER, max_message=MAX_REQUEST, queue=4 * WINDOW)
             self._socket.sndhwm = 0  # the buffers bound what waits to be sent

@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from threading import Event
 
 import torch
@@ -15,10 +16,9 @@ from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Copy, Region
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.monitor import recv_event
-from tensorfork.sockets.zeromq import connect, new_socket, poll_timeout
+from tensorfork.sockets.zeromq import connect, new_context, new_socket, poll_timeout
 from tensorfork.transports.base import Session
 from tensorfork.transports.checks import check_going_on
-from tensorfork.transports.zeromq.context import new_lease_context
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
@@ -70,15 +70,15 @@ class ZeroMQSession(Session):
     ) -> None:
         self._token, self._seed = token, seed
         self._frame, self._alone = frame, alone or sys.maxsize
-        self._context = new_lease_context(min(connections, 4))
-        try:
+        self._context = new_context(min(connections, 4))
+        with ExitStack() as stack:
+            stack.callback(self._context.destroy, linger=0)
             self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-        retain_freed_memory(RETAINED_BYTES)
-        recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
-        self._connections = [self._connect(recv_queue) for _ in range(connections)]
+            stack.callback(self._memory.close)
+            retain_freed_memory(RETAINED_BYTES)
+            recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
+            self._connections = [self._connect(recv_queue) for _ in range(connections)]
+            stack.pop_all()
         self._last_number = 0
         self._gpu_copies: deque[tuple[torch.cuda.Event, _Request]] = deque()
         """Requests whose bytes may still be on their way from a pinned buffer to a GPU."""

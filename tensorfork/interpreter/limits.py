@@ -1,0 +1,55 @@
+"""Whether this process gets more threads and file descriptors: asked before a library that cannot do without.
+
+Where libzmq gets none it ends the process; gloo and torch's stores wait for ever, or until their timeout.
+"""
+
+import ctypes
+import os
+import resource
+from functools import cache
+from typing import Any
+
+from tensorfork.exhaustion import DESCRIPTORS, THREADS, exhaustion, resources
+
+FREE_DESCRIPTORS = 48
+"""File descriptors that must be free before something begins. A ZeroMQ context with its sockets takes about a dozen."""
+FREE_THREADS = 4
+"""Threads that must be free beside those that something will have."""
+
+
+def require_descriptors() -> None:
+    """Raise `ResourceExhausted` when this process has fewer than `FREE_DESCRIPTORS` left. Anybody can use them up, with
+    idle connections to a seed.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    with resources():
+        used = len(os.listdir("/proc/self/fd"))
+    if limit != resource.RLIM_INFINITY and used + FREE_DESCRIPTORS > limit:
+        raise exhaustion(f"{used} of {limit} are in use, too many to begin", DESCRIPTORS)
+
+
+def require_threads(count: int) -> None:
+    """Raise `ResourceExhausted` when the system does not give this process so many more threads, and `FREE_THREADS`.
+
+    They are created and ended again, in some 0.1 ms each. They run no Python, and the interpreter is not given away
+    meanwhile: a seed's engine would keep it for 5 ms.
+    """
+    libc, semaphore = _libc(), (ctypes.c_uint64 * 4)()  # a sem_t, which has 32 bytes
+    libc.sem_init(semaphore, 0, 0)
+    ids: list[ctypes.c_ulong] = []
+    while len(ids) < count + FREE_THREADS:
+        id = ctypes.c_ulong()
+        if libc.pthread_create(ctypes.byref(id), None, libc.sem_wait, semaphore):
+            break
+        ids.append(id)
+    for _ in ids:
+        libc.sem_post(semaphore)
+    for id in ids:
+        libc.pthread_join(id, None)
+    if len(ids) < count + FREE_THREADS:
+        raise exhaustion(f"it gets {len(ids)} more, and needs {count} and some for others", THREADS)
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.PyDLL(None)
