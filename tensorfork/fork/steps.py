@@ -22,6 +22,7 @@ from tensorfork.digest import warm_up
 from tensorfork.digest.arrivals import ArrivalDigests
 from tensorfork.errors import (
     ForkCancelled,
+    PeerRefused,
     PeerUnreachable,
     ResourceExhausted,
     SeedAsleep,
@@ -116,7 +117,8 @@ def _cancellable(peer: str, cancel: Event) -> Iterator[None]:
 def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkReport:
     """Call `attempt` again after `SeedChanged`, as often as the caller allows, and after `SeedAsleep` for as long.
 
-    Pauses in between: a change takes a while. At the deadline the last of these errors is raised.
+    Pauses in between: a change takes a while. At the deadline the last of these errors is raised, also where the peer
+    gave no answer any more, or a transport could not be opened by then: for want of time, which the change took.
     """
     restarts = asleep = 0
     wait_until = terms.deadline if terms.restarts else min(terms.deadline, time.monotonic() + terms.wait)
@@ -130,13 +132,17 @@ def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkRepor
             if restarts == terms.restarts:
                 raise
             last, until, restarts = error, terms.deadline, restarts + 1
-        except PeerUnreachable as error:
-            if last is not None and time.monotonic() >= terms.deadline:
-                raise last from error
-            raise
+        except (PeerUnreachable, PeerRefused, TransportUnavailable) as error:
+            if last is None or time.monotonic() < terms.deadline:
+                raise
+            last.add_note(f"The fork waited for that until its timeout of {terms.timeout:g} s")
+            raise last from error
         first, longest = SLEEP_POLL
         pause = min(longest, first * 2 ** min(restarts + asleep, 10))
-        if time.monotonic() + pause >= until or terms.cancel.wait(pause):
+        if time.monotonic() + pause >= until:
+            last.add_note(f"The fork waited for that as long as it may, within its timeout of {terms.timeout:g} s")
+            raise last
+        if terms.cancel.wait(pause):
             raise last
 
 
