@@ -15,8 +15,7 @@ from attrs import evolve
 
 from tensorfork.digest import definition
 from tensorfork.digest.record import Digests
-from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved, TensorForkError
-from tensorfork.exhaustion import exhausted
+from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
@@ -26,6 +25,7 @@ from tensorfork.seed.leases import ENDED, MAX_LEASES, RELEASED, Lease, LeaseTabl
 from tensorfork.seed.no_transport import NoTransport
 from tensorfork.seed.publication import Publication
 from tensorfork.seed.published_model import PublishedModel
+from tensorfork.seed.refusals import ASLEEP, CHANGED, DRAINING, refusal
 from tensorfork.sockets.address import Address
 from tensorfork.transports.base import Export, Site, Transport
 from tensorfork.version import __version__
@@ -43,10 +43,6 @@ CLOSE_TIMEOUT = 5.0
 
 PROBE_INTERVAL = 0.1
 """Seconds between two checks, while `suspend` waits, that forks which may still read are still connected."""
-
-CHANGED = messages.Refused(messages.CHANGED, "the seed has published other tensors, or other memory, since; fork again")
-ASLEEP = messages.Refused(messages.ASLEEP, "the seed is suspended: its memory may not be there. Allow wait=, or go on")
-DRAINING = messages.Refused(messages.BUSY, "the seed takes no more forks: it is draining; ask another one")
 
 
 class SeedService:
@@ -229,7 +225,7 @@ class SeedService:
     def _refuse(self, lease: Lease, error: Exception | None, reply: SendReply) -> None:
         """End a lease that has not begun, if it has not ended by itself, and tell the fork why."""
         if error is not None:
-            lease.end(_refusal(lease, self._transports[lease.transport], error))
+            lease.end(refusal(lease, error))
         self._leases.refused += 1
         self._leases.remove(lease)
         reply(lease.why)
@@ -289,13 +285,14 @@ class SeedService:
             if export is None:
                 return
             try:
+                leased = self._leased(lease, transport, export, request)
                 serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
             except Exception as error:
                 reachable = not export.close(time.monotonic())
                 self._refuse(lease, error, reply)
                 return
             self._leases.granted += 1
-            reply(*self._leased(lease, transport, export, request))
+            reply(*leased)
             while (asked := lease.checks.get()) is not None:
                 self._check(lease, asked)
             if lease.why is not RELEASED:
@@ -345,7 +342,7 @@ class SeedService:
                 lease.publication.places.check_memory()
             reply(messages.Checked(self.model.generation))
         except Exception as error:
-            reply(_refusal(lease, self._transports[lease.transport], error))
+            reply(refusal(lease, error))
 
     def _serve(self, export: Export, lease: Lease) -> None:
         try:
@@ -363,7 +360,7 @@ class SeedService:
             if not lease.ended.is_set():
                 lease.publication.places.check_memory()
         except SeedMoved as moved:
-            return _refusal(lease, self._transports[lease.transport], moved)
+            return refusal(lease, moved)
         return ENDED
 
     # The ends of leases.
@@ -390,17 +387,3 @@ class SeedService:
     def _on_gone(self, peer: bytes) -> None:
         for _ in self._leases.peer_gone(peer):
             log.info("a fork has gone away; its lease is ended")
-
-
-def _refusal(lease: Lease, transport: Transport, error: Exception) -> messages.Refused:
-    """What a fork is told of an error before or during its lease."""
-    if lease.ended.is_set():
-        return lease.why
-    if isinstance(error, SeedMoved):
-        return messages.Refused(messages.MOVED, str(error), list(error.tensors))
-    if found := exhausted(error):
-        log.warning("a fork is refused: %s", found)
-        return messages.Refused(messages.BUSY, f"the seed cannot serve another fork: {found}")
-    if not isinstance(error, TensorForkError):
-        log.exception("the transport %s failed to export", transport.name)
-    return messages.Refused(messages.UNAVAILABLE, f"the seed cannot export over {transport.name}: {error}")

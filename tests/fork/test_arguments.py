@@ -76,7 +76,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("rank", 3, TypeError, "rank"),
     ("version", 3, TypeError, "version must be"),
     ("at_least", "3", TypeError, "at_least must be"),
-    ("include", [3], TypeError, "include and exclude must be"),
+    ("include", [3], TypeError, "must be names or patterns"),
     ("include", "layer.\ud800", ValueError, r"include .* no text"),
     ("exclude", ["a", "\udfff"], ValueError, r"exclude .* no text"),
     ("version", "step-\ud800", ValueError, "version .* no text"),

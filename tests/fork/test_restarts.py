@@ -1,7 +1,7 @@
 """A seed that is changed, or suspended, for longer than a fork may take: the error says that, whatever failed last."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -40,9 +40,12 @@ def test_an_update_longer_than_the_timeout_is_said_to_be_one(restarts: int) -> N
 
 @pytest.mark.parametrize("terms", [{}, *TERMS], ids=str)
 def test_a_seed_suspended_for_longer_than_the_timeout_is_said_to_be(terms: dict[str, Any]) -> None:
-    with tensorfork.publish(model()) as seed, suspended(seed):
-        with pytest.raises(tensorfork.SeedAsleep, match="suspended"):
-            tensorfork.fork(seed.address, timeout=SHORT, **terms)
+    with (
+        tensorfork.publish(model()) as seed,
+        suspended(seed),
+        pytest.raises(tensorfork.SeedAsleep, match="suspended"),
+    ):
+        tensorfork.fork(seed.address, timeout=SHORT, **terms)
 
 
 @pytest.mark.parametrize("restarts", [0, 10**6])
@@ -85,19 +88,15 @@ def test_a_seed_that_then_answers_nothing_is_still_said_to_change(
 
 
 def test_a_transport_that_could_not_be_opened_in_the_time_left_is_not_to_blame() -> None:
-    said: list[str] = []
+    def end_the_change_at_the_first_refusal(frames: list[bytes]) -> list[bytes] | None:
+        if kind_of(frames) == "Refused":
+            change.close()
+        return None if kind_of(frames) == "Say" else frames  # so that no group is created
 
-    def refuse_and_then_say_nothing_on_channels(frames: list[bytes]) -> list[bytes] | None:
-        said.append(kind_of(frames))
-        if said.count("Refused"):
-            changing.__exit__(None, None, None) if len(said) == said.index("Refused") + 1 else None
-        return None if kind_of(frames) == "Say" else frames
-
-    with tensorfork.publish(model(), transports=["gloo"]) as seed:
-        changing = seed.updating()
-        changing.__enter__()
+    with tensorfork.publish(model(), transports=["gloo"]) as seed, ExitStack() as change:
+        change.enter_context(seed.updating())
         with (
-            Liar(seed.address, refuse_and_then_say_nothing_on_channels) as address,
+            Liar(seed.address, end_the_change_at_the_first_refusal) as address,
             pytest.raises(tensorfork.SeedChanged, match="weights are being changed") as caught,
         ):
             tensorfork.fork(address, transport="gloo", restarts=10, timeout=1.5)

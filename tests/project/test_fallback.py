@@ -33,6 +33,7 @@ LOUD = {
     "ResourceExhausted",
     "TransportUnavailable",
     "UnsupportedTensor",
+    "ValueMismatch",
     "VersionMismatch",
 }
 KINDS = {

@@ -1,5 +1,6 @@
 """Child processes in which something has run out: descriptors, threads, memory."""
 
+import gc
 import os
 import resource
 import threading
@@ -56,6 +57,7 @@ def threads(more: int) -> Iterator[None]:
 @contextmanager
 def memory(more: int) -> Iterator[None]:
     """Inside, this process gets so many more bytes of address space."""
+    gc.collect()
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     with lowered(resource.RLIMIT_AS, used + more):
