@@ -44,18 +44,13 @@ class DigestCache:
     def start(self) -> None:
         """Start computing the current generation's digests, unless they are there or being computed.
 
-        Where there is no thread for it, those who wait are told.
+        Raises RuntimeError, Python's, where there is no thread for it; the next call tries again.
         """
-        try:
-            with self._lock:
-                if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
-                    thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
-                    thread.start()
-                    self._running = thread
-        except RuntimeError as error:
-            log.warning("the digests cannot be computed: %s", error)
-            failure = messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")
-            self._reply_to_waiting(failure=failure)
+        with self._lock:
+            if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
+                thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
+                thread.start()
+                self._running = thread
 
     def content(self, generation: int) -> str | None:
         """The root over a generation's digests, as hexadecimal digits; None unless they have been computed."""
@@ -77,7 +72,12 @@ class DigestCache:
         elif generation != self._model.generation:
             self._reply_to_waiting()
         else:
-            self.start()
+            try:
+                self.start()
+            except RuntimeError as error:
+                log.warning("the digests cannot be computed: %s", error)
+                failure = messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")
+                self._reply_to_waiting(failure=failure)
 
     @in_normal_mode
     @resources()
@@ -91,6 +91,7 @@ class DigestCache:
         if generation % 2 or generation != self._model.generation:
             raise SeedChanged(self._model.why_changing())
         publication.places.check()
+        self.start()
         try:
             values = self._wait_for(generation, len(publication.tensors))
         except SeedChanged:

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from attrs import evolve
@@ -215,7 +216,8 @@ class SeedService:
         expires = time.monotonic() + request.seconds
         lease = Lease(id, peer, request.transport, publication, generation, expires, channel)
         if request.digests:
-            self._digests.start()
+            with suppress(RuntimeError):  # without a thread for them; whoever asks for them then is told
+                self._digests.start()
         self._leases.add(lease)
         try:
             self._start_thread("tensorfork-lease", lambda: self._run_lease(lease, request, reply))
