@@ -144,6 +144,8 @@ class OurValues:
                 _pause()
             value = ours.values[index]
             other: Any = theirs.get(name, ABSENT)
+            if other is value or (type(other) is int is type(value) and other == value):
+                continue  # most are, and this is all that they cost
             if count_ours if other is ABSENT else not same(other, encode(value)):
                 yield Difference(ours.names[index], other, value, ours.places[index])
         if count_theirs:

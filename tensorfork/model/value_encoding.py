@@ -20,6 +20,7 @@ HASH = 16
 """Bytes of a hash, and of a salt."""
 CHUNK = 1000
 """Entries of a collection that are hashed in a row."""
+_NUMBERS = frozenset((bool, int, float, type(None)))
 _AS_IT_IS = frozenset((bool, float, type(None)))
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -73,11 +74,15 @@ class Encoder:
             self._pause()
 
 
-def is_encoded(value: object) -> bool:
-    """Whether this is a value as it travels."""
+def are_encoded(values: Sequence[object]) -> bool:
+    """Whether these are values as they travel."""
+    return type(values) is list and all(type(one) in _NUMBERS or _is_hash_or_complex(one) for one in values)
+
+
+def _is_hash_or_complex(value: object) -> bool:
     if type(value) is list:
         return len(value) == 2 and type(value[0]) is float and type(value[1]) is float
-    return type(value) in (bool, int, float, type(None)) or (type(value) is bytes and len(value) == HASH)
+    return type(value) is bytes and len(value) == HASH
 
 
 def same(one: Encoded, other: Encoded) -> bool:

@@ -28,6 +28,8 @@ EXPECTED = (
     "*hf_device_map",
     "*_hf_hook",
     "*_old_forward",
+    "forward.func",
+    "*.forward.func",
     # torch.compile: whether one side was compiled
     "*_compiled_call_impl",
 )

@@ -9,7 +9,6 @@ It is a second pass: the walk only lists the objects that it enters. No code of 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -86,20 +85,19 @@ class Values:
 
 def contents_of(owner: Any, classifier: Classifier) -> list[Any]:
     """What an object holds, in a list whose elements are other objects if it holds others."""
-    kind = classifier.kind_of(type(owner))
-    contents: list[Any] = []
+    cls = type(owner)
+    fields = classifier.fields_of(cls)
+    contents: list[Any] = [one for slot in slots_of(owner, fields) for one in slot] if fields[1] else []
+    kind = classifier.kind_of(cls)
     if kind == MAPPING:
         for item in items_of(owner):
             contents += item
     elif kind in (SEQUENCE, SET):
-        contents = elements_of(owner)
-    if type(owner) not in BUILT_IN_COLLECTIONS:
-        fields = classifier.fields_of(type(owner))
-        held = dictionary_of(owner, fields)
+        contents += elements_of(owner)
+    if fields[0] is not None and cls not in BUILT_IN_COLLECTIONS:
+        held = fields[0].__get__(owner)
         contents += held
         contents += held.values()
-        for slot in slots_of(owner, fields):
-            contents += slot
     return contents
 
 
@@ -125,6 +123,7 @@ class _Reader:
         """The ids of collections that are part of a longer one's value."""
         self._inside: deque[tuple[str, Any]] = deque()
         """Objects that functions hold and the walk has not visited, to be entered."""
+        self._ways: dict[type, tuple[int, frozenset[str], Named | None]] = {}
         self._is_inside = False
         self._entered: dict[int, Any] = {}
         self._array_bytes = MAX_ARRAYS
@@ -138,20 +137,27 @@ class _Reader:
         if id(owner) in self._folded:
             return
         cls = type(owner)
-        kind = self._walked_as(cls)
-        skipped: frozenset[str] = frozenset()
-        if kind == MODULE:
-            skipped = _internals_but_training(internals_of(owner))
-        elif kind == TENSOR:
-            skipped = _TENSOR_INTERNALS
-        elif kind == MAPPING:
+        kind, skipped, class_name = self._ways.get(cls) or self._way(cls, owner)
+        if kind == MAPPING:
             self._enter_mapping(path, owner)
         elif kind == SEQUENCE:
             self._enter_sequence(path, owner)
+        if path and class_name is not None:
+            self._add(path, class_name, None)
         if cls not in BUILT_IN_COLLECTIONS:
-            if path and kind != TENSOR and cls is not MappingProxyType:
-                self._add(path, Named(kinds.class_name(cls)), None)
             self._enter_attributes(path, owner, skipped)
+
+    def _way(self, cls: type, owner: Any) -> tuple[int, frozenset[str], Named | None]:
+        """How objects of a class are entered: its kind, the attributes that are skipped, and its name."""
+        kind = self._walked_as(cls)
+        skipped: frozenset[str] = frozenset()
+        if kind == MODULE:
+            skipped = internals_of(owner) - {"training"}
+        elif kind == TENSOR:
+            skipped = _TENSOR_INTERNALS
+        has_name = kind != TENSOR and cls not in BUILT_IN_COLLECTIONS and cls is not MappingProxyType
+        way = self._ways[cls] = kind, skipped, Named(kinds.class_name(cls)) if has_name else None
+        return way
 
     def enter_inside(self) -> None:
         """Enter what functions and the like hold, where the walk has not been."""
@@ -169,9 +175,14 @@ class _Reader:
         held = dictionary_of(owner, fields)
         entries = list(held.items()) if held else []
         entries += slots_of(owner, fields) if fields[1] else ()
+        prefix, add = f"{path}." if path else "", self._add
         for key, value in entries:
-            if key not in skipped and isinstance(key, str):
-                self._take(f"{path}.{key}" if path else key, value, (owner, key, True))
+            if key in skipped or type(key) is not str:
+                continue
+            if type(value) in PLAIN_VALUES:
+                add(prefix + key, value, (owner, key, True))
+            else:
+                self._take(prefix + key, value, (owner, key, True))
 
     def _enter_mapping(self, path: str, mapping: Any) -> None:
         items = items_of(mapping)
@@ -299,10 +310,5 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-@cache
-def _internals_but_training(internals: frozenset[str]) -> frozenset[str]:
-    return internals - {"training"}
-
-
-_TENSOR_INTERNALS = DTENSOR_INTERNALS | {"_is_buffer", "_is_param", "persistent"}
-"""By the last three torch marks what a parameter or a buffer is; a tensor that takes its place may have none."""
+_TENSOR_INTERNALS = DTENSOR_INTERNALS | {"_is_buffer", "_is_param", "persistent", "requires_grad"}
+"""Marks of torch's and accelerate's on parameters and buffers; a tensor that takes their place may have none."""

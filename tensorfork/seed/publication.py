@@ -11,6 +11,7 @@ from tensorfork.errors import TransportUnavailable, UnsupportedTensor
 from tensorfork.interpreter.garbage_collection import gc_paused
 from tensorfork.layout import ModelLayout
 from tensorfork.model.describe import LocalModel, ModelSource, check_mapped
+from tensorfork.model.emptied import warn_if_emptied
 from tensorfork.model.walk import FoundTensors
 from tensorfork.regions import Region, RemoteRegion
 from tensorfork.seed.look import PublishedPlaces
@@ -59,11 +60,14 @@ class Publication:
     ) -> "Publication":
         """Publish a described model: ask each transport, pack the layout. `fixed` is whether its values stay.
 
+        A warning is logged where much of the model is empty.
+
         Raises:
             UnsupportedTensor: tensors have no memory.
             ValueError: there are more of them than a fork can be told.
         """
         check_publishable(model)
+        warn_if_emptied(model.tensors)
         regions = model.memory.regions(model.layout, stable=stable)
         return cls(
             number,

@@ -16,7 +16,7 @@ from tensorfork.errors import ProtocolError
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.lineage import Version
-from tensorfork.model.value_encoding import Encoded, is_encoded
+from tensorfork.model.value_encoding import Encoded, are_encoded
 from tensorfork.model.values import MAX_VALUES
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
@@ -144,18 +144,18 @@ def pack_values(names: Sequence[str], values: Sequence[Encoded]) -> list[bytes]:
 
 def unpack_values(pages: Sequence[bytes]) -> dict[str, Encoded]:
     """The values that `pack_values` packed, by name; raises `ProtocolError`."""
-
-    def named(name: Any, value: Any) -> tuple[str, Encoded]:
-        if not is_encoded(value):
-            raise ValueError("what stands for a value is none")
-        return _text(name), value
-
+    values: dict[str, Encoded] = {}
     with _protocol_errors("table of values"):
-        rows = list(_rows(pages, 2, named, limit=MAX_VALUES))
-        values = dict(rows)
-        if len(values) != len(rows):
-            raise ValueError("two values go by one name")
-        return values
+        count = 0
+        for page in pages:
+            names, encoded = _columns(page, 2)
+            count += len(names)
+            if not all(map(is_text, names)) or not are_encoded(encoded):
+                raise ValueError("it has names or values that are none")
+            values.update(zip(names, encoded, strict=True))
+            if not len(values) == count <= MAX_VALUES:
+                raise ValueError(f"it has more than {MAX_VALUES:,} values, or two by one name")
+    return values
 
 
 def pack_digests(values: Sequence[int]) -> list[bytes]:
@@ -186,16 +186,21 @@ def _paged(items: Iterable[T]) -> Iterator[list[T]]:
         yield page
 
 
-def _rows(pages: Sequence[bytes], columns: int, make: Callable[..., T], limit: int | None = None) -> Iterator[T]:
+def _rows(pages: Sequence[bytes], columns: int, make: Callable[..., T]) -> Iterator[T]:
     total = 0
     for page in pages:
-        table = unpack(page)
-        if not isinstance(table, list) or len(table) != columns or len({len(column) for column in table}) != 1:
-            raise ValueError("its columns are not of one length")
+        table = _columns(page, columns)
         total += len(table[0])
-        if total > (most := limit or MAX_TENSORS):
-            raise ValueError(f"it has more than {most:,} rows")
+        if total > MAX_TENSORS:
+            raise ValueError(f"it has more than {MAX_TENSORS:,} rows")
         yield from map(make, *table)
+
+
+def _columns(page: bytes, columns: int) -> list[list[Any]]:
+    table = unpack(page)
+    if not isinstance(table, list) or len(table) != columns or len({len(column) for column in table}) != 1:
+        raise ValueError("its columns are not of one length")
+    return table
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
