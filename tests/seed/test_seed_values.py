@@ -39,7 +39,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "an attribute": lambda model: setattr(model, "scale", 0.25),
     "a new attribute": lambda model: setattr(model, "another", 1),
     "an attribute that goes": lambda model: delattr(model, "scale"),
-    "an attribute that is renamed": lambda model: model.__dict__.update(other=model.__dict__.pop("nothing")),
+    "an attribute that is renamed": lambda model: model.__dict__.update(other=model.__dict__.pop("last")),
     "an object": lambda model: setattr(model.plain, "x", 3),
     "a slot": lambda model: setattr(model.slotted, "scale", 3),
     "a list": lambda model: model.items.append(4),
@@ -53,10 +53,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 def example() -> Any:
-    model = module(scale=0.5, nothing=None, plain=Plain(x=2), slotted=Slotted(2), items=[1, 2], table={"a": 1})
+    model = module(scale=0.5, plain=Plain(x=2), slotted=Slotted(2), items=[1, 2], table={"a": 1})
     model.names, model.long = {"a"}, [*range(70), 70, [1, 2]]
     model.weight = nn.Parameter(torch.zeros(1))
     model.weight.note = 3
+    model.last = None
     return model
 
 
