@@ -271,9 +271,7 @@ class _Attempt:
 
     def _comparing(self, lease: Lease) -> AbstractContextManager[None]:
         """Compare the seed's values with ours. Raises `ValueMismatch` before the block is entered."""
-        if self.values is None or lease.values is None:
-            return nullcontext()
-        return self.values.comparing(lease.values, self.seed.address)
+        return nullcontext() if self.values is None else self.values.comparing(lease.values, self.seed.address)
 
     @contextmanager
     def _tensors(self) -> Iterator[Callable[[], Mapping[str, torch.Tensor]]]:

@@ -81,22 +81,30 @@ class OurValues:
             return None
 
     @contextmanager
-    def comparing(self, theirs: SeedValues, peer: str) -> Iterator[None]:
+    def comparing(self, theirs: SeedValues | None, peer: str) -> Iterator[None]:
         """Compare the seed's values with ours: before the block is entered, or beside it if nothing depends on that.
 
-        Raises as `compare` does; after the block, where it was done beside it.
+        Raises as `compare` does; after the block, where it was done beside it. Without the seed's nothing is compared.
         """
+        self.compared = None  # with those of an earlier lease
+        if theirs is None:
+            yield
+            return
         if self.policy.differ == STRICT or self.policy.take:
             self.compare(theirs, peer)
             yield
             return
         failed: list[BaseException] = []
         thread = threading.Thread(target=lambda: self._compare_beside(theirs, peer, failed), name="tensorfork-values")
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # there are no more threads
+            self.compare(theirs, peer)
         try:
             yield
         finally:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         if failed:
             raise failed[0]
 

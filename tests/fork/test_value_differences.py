@@ -1,6 +1,7 @@
 """What a fork says and does about plain values that are not the seed's."""
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,20 @@ def test_nothing_is_taken_over_by_a_fork_that_fails(
     with pytest.raises(tensorfork.VerificationFailed):
         fork_into(into, seed_of(model(0.02)), values=tensorfork.ValuePolicy(take="*.k_scale_float"))
     assert [layer.k_scale_float for layer in into["layers"]] == [1.0, 1.0]
+
+
+def test_where_no_thread_can_be_started_values_are_compared_all_the_same(
+    seed_of: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name == "tensorfork-values":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert different(fork_into(model(1.0), seed_of(model(0.02)))) == {"k_scale_float": (2, "0.02", "1.0")}
 
 
 def test_what_is_not_selected_is_not_compared(seed_of: Publish) -> None:

@@ -137,6 +137,33 @@ def test_values_that_cannot_be_read_are_not_compared_and_the_fork_goes_on(
     assert "cannot be read" in caplog.text
 
 
+def test_what_was_compared_under_an_earlier_lease_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights change under the first lease, and the seed cannot read its values for the second."""
+    model, into = module(scale=1.0, weight=nn.Parameter(torch.ones(1))), module(scale=2.0, weight=torch.zeros(1))
+    packed, leases = PublishedValues.packed, 0
+
+    def first_alone(self: PublishedValues) -> Any:
+        nonlocal leases
+        leases += 1
+        return packed(self) if leases == 1 else None
+
+    def change_once(done: int, total: int) -> None:
+        if leases == 1:
+            with seed.updating(values_only=True), torch.no_grad():
+                model.weight.add_(1)
+
+    monkeypatch.setattr(PublishedValues, "packed", first_alone)
+    with tensorfork.publish(model) as seed:
+        policy = tensorfork.ValuePolicy(take="scale")
+        report = tensorfork.fork_into(
+            into, seed.address, timeout=TIMEOUT, restarts=3, progress=change_once, values=policy
+        )
+    assert (report.restarts, leases) == (1, 2)
+    assert report.values is None
+    assert "values" in report.not_compared
+    assert into.scale == 2.0
+
+
 def test_two_seeds_have_different_salts() -> None:
     model = module(text="a text")
     one, other = published(model).packed(), published(model).packed()
