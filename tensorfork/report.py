@@ -82,6 +82,8 @@ class ValueReport:
 
     def __str__(self) -> str:
         total = sum(len(one.names) for one in self.different)
+        if not total:
+            return f"none of {self.compared:,} plain values differs from the seed's unexpectedly"
         shown = "; ".join(map(str, self.different[:10]))
         more = f"; and {len(self.different) - 10:,} other attributes" if len(self.different) > 10 else ""
         return f"{total:,} of {self.compared:,} plain values are not the seed's: {shown}{more}"

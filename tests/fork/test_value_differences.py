@@ -78,6 +78,7 @@ def test_equal_models_differ_in_nothing(seed_of: Publish, caplog: pytest.LogCapt
     report = fork_into(forms(0.02)[form](), seed_of(model(0.02)))
     assert report.values is not None
     assert (report.values.compared, report.values.different, report.values.opaque) == (11, (), ())
+    assert str(report.values) == "none of 11 plain values differs from the seed's unexpectedly"
     assert "values" not in report.not_compared
     assert not caplog.records
 
