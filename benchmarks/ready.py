@@ -31,7 +31,7 @@ def case(bench: Bench, outcome: Outcome, *, shape: str, transport: str) -> None:
             raise Failed(f"{method}: the tokens are {result['tokens']}, and {published['tokens']} in the first process")
         return result
 
-    values = interleave({method: partial(ready, method) for method in METHODS}, bench.rounds, outcome)
+    values = interleave({method: partial(ready, method) for method in METHODS}, bench.rounds, outcome, warm_up=0)
     for method in METHODS:
         against = values[TO_BEAT] if method != TO_BEAT else ()
         whole = [one["whole"] for one in values[method]]

@@ -228,6 +228,7 @@ class _Attempt:
         with (
             take_lease(seed, transport, self.memory, deadline, digests=asked, values=values, enter=enter) as lease,
             self._comparing(lease),
+            self._tensors() as tensors,
         ):
             version = seed.check_version(terms.version, terms.at_least, lease.version)
             enter("match")
@@ -235,16 +236,18 @@ class _Attempt:
             enter("open")
             get_ready(lease, transport, deadline)
             enter("transfer")
-            with self._tensors() as tensors, self._arrivals(lease, plan, tensors) as digests:
+            with self._arrivals(lease, plan, tensors) as digests:
                 try:
                     nbytes = transfer.pull(lease, plan, self.memory.filled, tensors, seed, terms, digests)
-                    lease.session.end_reading()
                     version = self._check(lease, digests, version)
                 except ForkCancelled as error:  # all bytes are here
                     raise ForkCancelled(str(error), complete=[pair.name for pair in self.memory.pairs]) from error
                 except TransferFailed as error:
                     verification.explain_failure(error, lease, seed, deadline)
                     raise
+                finally:
+                    if not self.memory.tensors_can_wait:
+                        self.destination().mark_changed()  # also where only some of it arrived
         return ForkReport(
             peer=seed.address,
             transport=transport.name,
@@ -275,10 +278,7 @@ class _Attempt:
 
     @contextmanager
     def _tensors(self) -> Iterator[Callable[[], Mapping[str, torch.Tensor]]]:
-        """The tensors to fill: made meanwhile, where no failure would show in the model.
-
-        Those that are filled in place are marked as changed, also where only some of the bytes arrived.
-        """
+        """The tensors to fill: made while handles open and bytes move, where no failure would show in the model."""
         if self.memory.tensors_can_wait:
             making = BackgroundCall(self.destination, "tensorfork-tensors")
             try:
@@ -287,11 +287,8 @@ class _Attempt:
             finally:
                 making.wait()
             return
-        destination = self.destination()
-        try:
-            yield lambda: destination.tensors
-        finally:
-            destination.mark_changed()
+        tensors = self.destination().tensors
+        yield lambda: tensors
 
     @contextmanager
     def _arrivals(

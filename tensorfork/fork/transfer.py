@@ -47,6 +47,8 @@ def pull(
     arrivals = _Arrivals(plan, terms.progress, digests)
     try:
         if plan.copies:
+            if not plan.strided:
+                lease.session.expect_last_pull()
             lease.session.pull(plan.copies, terms.deadline, arrivals.add_copy, terms.cancel)
         arrivals.check_copies()
         for pair in plan.strided:

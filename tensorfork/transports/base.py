@@ -104,8 +104,10 @@ class Session(ABC):
                 done are complete.
         """
 
-    def end_reading(self) -> None:  # noqa: B027  # most sessions close at once
-        """No pull follows. The session may begin to release things in the background; `close` waits for that."""
+    def expect_last_pull(self) -> None:  # noqa: B027  # most sessions close at once
+        """Only one more pull follows. What its copies have no use for any more may be released while it runs, in the
+        background; `close` waits for that.
+        """
 
     @abstractmethod
     def close(self, deadline: float) -> None:

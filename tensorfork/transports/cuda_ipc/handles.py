@@ -1,6 +1,7 @@
 """The seed's IPC handles, opened by threads in the background."""
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,8 @@ class RemoteHandles:
         self._switch_interval = ExitStack()  # short while there are openers; `close` ends it even if one hangs
         self._max_openers, self._paused = OPENER_THREADS, False
         self._closed = False
+        self._early: queue.SimpleQueue[Mapping[_Key, int] | None] = queue.SimpleQueue()
+        self._closer: threading.Thread | None = None
 
     def request(self, keys: Iterable[_Key]) -> None:
         """Have these opened, before those that were requested earlier. Does not wait."""
@@ -132,6 +135,19 @@ class RemoteHandles:
             "another, or a container does not share the host's IPC and PID namespaces"
         ) from error
 
+    def close_early(self, ids: Iterable[int]) -> None:
+        """Have the handles of these regions closed, which no copy reads any more, on a thread. `close` waits for it."""
+        wanted = set(ids)
+        with self._changed:
+            keys = [key for key in self._addresses if key[0] in wanted]
+            addresses = {key: self._addresses.pop(key) for key in keys}
+        if not addresses:
+            return
+        self._early.put(addresses)
+        if self._closer is None:
+            self._closer = threading.Thread(target=self._run_closer, name="tensorfork-ipc-close", daemon=True)
+            self._closer.start()
+
     def close(self, deadline: float) -> None:
         """Close all handles; no copy may be in flight. One that is still being opened is closed as soon as it is."""
         with self._changed:
@@ -141,8 +157,19 @@ class RemoteHandles:
             openers = list(self._openers)
         for opener in openers:
             opener.join(max(0.1, deadline - time.monotonic()))
+        if self._closer is not None:
+            self._early.put(None)
+            self._closer.join()
         with self._changed:
             addresses, self._addresses = self._addresses, {}
+        self._close_all(addresses)
+
+    def _run_closer(self) -> None:
+        cuda.relax_capture()
+        while (addresses := self._early.get()) is not None:
+            self._close_all(addresses)
+
+    def _close_all(self, addresses: Mapping[_Key, int]) -> None:
         for device in {device for _, device in addresses}:
             with cuda.current_context(device), cuda.relaxed_capture():
                 for (id, on), address in addresses.items():

@@ -77,6 +77,21 @@ def test_every_requested_handle_is_opened_once_and_closed(driver: Driver) -> Non
     assert sorted(driver.closed) == sorted(driver.opened)
 
 
+def test_handles_that_are_read_no_more_are_closed_early_each_once(driver: Driver) -> None:
+    driver.gate.set()
+    handles = RemoteHandles({**sources(6), 6: RemoteAllocation(7777, 1, None)})
+    handles.request([(i, 0) for i in range(7)])
+    for i in range(7):
+        handles.address(i, 0, soon())
+    handles.close_early([0, 1, 6])
+    handles.close_early([1, 2])
+    handles.close(soon())
+    assert sorted(driver.closed[:2]) == [1000, 1001]
+    assert driver.closed[2] == 1002
+    assert sorted(driver.closed) == [1000 + i for i in range(6)]
+    assert not [one for one in threading.enumerate() if one.name == "tensorfork-ipc-close"]
+
+
 def test_the_handles_requested_last_are_opened_first(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensorfork.transports.cuda_ipc.handles.OPENER_THREADS", 1)
     handles = RemoteHandles(sources(6))
