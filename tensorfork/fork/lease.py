@@ -74,10 +74,12 @@ def take_lease(
     enter("lease")
     scratch = Scratch.for_tensors(memory.gapped)
     storages = [*memory.regions, *scratch.regions]
-    regions, places = transport.cover(storages)
+    with _opening(transport):
+        regions, places = transport.cover(storages)
+        facts = dict(transport.facts(storages))
     request = messages.TakeLease(
         transport.name,
-        dict(transport.facts(storages)),
+        facts,
         max(0.0, deadline - time.monotonic()),
         digests,
         seed.welcome.publication,

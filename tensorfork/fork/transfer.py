@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tensorfork.digest.arrivals import ArrivalDigests
-from tensorfork.errors import ProtocolError, TensorForkError, TransferFailed, TransportUnavailable
+from tensorfork.errors import ProtocolError, TensorForkError, TransferFailed, TransportUnavailable, UnsupportedTensor
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.cut import Plan, complete, cut
 from tensorfork.fork.lease import Lease
@@ -55,7 +55,7 @@ def pull(
             tensor, deadline = tensors()[pair.name], terms.deadline
             pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline, terms.cancel)
             arrivals.add_strided(pair)
-    except TransportUnavailable:
+    except (TransportUnavailable, UnsupportedTensor):  # the latter from `tensors`
         raise
     except Exception as error:
         if error is arrivals.callback_error:

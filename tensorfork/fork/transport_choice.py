@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from tensorfork.errors import TransportUnavailable
+from tensorfork.errors import TensorForkError, TransportUnavailable
+from tensorfork.exhaustion import exhausted
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.regions import Region
 from tensorfork.transports import registry
@@ -29,10 +30,9 @@ def reason_against(transport: Transport, seed: SeedConnection, regions: Sequence
         return transport.why_not(transport.facts(regions), offered.facts)
     except TransportUnavailable as error:
         return str(error)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # facts of another shape
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # facts of another shape
         return f"what the seed says of it makes no sense: {error!r}"
+    except Exception as error:
+        if isinstance(error, TensorForkError) or exhausted(error):
+            raise
+        return f"it failed to say whether it can work here: {error!r}"

@@ -276,3 +276,23 @@ def test_waiting_for_the_first_handles_raises_the_error_of_one_that_cannot_be_op
         with pytest.raises(tensorfork.TransportUnavailable, match="no 2"):
             handles.wait_for_first(time.monotonic() + SOON)
     handles.close(time.monotonic() + SOON)
+
+
+def test_whoever_waits_for_a_handle_that_does_not_open_can_be_told_to_stop(driver: Driver) -> None:
+    """As a fork that is cancelled is."""
+    asked: list[str] = []
+
+    def stop() -> None:
+        asked.append("a")
+        if len(asked) % 2 == 0:
+            raise tensorfork.LeaseEnded("cancelled")
+
+    handles = RemoteHandles(sources(2))
+    handles.request([(0, 0), (1, 0)])
+    with pytest.raises(tensorfork.LeaseEnded):
+        handles.wait_for_first(soon(), stop)
+    with pytest.raises(tensorfork.LeaseEnded):
+        handles.address(0, 0, soon(), stop)
+    assert len(asked) == 4
+    driver.gate.set()
+    handles.close(soon())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attrs import define, field
 
-from tensorfork import Copy, PeerUnreachable, Region, RemoteRegion, TransferFailed, TransportUnavailable
+from tensorfork import Copy, LeaseEnded, PeerUnreachable, Region, RemoteRegion, TransferFailed, TransportUnavailable
 from tensorfork.transports.transfer_engine import nvlink
 from tensorfork.transports.transfer_engine.export import READS_DONE, STOP, OfferedRegion
 from tensorfork.transports.transfer_engine.peer_lock import PeerLock
@@ -396,3 +396,17 @@ def test_a_pull_ends_when_the_seed_ends_the_lease_and_the_fork_says_so_once_noth
     assert channel.sent == []
     made.close(time.monotonic() + SOON)
     assert channel.sent == [READS_DONE]
+
+
+def test_a_fork_that_is_cancelled_does_not_wait_for_an_engine_that_does_not_answer() -> None:
+    class Cancelled(Channel):
+        def check(self) -> None:
+            raise LeaseEnded("the fork was cancelled")
+
+    gate = threading.Event()
+    fake = Engine(lambda number: gate.wait(SOON), contacted=False)
+    made = opened(fake, Cancelled())
+    with pytest.raises(TransportUnavailable, match="cancelled"):
+        made.ready(time.monotonic() + SOON)
+    assert fake.broken
+    gate.set()
