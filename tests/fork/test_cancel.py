@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import msgpack
 import pytest
 import torch
 from engine_seeds import needs_mooncake, small_pieces
@@ -17,7 +18,9 @@ from seed_leases import under_way, until
 
 import tensorfork
 from tensorfork.digest.arrivals import ArrivalDigests
+from tensorfork.fork import connection, verification
 from tensorfork.model.install import Installation
+from tensorfork.seed import service
 from tensorfork.testing import Fault, FaultyTransport
 from tensorfork.transports.process_group import Gloo
 from tensorfork.transports.transfer_engine import TransferEngine
@@ -105,6 +108,7 @@ def test_a_fork_is_cancelled_while_a_name_is_looked_up(monkeypatch: pytest.Monke
         raise OSError("no such host")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(connection, "HELLO_TIMEOUT", SECONDS)
     ours = target("in place")
     try:
         cancelled(ours, "tcp://seed.example:4180", cancel)
@@ -172,6 +176,20 @@ def silent_port(then: Callable[[], object]) -> Iterator[int]:
         accepting = pool.submit(lambda: (listener.accept(), then()))
         yield listener.getsockname()[1]
         accepting.result()[0][0].close()
+
+
+def test_a_fork_is_cancelled_while_the_seed_s_store_does_not_answer(seed: tensorfork.Seed) -> None:
+    cancel, ours = threading.Event(), target("in place")
+
+    class Silent(Gloo):
+        def open(self, offer: bytes, *rest: Any) -> Any:
+            token, _, *others = msgpack.unpackb(offer)
+            return super().open(msgpack.packb([token, port, *others]), *rest)
+
+    with silent_port(cancel.set) as port:
+        cancelled(ours, seed.address, cancel, transport=Silent(joining=SECONDS))
+    assert untouched(ours)
+    settled(seed)
 
 
 @needs_mooncake
@@ -243,7 +261,11 @@ def test_a_fork_is_cancelled_while_nothing_arrives(offered: Any, transport: Any,
         child.resume()
 
 
-def test_a_seed_whose_fork_is_cancelled_under_way_has_its_lease_back_and_serves_on(seed: tensorfork.Seed) -> None:
+def test_a_seed_whose_fork_is_cancelled_under_way_has_its_lease_back_and_serves_on(
+    seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled(seed)
+    monkeypatch.setattr(service, "LIVENESS_INTERVAL", 3600.0)  # it does not look for itself whether the fork is there
     for kind in KINDS:
         cancel, ours = threading.Event(), target(kind)
         error = cancelled(ours, seed.address, cancel, transport=under_way(cancel.set))
@@ -263,6 +285,17 @@ def test_digests_are_not_computed_to_the_end_for_a_fork_that_is_cancelled() -> N
     with pytest.raises(tensorfork.ForkCancelled):
         digests.digests()
     digests.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_tensors_take_their_memory_it_is_not_too_late(
+    seed: tensorfork.Seed, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancel, compare = threading.Event(), verification.compare_digests
+    monkeypatch.setattr(verification, "compare_digests", lambda *args: (compare(*args), cancel.set())[0])
+    error = cancelled(target(kind), seed.address, cancel)
+    assert set(error.complete) == set(NAMES)
+    settled(seed)
 
 
 def test_once_tensors_take_their_memory_it_is_too_late(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
