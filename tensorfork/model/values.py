@@ -89,9 +89,11 @@ def contents_of(owner: Any, classifier: Classifier) -> list[Any]:
     fields = classifier.fields_of(cls)
     contents: list[Any] = [one for slot in slots_of(owner, fields) for one in slot] if fields[1] else []
     kind = classifier.kind_of(cls)
-    if kind == MAPPING:
-        for item in items_of(owner):
-            contents += item
+    if isinstance(owner, dict):
+        contents += dict.keys(owner)
+        contents += dict.values(owner)
+    elif kind == MAPPING:
+        contents += [one for item in items_of(owner) for one in item]
     elif kind in (SEQUENCE, SET):
         contents += elements_of(owner)
     if fields[0] is not None and cls not in BUILT_IN_COLLECTIONS:

@@ -48,6 +48,8 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a set": lambda model: model.names.add("b"),
     "a long list": lambda model: model.long.__setitem__(70, 4),
     "a list in a long list": lambda model: model.long[71].append(4),
+    "a vocabulary": lambda model: model.vocabulary.update(word7=8),
+    "a word of a vocabulary": lambda model: model.vocabulary.update(other=model.vocabulary.pop("word29999")),
     "a tensor's attribute": lambda model: setattr(model.weight, "note", 4),
 }
 
@@ -57,6 +59,7 @@ def example() -> Any:
     model.names, model.long = {"a"}, [*range(70), 70, [1, 2]]
     model.weight = nn.Parameter(torch.zeros(1))
     model.weight.note = 3
+    model.vocabulary = {f"word{i}": i for i in range(30_000)}
     model.last = None
     return model
 
