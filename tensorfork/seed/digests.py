@@ -92,12 +92,7 @@ class DigestCache:
             raise SeedChanged(self._model.why_changing())
         publication.places.check()
         self.start()
-        try:
-            values = self._wait_for(generation, len(publication.tensors))
-        except SeedChanged:
-            if self._model.suspended:
-                raise SeedAsleep(_ASLEEP) from None
-            raise
+        values = self._wait_for(generation, len(publication.tensors))
         digests = Digests.of(dict(zip(publication.tensors, values, strict=True)), version, generation)
         return evolve(digests, version=evolve(version, content=digests.content))
 
@@ -194,11 +189,16 @@ class DigestCache:
             if cached is not None and cached[0] == generation:
                 reply(messages.Digests(generation, len(cached[1])), cached[1])
             elif generation != current or failure is None:
-                reason = "the seed's weights changed while their digests were computed"
-                reply(messages.Refused(messages.CHANGED, reason))
+                reply(self._why_over())
             else:
                 reply(failure)
         return bool(still_waiting)
+
+    def _why_over(self) -> messages.Refused:
+        """Why a generation's digests cannot be had any more."""
+        if self._model.suspended:
+            return messages.Refused(messages.ASLEEP, "the seed was suspended while its digests were computed")
+        return messages.Refused(messages.CHANGED, "the seed's weights changed while their digests were computed")
 
     def _cancelled_at(self, generation: int) -> Callable[[], bool]:
         return lambda: self._cancel.is_set() or self._model.generation != generation

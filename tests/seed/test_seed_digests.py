@@ -1,6 +1,7 @@
 """A seed's digests: computed once a generation, and thrown away when it changes."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,6 +68,24 @@ def test_a_digest_computed_across_a_change_is_thrown_away(monkeypatch: pytest.Mo
         assert seed.stats().digested == 0
         with pytest.raises(tensorfork.SeedChanged):
             digests(conversation, lease)
+
+
+def test_who_waits_for_digests_of_a_seed_that_is_suspended_hears_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with (
+        tensorfork.publish(model()) as seed,
+        connected(seed.address) as conversation,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        waiting = pool.submit(digests, conversation, take(conversation, digests=True))
+        assert gate.reached.acquire(timeout=SECONDS)
+        until(lambda: bool(seed._service._digests._waiting), "the request waits")
+        suspending = pool.submit(seed.suspend, SECONDS)
+        until(lambda: bool(seed.generation % 2), "the seed is suspended")
+        gate.open.release()
+        suspending.result(SECONDS)
+        with pytest.raises(tensorfork.SeedAsleep):
+            waiting.result(SECONDS)
 
 
 def test_a_lease_of_the_new_generation_gets_its_digests_though_those_of_the_old_were_being_computed(
