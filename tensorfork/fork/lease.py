@@ -20,6 +20,8 @@ from tensorfork.wire.conversation import ForkChannel
 
 log = logging.getLogger("tensorfork")
 
+CLOSE_TIMEOUT = 2.0
+"""Seconds that a session may take to close, whatever the fork's deadline."""
 CANCELLED_TIMEOUT = 0.1
 """Seconds in which a session of a fork that was cancelled must close, and the seed confirm that its lease is back."""
 
@@ -115,7 +117,7 @@ def take_lease(
             )
         finally:
             enter("close")
-            _close(session, deadline if not seed.cancelled else min(deadline, time.monotonic() + CANCELLED_TIMEOUT))
+            _close(session, min(deadline, time.monotonic() + (CANCELLED_TIMEOUT if seed.cancelled else CLOSE_TIMEOUT)))
     finally:
         _release(seed, leased.lease, deadline)
 
@@ -162,7 +164,7 @@ def lease_of_nothing(seed: SeedConnection, deadline: float) -> Iterator[messages
 def _release(seed: SeedConnection, id: bytes, deadline: float) -> None:
     """Give a lease back. If that fails it is logged only: the seed ends the lease itself, when its time is over."""
     now, cancelled = time.monotonic(), seed.cancelled
-    soon = now + CANCELLED_TIMEOUT if cancelled else min(max(deadline, now + 0.2), now + 2.0)
+    soon = now + CANCELLED_TIMEOUT if cancelled else min(max(deadline, now + 0.2), now + CLOSE_TIMEOUT)
     try:
         with seed.conversation.leaving():
             seed.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")

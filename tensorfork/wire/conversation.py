@@ -52,7 +52,8 @@ _MONITORED = (
 class Conversation:
     """The fork's end of the connection. One thread at a time sends requests; others may use the leases' channels.
 
-    Once `cancel` is set, no request begins, and those that wait raise `ForkCancelled` within `POLL_MS`.
+    Once `cancel` is set, no request begins, and those that wait raise `ForkCancelled` within `POLL_MS`. Once the seed's
+    connection is seen to be gone, every request raises `PeerUnreachable` at once.
 
     Attributes:
         peer: the seed's address, as it was given.
@@ -78,7 +79,7 @@ class Conversation:
         self._refused_connects = 0
         self._failed_handshakes = 0
         self._disconnect_follows = False
-        self._closed = False
+        self._closed = self._lost = False
 
     def _open_socket(self) -> None:
         self._socket = new_socket(self._context, zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
@@ -200,6 +201,8 @@ class Conversation:
     def _check_open(self, step: str) -> None:
         if self._closed:
             raise PeerUnreachable(f"{self.peer}: the conversation is over (at step {step})")
+        if self._lost:
+            raise PeerUnreachable(f"{self.peer}: the seed closed the connection, or died (at step {step})")
 
     def _wait(self, ready: int, deadline: float, step: str) -> None:
         """Wait until the socket is ready or the connection has an event, for `POLL_MS` at most."""
@@ -224,7 +227,8 @@ class Conversation:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self._connected = True
         elif event == zmq.Event.DISCONNECTED and self._connected:
-            raise PeerUnreachable(f"{self.peer}: the seed closed the connection, or died (at step {step})")
+            self._lost = True  # the seed has ended our leases: nothing more can be asked, also if libzmq connects again
+            self._check_open(step)
         elif event == zmq.Event.CONNECT_RETRIED:
             self._refused_connects += 1
         elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:

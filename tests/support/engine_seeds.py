@@ -98,15 +98,22 @@ def _libc() -> ctypes.CDLL:
 
 
 class OnFirstBytes:
-    """A progress callback that does something when the first bytes have arrived."""
+    """A progress callback that does something when the first bytes have arrived, or when it is time.
 
-    def __init__(self, do: Callable[[], Any]) -> None:
+    `called` is when it had been done, by `time.monotonic()`.
+    """
+
+    def __init__(
+        self, do: Callable[[], Any], when: Callable[[int, int], bool] = lambda moved, total: moved > 0
+    ) -> None:
         self._do: Callable[[], Any] | None = do
+        self._when, self.called = when, 0.0
 
     def __call__(self, moved: int, total: int) -> None:
-        if moved and self._do is not None:
+        if self._when(moved, total) and self._do is not None:
             do, self._do = self._do, None
             do()
+            self.called = time.monotonic()
 
 
 def wait_until(true: Callable[[], bool]) -> None:

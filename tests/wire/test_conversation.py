@@ -186,6 +186,21 @@ def test_a_connection_that_is_lost_between_the_poll_and_the_call_is_waited_for()
         conversation.close()
 
 
+def test_a_conversation_whose_seed_has_died_fails_at_once_whatever_the_deadline() -> None:
+    with Child(serve, model) as child:
+        conversation = Conversation(child.recv(), time.monotonic() + PATIENCE)
+        far = time.monotonic() + 10 * PATIENCE
+        conversation.request(messages.Hello("test"), messages.Welcome, far, "hello")
+        child.kill()
+        for step in ("check", "channel", "release"):
+            with pytest.raises(tensorfork.PeerUnreachable, match=f"or died.*{step}"):
+                conversation.request(messages.Hello("test"), messages.Welcome, far, step)
+        with pytest.raises(tensorfork.PeerUnreachable, match="or died"):
+            conversation.send(bytes(16), b"last words", far)
+        assert time.monotonic() < far - 5 * PATIENCE
+        conversation.close()
+
+
 def test_closing_a_conversation_waits_for_threads_in_recv_and_later_calls_fail() -> None:
     """A socket that is closed while another thread polls it ends the process."""
     listening, raised = threading.Event(), list[BaseException]()

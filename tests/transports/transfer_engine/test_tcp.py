@@ -141,19 +141,30 @@ def test_nvlink_without_a_wheel_for_gpus_does_not_become_tcp() -> None:
 # The seed dies, stops, or takes its memory away.
 
 
-def test_a_seed_killed_under_way_fails_the_fork_and_the_engine_is_used_for_the_next_seed(seed: Child) -> None:
-    model = empty(1, BIG)
+def test_a_seed_killed_under_way_fails_the_fork_soon_and_the_engine_is_used_for_the_next_seed(seed: Child) -> None:
+    model, failed = empty(1, BIG), 0.0
     with Child(seeds) as other:
         address = other.request("publish", 1, BIG)
+        killed = OnFirstBytes(other.kill)
         with pytest.raises((TransferFailed, PeerUnreachable)):
-            tensorfork.fork_into(
-                model, address, transport=small_pieces(), timeout=LATE, progress=OnFirstBytes(other.kill)
-            )
+            tensorfork.fork_into(model, address, transport=small_pieces(), timeout=300, progress=killed)
+        failed = time.monotonic()
+    assert failed - killed.called < LATE
     used = engine.get_engine("tcp", "127.0.0.1")
     wait_until(lambda: not undrained_reads.ranges())
     tensorfork.fork_into(model, seed.request("publish", 1, BIG), transport=small_pieces(), timeout=SOON)
     assert has_expected_values(model)
     assert engine.get_engine("tcp", "127.0.0.1") is used
+
+
+def test_a_seed_killed_after_the_last_byte_fails_the_fork_long_before_its_deadline() -> None:
+    model = empty(1, 3 << 20)
+    with Child(seeds) as other:
+        address = other.request("publish", 1, 3 << 20)
+        killed = OnFirstBytes(other.kill, lambda moved, total: moved == total)
+        with pytest.raises(PeerUnreachable, match="step check"):
+            tensorfork.fork_into(model, address, transport=small_pieces(), timeout=300, progress=killed)
+        assert time.monotonic() - killed.called < LATE
 
 
 def test_memory_that_reads_from_a_stopped_seed_may_still_write_is_kept_alive_until_they_are_over(seed: Child) -> None:
