@@ -178,8 +178,10 @@ def fork_into(
             our name to the seed's, called for every tensor before the seed is asked, and later for plain values (where
             it fails for one, that value is not compared). Patterns, errors and the report have our names; only what the
             seed alone has goes by the seed's.
-        wait: seconds to wait for a seed that is suspended, within the timeout; ``inf`` for as long as that lasts. With
-            `restarts` the fork waits until its timeout in any case.
+        wait: seconds from the beginning in which a seed may still be starting, or is suspended, within the timeout;
+            ``inf`` for as long as that lasts. Until then the fork tries again to reach a seed where nobody answers, and
+            asks again one that is suspended; the latter, with `restarts`, until its timeout in any case. Without it, a
+            refused connection is an error at once, a host that is silent after 4 seconds.
         version: the version that the seed must have: a label, or a `Version`, whose content is compared too if known.
         at_least: the oldest version that will do, in its lineage; or a counter, of any lineage.
         arena: whether new tensors on a device lie in one allocation, which is fastest to fill, and free once all of

@@ -1,29 +1,63 @@
 """The connection to a seed, and what the seed said of itself in its welcome."""
 
 import time
+from collections.abc import Callable
 from threading import Event
 from types import TracebackType
 from typing import Self
 
-from tensorfork.errors import IdentityMismatch, ProtocolError, VersionMismatch
+from tensorfork.errors import IdentityMismatch, PeerUnreachable, ProtocolError, VersionMismatch
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import AtLeast, Version, Wanted, why_not_wanted
+from tensorfork.sockets.address import Address
 from tensorfork.version import __version__
 from tensorfork.wire import messages, tables
-from tensorfork.wire.conversation import Conversation
+from tensorfork.wire.conversation import Conversation, peer_address
+from tensorfork.wire.reach import HELLO_TIMEOUT, greet, look_up
 
-HELLO_TIMEOUT = 10.0
-"""Seconds for the first reply, even where the timeout is longer: nobody waits minutes for a host that is not there."""
+RETRY_PAUSE = 0.05, 0.5
+"""Seconds between two attempts to reach a seed that may still be starting: at first, and at most."""
 
 
 class SeedConnection:
-    """The connection to a seed. `welcome` is there after `greet`."""
+    """The connection to a seed, at the address that answered its hello, and the seed's welcome."""
 
-    def __init__(self, address: str, deadline: float, cancel: Event) -> None:
+    def __init__(
+        self,
+        address: str,
+        deadline: float,
+        cancel: Event,
+        wait_until: float = 0.0,
+        enter: Callable[[str], object] = lambda phase: None,
+    ) -> None:
+        """Reach the seed. Until the moment `wait_until`, try again when nobody answers: it may still be starting. The
+        name is looked up anew each time. `enter` is called with the name of each phase that begins.
+
+        Raises `ValueError` for a bad address, `PeerUnreachable`, `ProtocolError` and `ForkCancelled`.
+        """
         self.address, self._cancel = address, cancel
-        self.conversation = Conversation(address, min(deadline, time.monotonic() + HELLO_TIMEOUT), cancel)
-        self.welcome: messages.Welcome
+        self.conversation, self.welcome = self._reach(peer_address(address), deadline, wait_until, enter)
+        self._is_new = True
+
+    def _reach(
+        self, peer: Address, deadline: float, wait_until: float, enter: Callable[[str], object]
+    ) -> tuple[Conversation, messages.Welcome]:
+        pause, longest = RETRY_PAUSE
+        while True:
+            enter("resolve")
+            try:
+                addresses = look_up(peer, deadline, self._cancel)
+                enter("hello")
+                return greet(peer, addresses, deadline, self._cancel)
+            except PeerUnreachable as error:
+                if time.monotonic() + pause >= min(deadline, wait_until):
+                    if pause > RETRY_PAUSE[0]:
+                        error.add_note("The fork tried again and again for as long as wait= and its timeout allow")
+                    raise
+                if self._cancel.wait(pause):
+                    raise
+            pause = min(longest, 2 * pause)
 
     @property
     def cancelled(self) -> bool:
@@ -31,10 +65,13 @@ class SeedConnection:
         return self._cancel.is_set()
 
     def greet(self, deadline: float) -> None:
-        """Say hello, and keep the seed's welcome. Raises `PeerUnreachable`, also after `HELLO_TIMEOUT` seconds."""
-        hello = messages.Hello(__version__)
-        soon = min(deadline, time.monotonic() + HELLO_TIMEOUT)
-        self.welcome, _ = self.conversation.request(hello, messages.Welcome, soon, "hello")
+        """Ask for the seed's welcome anew, unless it has just come. Raises `PeerUnreachable`, also after
+        `HELLO_TIMEOUT` seconds.
+        """
+        if not self._is_new:
+            soon = min(deadline, time.monotonic() + HELLO_TIMEOUT)
+            self.welcome, _ = self.conversation.request(messages.Hello(__version__), messages.Welcome, soon, "hello")
+        self._is_new = False
 
     def compare(self, identity: Identity | None, rank: Rank | None) -> list[str]:
         """Compare the seed's identity and rank with ours. One that is None is not compared; returns the names of those.

@@ -12,7 +12,7 @@ bytes; meta tensors stay meta until `install`, which gives memory to all of them
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from threading import Event
 
 import torch
@@ -77,8 +77,8 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         TensorForkError: docs/errors.md has each kind, and the state it leaves.
         ValueError: `peer` or the device cannot be used.
     """
-    watch.enter("resolve")
-    with _cancellable(peer, terms.cancel), SeedConnection(peer, terms.deadline, terms.cancel) as seed:
+    connect = partial(SeedConnection, peer, terms.deadline, terms.cancel, terms.wait_until, watch.enter)
+    with _cancellable(peer, terms.cancel), connect() as seed:
         attempts = _Attempts(seed, filling, terms, watch)
         report = _with_restarts(attempts.next, terms)
     watch.enter("install")
@@ -121,7 +121,7 @@ def _with_restarts(attempt: Callable[[], ForkReport], terms: Terms) -> ForkRepor
     gave no answer any more, or a transport could not be opened by then: for want of time, which the change took.
     """
     restarts = asleep = 0
-    wait_until = terms.deadline if terms.restarts else min(terms.deadline, time.monotonic() + terms.wait)
+    wait_until = terms.deadline if terms.restarts else terms.wait_until
     last: SeedChanged | SeedAsleep | None = None
     while True:
         try:

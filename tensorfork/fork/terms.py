@@ -77,6 +77,11 @@ class Terms:
         return time.monotonic() + self.timeout
 
     @property
+    def wait_until(self) -> float:
+        """Until when the fork waits for a seed that is starting, or suspended."""
+        return min(self.deadline, self.deadline - self.timeout + self.wait)
+
+    @property
     def named_devices(self) -> set[torch.device]:
         """The device that the caller named, as a set: empty if none."""
         return set() if self.device is None else {self.device}

@@ -5,7 +5,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import frozen
@@ -54,8 +54,9 @@ def _is_ipv6(text: str) -> bool:
         return False
 
 
-def resolve(address: Address, deadline: float, check: Callable[[], object] = lambda: None) -> Address:
-    """Look up the host's name, on a thread, since the system's resolver has no deadline.
+def resolve(address: Address, deadline: float, check: Callable[[], object] = lambda: None) -> Sequence[Address]:
+    """Look up the host's name, on a thread, since the system's resolver has no deadline. All of its addresses, in the
+    resolver's order, each once; at least one.
 
     `check` is called while waiting, and may raise. Raises `PeerUnreachable` when there is no such host, or no answer by
     the deadline.
@@ -64,7 +65,7 @@ def resolve(address: Address, deadline: float, check: Callable[[], object] = lam
 
     def look_up() -> None:
         try:
-            results.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][4][0])
+            results.append(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
         except Exception as error:  # UnicodeError, for one, for a text that cannot be a host's name
             results.append(error)
 
@@ -80,7 +81,7 @@ def resolve(address: Address, deadline: float, check: Callable[[], object] = lam
         raise PeerUnreachable(
             f"{address}: no such host (looking up the name): {result}. Check the address the seed printed."
         ) from result
-    return Address(result, address.port)
+    return [Address(host, address.port) for host in dict.fromkeys(found[4][0] for found in result)]
 
 
 def local_address(towards: str) -> str:

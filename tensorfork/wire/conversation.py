@@ -21,9 +21,9 @@ from tensorfork.errors import (
     ProtocolError,
     TensorForkError,
 )
-from tensorfork.sockets.address import Address, resolve
+from tensorfork.sockets.address import Address
 from tensorfork.sockets.monitor import recv_event
-from tensorfork.sockets.zeromq import connect, new_context, new_socket, poll_timeout
+from tensorfork.sockets.zeromq import connect, new_context, new_socket, poll_timeout, recv_arrived
 from tensorfork.wire import messages
 from tensorfork.wire.refusals import error_of
 
@@ -35,6 +35,12 @@ RECONNECT_MS, RECONNECT_MAX_MS = 50, 500
 """Milliseconds until a refused connection is tried again: at first, and at most, as libzmq doubles it each time."""
 POLL_MS = 200
 """Milliseconds of one poll, at most. Between two polls it is checked whether the conversation was closed meanwhile."""
+
+HELLO_NUMBER = 1
+"""The number of the first request."""
+MAX_READ = 100
+"""Messages that are looked at in a row for the answer to it."""
+ADVICE = "Check that the seed runs and that the address is the one it printed."
 
 MAX_FAILED_HANDSHAKES = 3
 """Handshakes that the peer breaks off before it counts as something else than a seed: one may be a seed just ending."""
@@ -56,26 +62,26 @@ class Conversation:
     connection is seen to be gone, every request raises `PeerUnreachable` at once.
 
     Attributes:
-        peer: the seed's address, as it was given.
-        resolved: the same with the host's numeric address.
+        peer: the seed's address, as it was given, for errors.
+        resolved: the numeric address that it is connected to.
+        connected: whether the two ends have shaken hands.
     """
 
-    def __init__(self, peer: str, deadline: float, cancel: threading.Event | None = None) -> None:
-        """Begin to connect. Raises `ValueError` for a bad address, and `PeerUnreachable` for an unknown host."""
-        self.peer = peer_address(peer)
+    def __init__(self, peer: Address, resolved: Address, cancel: threading.Event | None = None) -> None:
+        """Begin to connect."""
+        self.peer, self.resolved = peer, resolved
         self._cancel = threading.Event() if cancel is None else cancel
         self._leaving = False
-        self._context = new_context()  # first: without descriptors, looking up a name says that there is no such host
+        self._context = new_context()
         try:
-            self.resolved = resolve(self.peer, deadline, lambda: self.check_cancelled("resolve"))
             self._open_socket()
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(HELLO_NUMBER + 1)
         self._lock = threading.RLock()
         self._inboxes: dict[bytes, queue.SimpleQueue[bytes | messages.Ended]] = {}
-        self._connected = False
+        self.connected = False
         self._refused_connects = 0
         self._failed_handshakes = 0
         self._disconnect_follows = False
@@ -112,16 +118,35 @@ class Conversation:
                 meanwhile()
             while True:
                 frames = self._recv_frames(deadline, step)
-                reply_number, reply = self._decode(frames[0], step)
-                if isinstance(reply, messages.Say | messages.Ended):
-                    self._deliver(reply, frames)
-                elif reply_number == number and isinstance(reply, messages.Refused):
-                    raise self._error_from(reply, step)
-                elif reply_number == number and isinstance(reply, expect):
+                if (reply := self._reply_in(frames, number, expect, step)) is not None:
                     return reply, frames[1:]
-                elif reply_number == number:
-                    raise ProtocolError(f"{self.peer}: a {type(reply).__name__} answered, at step {step}")
-                # any other number belongs to an earlier request, which was given up: ignore the reply
+
+    def register(self, poller: zmq.Poller, *, to_send: bool) -> None:
+        """Register what shows that `try_hello` can go on."""
+        poller.register(self._socket, zmq.POLLIN | zmq.POLLOUT if to_send else zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+
+    def try_send_hello(self, hello: messages.Hello) -> bool:
+        """Send a hello, if that does not wait. Raises as `request` does."""
+        self._handle_events("hello")
+        with suppress(zmq.Again):
+            self._socket.send_multipart([messages.encode(hello, HELLO_NUMBER)], zmq.NOBLOCK)
+            return True
+        return False
+
+    def try_recv_welcome(self) -> messages.Welcome | None:
+        """The answer to it, if it has come. Raises as `request` does."""
+        for frames in recv_arrived(self._socket, MAX_READ):
+            if (reply := self._reply_in(frames, HELLO_NUMBER, messages.Welcome, "hello")) is not None:
+                return reply
+        self._handle_events("hello")
+        return None
+
+    def why_silent(self) -> str:
+        """What is known of a peer that has not answered."""
+        if self.connected:
+            return "it answers nothing"
+        return "the connection is refused" if self._refused_connects else "nobody answers there"
 
     def send(self, lease: bytes, message: bytes, deadline: float) -> None:
         """Send a message on a lease's channel. Raises `PeerUnreachable`."""
@@ -209,13 +234,7 @@ class Conversation:
         self._check_open(step)
         self.check_cancelled(step)
         if time.monotonic() >= deadline:
-            why = "it answers nothing" if self._connected else "nobody answers there"
-            if self._refused_connects and not self._connected:
-                why = "the connection is refused"
-            raise PeerUnreachable(
-                f"{self.peer}: {why} (at step {step}, by the deadline). Check that the seed runs and that the "
-                "address is the one it printed."
-            )
+            raise PeerUnreachable(f"{self.peer}: {self.why_silent()} (at step {step}, by the deadline). {ADVICE}")
         poller = zmq.Poller()
         poller.register(self._socket, ready)
         poller.register(self._monitor, zmq.POLLIN)
@@ -223,10 +242,30 @@ class Conversation:
         if self._monitor in polled:
             self._handle_event(recv_event(self._monitor), step)
 
+    def _handle_events(self, step: str) -> None:
+        """Handle the events that have come."""
+        while self._monitor.poll(0):
+            self._handle_event(recv_event(self._monitor), step)
+
+    def _reply_in(self, frames: Sequence[bytes], number: int, expect: type[M], step: str) -> M | None:
+        """The reply to the request of this number, if it is that. Raises as `request` does."""
+        reply_number, reply = self._decode(frames[0], step)
+        if isinstance(reply, messages.Say | messages.Ended):
+            self._deliver(reply, frames)
+        elif reply_number != number:
+            return None  # to an earlier request, which was given up
+        elif isinstance(reply, messages.Refused):
+            raise self._error_from(reply, step)
+        elif isinstance(reply, expect):
+            return reply
+        else:
+            raise ProtocolError(f"{self.peer}: a {type(reply).__name__} answered, at step {step}")
+        return None
+
     def _handle_event(self, event: zmq.Event, step: str) -> None:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-            self._connected = True
-        elif event == zmq.Event.DISCONNECTED and self._connected:
+            self.connected = True
+        elif event == zmq.Event.DISCONNECTED and self.connected:
             self._lost = True  # the seed has ended our leases: nothing more can be asked, also if libzmq connects again
             self._check_open(step)
         elif event == zmq.Event.CONNECT_RETRIED:

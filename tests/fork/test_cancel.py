@@ -18,7 +18,7 @@ from seed_leases import under_way, until
 
 import tensorfork
 from tensorfork.digest.arrivals import ArrivalDigests
-from tensorfork.fork import connection, verification
+from tensorfork.fork import verification
 from tensorfork.model.install import Installation
 from tensorfork.seed import service
 from tensorfork.testing import Fault, FaultyTransport
@@ -26,6 +26,7 @@ from tensorfork.transports.process_group import Gloo
 from tensorfork.transports.transfer_engine import TransferEngine
 from tensorfork.transports.transfer_engine.export import Offer, OfferedRegion
 from tensorfork.transports.zeromq import ZeroMQ
+from tensorfork.wire import reach
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +109,7 @@ def test_a_fork_is_cancelled_while_a_name_is_looked_up(monkeypatch: pytest.Monke
         raise OSError("no such host")
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(connection, "HELLO_TIMEOUT", SECONDS)
+    monkeypatch.setattr(reach, "HELLO_TIMEOUT", SECONDS)
     ours = target("in place")
     try:
         cancelled(ours, "tcp://seed.example:4180", cancel)

@@ -11,7 +11,7 @@ from tensorfork.testing.faults import Job
 from tensorfork.transports.base import Transport
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.wire import messages
-from tensorfork.wire.conversation import Conversation
+from tensorfork.wire.conversation import Conversation, peer_address
 
 SECONDS = 20.0
 
@@ -24,9 +24,14 @@ def soon() -> float:
     return time.monotonic() + SECONDS
 
 
+def connection_to(address: str) -> Conversation:
+    """A conversation with the seed at this numeric address, that has not said anything yet."""
+    return Conversation(peer_address(address), peer_address(address))
+
+
 @contextmanager
 def connected(address: str) -> Iterator[Conversation]:
-    conversation = Conversation(address, soon())
+    conversation = connection_to(address)
     try:
         yield conversation
     finally:

@@ -13,10 +13,10 @@ import pytest
 import torch
 import zmq
 from processes import Child, serve
+from seed_leases import connection_to
 
 import tensorfork
 from tensorfork.wire import messages
-from tensorfork.wire.conversation import Conversation
 
 pytestmark = pytest.mark.slow
 
@@ -167,7 +167,7 @@ def test_what_is_not_an_address_is_a_value_error(address: str) -> None:
 
 def test_a_connection_that_is_lost_between_the_poll_and_the_call_is_waited_for() -> None:
     with tensorfork.publish({"x": torch.zeros(1)}) as seed:
-        conversation = Conversation(seed.address, time.monotonic() + PATIENCE)
+        conversation = connection_to(seed.address)
         real, failed = conversation._socket, list[str]()
 
         class Lossy:
@@ -205,7 +205,7 @@ def test_closing_a_conversation_waits_for_threads_in_recv_and_later_calls_fail()
     """A socket that is closed while another thread polls it ends the process."""
     listening, raised = threading.Event(), list[BaseException]()
     with tensorfork.publish({"x": torch.zeros(1)}) as seed:
-        conversation = Conversation(seed.address, time.monotonic() + PATIENCE)
+        conversation = connection_to(seed.address)
         wait = conversation._wait
 
         def listen() -> None:

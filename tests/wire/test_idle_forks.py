@@ -10,6 +10,7 @@ import pytest
 import torch
 from hostile import GREETING, MUCH, READY, SECONDS, Seed, frame, hung_up, model, raw, send, zmtp
 from processes import Child, serve
+from seed_leases import connection_to
 
 import tensorfork
 from tensorfork.wire import messages
@@ -133,7 +134,7 @@ def in_the_middle_of_an_answer(conversation: Conversation, deadline: float) -> N
 def test_a_fork_may_go_away_at_any_step(seed: Seed, step: Callable[[Conversation, float], None]) -> None:
     deadline = time.monotonic() + SECONDS
     for _ in range(3):
-        conversation = Conversation(seed.address, deadline)
+        conversation = connection_to(seed.address)
         try:
             step(conversation, deadline)
         finally:
@@ -142,7 +143,7 @@ def test_a_fork_may_go_away_at_any_step(seed: Seed, step: Callable[[Conversation
 
 def test_a_fork_that_sends_more_messages_than_are_read_loses_its_lease_and_nothing_else(seed: Seed) -> None:
     deadline = time.monotonic() + SECONDS
-    conversation = Conversation(seed.address, deadline)
+    conversation = connection_to(seed.address)
     try:
         lease = lease_of(conversation, deadline)
         for _ in range(200):

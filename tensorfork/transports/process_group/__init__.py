@@ -86,7 +86,7 @@ class _GroupTransport(Transport):
     ) -> GroupSession:
         """See `Transport.open`."""
         try:
-            seed = resolve(Address(host, 0), deadline).host
+            seed = resolve(Address(host, 0), deadline)[0].host
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
         return GroupSession(offer, self._settings, seed, remote, regions, channel, self._joining, deadline)

@@ -125,7 +125,7 @@ class TransferEngine(Transport):
         if missing := {region.id for region in remote} - offered.regions.keys():
             raise TransportUnavailable(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
         try:
-            address = resolve(Address(host, offered.port), deadline)
+            address = resolve(Address(host, offered.port), deadline)[0]
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
         local = engine.local_engine(offered.nonce)

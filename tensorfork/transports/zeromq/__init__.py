@@ -74,7 +74,7 @@ class ZeroMQ(Transport):
         if not 0 < frame <= FRAME:
             raise ProtocolError(f"zeromq: the seed offers answers of {frame} bytes, which makes no sense")
         try:
-            seed = resolve(Address(host, port), deadline)
+            seed = resolve(Address(host, port), deadline)[0]
         except PeerUnreachable as error:
             raise TransportUnavailable(str(error)) from error
         return ZeroMQSession(token, seed, regions, self._connections, frame, alone)
