@@ -188,7 +188,7 @@ def test_a_connection_that_is_lost_between_the_poll_and_the_call_is_waited_for()
 
 def test_a_conversation_whose_seed_has_died_fails_at_once_whatever_the_deadline() -> None:
     with Child(serve, model) as child:
-        conversation = Conversation(child.recv(), time.monotonic() + PATIENCE)
+        conversation = connection_to(child.recv())
         far = time.monotonic() + 10 * PATIENCE
         conversation.request(messages.Hello("test"), messages.Welcome, far, "hello")
         child.kill()
