@@ -239,9 +239,8 @@ class _Attempt:
             with self._arrivals(lease, plan, tensors) as digests:
                 try:
                     nbytes = transfer.pull(lease, plan, self.memory.filled, tensors, seed, terms, digests)
-                    version = self._check(lease, digests, version)
-                except ForkCancelled as error:  # all bytes are here
-                    raise ForkCancelled(str(error), complete=[pair.name for pair in self.memory.pairs]) from error
+                    with self._all_here():
+                        version = self._check(lease, digests, version)
                 except TransferFailed as error:
                     verification.explain_failure(error, lease, seed, deadline)
                     raise
@@ -259,6 +258,14 @@ class _Attempt:
             verified=terms.verify,
             version=version,
         )
+
+    @contextmanager
+    def _all_here(self) -> Iterator[None]:
+        """Inside, all bytes have arrived, and `ForkCancelled` says so."""
+        try:
+            yield
+        except ForkCancelled as error:
+            raise ForkCancelled(str(error), complete=[pair.name for pair in self.memory.pairs]) from error
 
     def _check(self, lease: Lease, digests: ArrivalDigests | None, version: Version) -> Version:
         """Check what has arrived; return the version, with its content where digests were compared."""

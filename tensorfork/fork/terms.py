@@ -46,6 +46,11 @@ def _callable_field(instance: object, attribute: Field, value: object) -> None:
         raise TypeError(f"{attribute.name} must be a function of two numbers, not {type(value).__name__}")
 
 
+def _flag_field(instance: object, attribute: Field, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{attribute.name} must be True or False, not {type(value).__name__}")
+
+
 @frozen(eq=False, repr=False, kw_only=True)
 class Terms:
     """`tensorfork.fork_into` describes each. Made when the fork begins, since `deadline` is counted from then.
@@ -62,8 +67,8 @@ class Terms:
     restarts: int = field(default=0, converter=_restarts)
     cancel: Event = field(default=None, converter=_event)
     device: torch.device | None = field(default=None, converter=usable_device)
-    arena: bool = True
-    verify: bool = True
+    arena: bool = field(default=True, validator=_flag_field)
+    verify: bool = field(default=True, validator=_flag_field)
     progress: Progress | None = field(default=None, validator=_callable_field)
     identity: Identity | None = field(default=None, validator=optional(instance_of(Identity)))
     rank: Rank | None = field(default=None, validator=optional(instance_of(Rank)))

@@ -16,6 +16,8 @@ ABSENT: Final = object()
 """Stands for the value that one side does not have."""
 MAX_SHOWN = 60
 """Characters of one value in words."""
+MAX_BITS_SHOWN = 1000
+"""Bits of an integer that is shown in digits. Python refuses to make them for integers of thousands of digits."""
 MAX_REFUSED = 10
 """Values in the message of one error."""
 _INDICES = re.compile(r"""\[(?:'[^']*'|"[^"]*"|[^\[\]]*)\]""")
@@ -95,6 +97,8 @@ def _our_text(one: Difference) -> str:
             return f"{len(one.ours.entries):,} entries"
         case Array():
             return f"an array {list(one.ours.shape)} of {one.ours.dtype}"
+        case int() if one.ours.bit_length() > MAX_BITS_SHOWN:
+            return f"an integer of {one.ours.bit_length():,} bits"
     return "none" if one.ours is ABSENT else str(one.ours)[:MAX_SHOWN]
 
 

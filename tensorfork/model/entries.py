@@ -17,6 +17,8 @@ from tensorfork.model.kinds import PLAIN_VALUES, Fields
 BUILT_IN_COLLECTIONS = (list, tuple, dict, deque, set, frozenset)
 """These have no attributes of their own; subclasses may."""
 DTENSOR_INTERNALS = frozenset({"_local_tensor"})
+MAX_BITS = 2000
+"""Bits of an integer that is named by its digits: Python refuses to make thousands of them."""
 _EMPTY: Mapping[str, Any] = {}
 
 
@@ -38,7 +40,8 @@ def slots_of(owner: Any, fields: Fields) -> list[tuple[str, Any]]:
 
 def items_of(mapping: Any) -> list[tuple[Any, Any]]:
     """The items of a dict or of a view of one, even where a subclass overrides ``items``."""
-    return list(mapping.items() if isinstance(mapping, types.MappingProxyType) else dict.items(mapping))
+    is_view = issubclass(type(mapping), types.MappingProxyType)  # isinstance would read __class__, which may be code
+    return list(mapping.items() if is_view else dict.items(mapping))
 
 
 def inner_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -57,7 +60,7 @@ def inner_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 def elements_of(collection: Any) -> list[Any]:
     """The elements of a list, tuple, deque or set, even where a subclass overrides ``__iter__``."""
     bases: tuple[Any, ...] = (list, tuple, deque, set, frozenset)
-    base = next(base for base in bases if isinstance(collection, base))
+    base = next(base for base in bases if issubclass(type(collection), base))
     return list(base.__iter__(collection))
 
 
@@ -79,9 +82,13 @@ def join(path: str, key: str) -> str:
 
 def key_text(key: Any) -> str | None:
     """A dict's key as text that is the same in every process; None where it has none."""
-    if isinstance(key, enum.Enum):
-        return f"{type(key).__name__}.{key.name}"
-    if isinstance(key, tuple):
-        parts = [key_text(part) for part in key]
+    cls = type(key)
+    if issubclass(cls, enum.Enum):
+        name = object.__getattribute__(key, "__dict__").get("_name_")
+        return f"{cls.__name__}.{name}"
+    if issubclass(cls, tuple):
+        parts = [key_text(part) for part in elements_of(key)]
         return None if None in parts else f"({', '.join(map(str, parts))})"
-    return repr(key) if type(key) in PLAIN_VALUES else None
+    if cls is int and key.bit_length() > MAX_BITS:
+        return hex(key)
+    return repr(key) if cls in PLAIN_VALUES else None

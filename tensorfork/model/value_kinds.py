@@ -88,9 +88,10 @@ class ValueClassifier:
 
 def value_of_base(value: Any) -> Any:
     """The plain value of an object whose class is OF_BASE."""
-    if isinstance(value, _PRINTED):
+    cls = type(value)
+    if issubclass(cls, _PRINTED):
         return Named(repr(value))
-    return next(convert(value) for base, convert in BASES if isinstance(value, base))
+    return next(convert(value) for base, convert in BASES if issubclass(cls, base))
 
 
 def member_name(member: enum.Enum) -> Named:

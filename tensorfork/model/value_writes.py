@@ -53,7 +53,7 @@ def _attribute(owner: Any, key: str) -> _Access | str:
 def _item(owner: Any, key: Any) -> _Access | str:
     kinds: tuple[Any, ...] = (dict, list, deque)
     for kind in kinds:
-        if isinstance(owner, kind):
+        if issubclass(type(owner), kind):
             return partial(kind.__getitem__, owner, key), partial(kind.__setitem__, owner, key)
     return f"a {type(owner).__name__} cannot be written to"
 

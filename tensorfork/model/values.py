@@ -39,6 +39,8 @@ MAX_INSIDE = 1000
 """Functions and other objects that are entered where the walk has not been."""
 LONG_SEQUENCE, LONG_MAPPING = 16, 64
 """Plain entries of a collection, beyond which they are one value: a vocabulary would leave no room for others."""
+MAX_ENTRIES = 1_000_000
+"""Entries of a collection, beyond which it is not looked into: a million take a second."""
 MAX_NESTED = 4
 """Depth of collections in a collection that is one value."""
 LONG_UNSORTED = 1000
@@ -71,6 +73,7 @@ class Values:
         opaque: names of objects that cannot be looked into, `MAX_OPAQUE` at most.
         beyond: how many values were not looked at, because there are too many or their names are too long.
         sets: those that were read, each with its elements.
+        is_outdated: whether an object is held that the walk has not visited: another one was there then.
         is_volatile: whether `contents_of` the visited objects and the sets may stay the same where values change.
     """
 
@@ -80,6 +83,7 @@ class Values:
     opaque: list[str] = field(factory=list)
     beyond: int = 0
     sets: list[tuple[Any, list[Any]]] = field(factory=list)
+    is_outdated: bool = False
     is_volatile: bool = False
 
 
@@ -89,7 +93,7 @@ def contents_of(owner: Any, classifier: Classifier) -> list[Any]:
     fields = classifier.fields_of(cls)
     contents: list[Any] = [one for slot in slots_of(owner, fields) for one in slot] if fields[1] else []
     kind = classifier.kind_of(cls)
-    if isinstance(owner, dict):
+    if issubclass(cls, dict):
         contents += dict.keys(owner)
         contents += dict.values(owner)
     elif kind == MAPPING:
@@ -188,6 +192,9 @@ class _Reader:
 
     def _enter_mapping(self, path: str, mapping: Any) -> None:
         items = items_of(mapping)
+        if len(items) > MAX_ENTRIES:
+            self._add_opaque(path)
+            return
         if len(items) > LONG_MAPPING:
             plain = [(key, value) for key, value in items if self._folds(value)]
             if len(plain) > LONG_MAPPING:
@@ -200,6 +207,9 @@ class _Reader:
 
     def _enter_sequence(self, path: str, sequence: Any) -> None:
         elements = elements_of(sequence)
+        if len(elements) > MAX_ENTRIES:
+            self._add_opaque(path)
+            return
         named = element_suffixes(sequence, len(elements))
         indexed = list(enumerate(elements))
         if len(elements) > LONG_SEQUENCE:
@@ -236,7 +246,10 @@ class _Reader:
         elif kind == kinds.WALKED:
             if place is None or self._is_inside:
                 self._take_walked(name, value)
+            elif not self.found.is_outdated:
+                self._check_visited(name, value)
         elif kind == kinds.OF_BASE:
+            self.found.is_volatile |= issubclass(type(value), bytearray)
             self._add(name, kinds.value_of_base(value), place)
         elif kind == kinds.ENUM:
             self._add(name, kinds.member_name(value), place)
@@ -276,15 +289,25 @@ class _Reader:
 
     def _take_walked(self, name: str, value: Any) -> None:
         """An object that a function holds: entered if the walk has not been there. Its tensors would not be forked."""
-        if self._known is None:
-            self._known = {id(one) for _, one in self._visited.objects} | set(map(id, self._visited.tensors.values()))
-        if id(value) in self._known:
+        known = self._visited_ids()
+        if id(value) in known:
             return
-        self._known.add(id(value))
+        known.add(id(value))
         if self._walked_as(type(value)) in (TENSOR, MODULE):
             self._add_opaque(name)
         else:
             self._inside.append((name, value))
+
+    def _check_visited(self, name: str, value: Any) -> None:
+        """Note it where the walk has found another object in this place."""
+        is_tensor = self._walked_as(type(value)) == TENSOR
+        if not is_tensor and id(value) not in self._visited_ids() and not self._selection.excludes(name):
+            self.found.is_outdated = True
+
+    def _visited_ids(self) -> set[int]:
+        if self._known is None:
+            self._known = {id(one) for _, one in self._visited.objects} | set(map(id, self._visited.tensors.values()))
+        return self._known
 
     def _add(self, name: str, value: Any, place: Place | None) -> None:
         if not self._selects_all and not self._selection.selects(name):

@@ -268,14 +268,9 @@ class SeedService:
                     self._threads.discard(thread)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
-        with self._lock:
-            self._threads.add(thread)
-        try:
+        with self._lock:  # `close` finds none that has not begun
             thread.start()
-        except BaseException:
-            with self._lock:
-                self._threads.discard(thread)
-            raise
+            self._threads.add(thread)
         return thread
 
     def _run_lease(self, lease: Lease, request: messages.TakeLease, reply: SendReply) -> None:

@@ -12,7 +12,7 @@ from attrs import frozen
 from tensorfork.model.kinds import Classifier
 from tensorfork.model.value_encoding import HASH, Encoded, Encoder
 from tensorfork.model.values import STEP, Values, contents_of, read_values
-from tensorfork.model.walk import Visited
+from tensorfork.model.walk import Visited, walk
 from tensorfork.wire import tables
 
 log = logging.getLogger("tensorfork")
@@ -64,6 +64,14 @@ class PublishedValues:
             return self._packed
 
     def _read(self, visited: Visited) -> PackedValues:
+        values = self._read_visited(visited)
+        if values.is_outdated:  # a list, say, has taken another's place since the model was walked
+            model = next(one for path, one in visited.objects if not path)
+            self._visited = visited = walk(model, visited.selection).visited or visited
+            values = self._read_visited(visited)
+        return self._pack(values)
+
+    def _read_visited(self, visited: Visited) -> Values:
         watched = []
         for i, (_, one) in enumerate(visited.objects):
             watched.append((one, contents_of(one, self._classifier)))
@@ -71,7 +79,7 @@ class PublishedValues:
                 _pause()
         values = read_values(visited, _pause)
         self._watched = None if values.is_volatile else [*watched, *values.sets]
-        return self._pack(values)
+        return values
 
     def _pack(self, values: Values) -> PackedValues:
         encoded: list[Encoded] = []

@@ -299,6 +299,18 @@ def test_before_tensors_take_their_memory_it_is_not_too_late(
     settled(seed)
 
 
+def test_what_progress_raises_is_not_taken_for_a_fork_whose_bytes_are_all_here(seed: tensorfork.Seed) -> None:
+    mine = tensorfork.ForkCancelled("enough")
+
+    def progress(arrived: int, total: int) -> None:
+        raise mine
+
+    with pytest.raises(tensorfork.ForkCancelled) as caught:
+        tensorfork.fork_into(target("meta"), seed.address, device="cpu", progress=progress, timeout=SECONDS)
+    assert caught.value is mine
+    settled(seed)
+
+
 def test_once_tensors_take_their_memory_it_is_too_late(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
     cancel, ours = threading.Event(), target("meta")
     run = Installation.run

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from structures import Plain, Slotted
+from structures import Plain, Slotted, module
 from torch import nn
 
 import tensorfork
@@ -130,6 +130,13 @@ def test_what_only_one_side_has_differs_too_and_texts_are_not_shown(
     assert found["number"] == (1, "5", "a text of 1")
     assert found["act"] == (1, "another", "ReLU")
     assert "secret" not in caplog.text
+
+
+def test_integers_of_thousands_of_digits_are_compared_and_differ_in_words(seed_of: Publish) -> None:
+    huge = 1 << 20_000
+    seed = seed_of(module(weight=torch.ones(1), of_ours=1, number=huge, table={huge: 1}))
+    report = fork_into(module(weight=torch.ones(1), of_ours=huge, number=huge, table={huge: 1}), seed)
+    assert different(report) == {"of_ours": (1, "1", "an integer of 20,001 bits")}
 
 
 def test_types_count_and_nan_is_nan(seed_of: Publish) -> None:

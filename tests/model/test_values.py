@@ -17,9 +17,11 @@ from test_walk_only_reads import Trap
 from torch import nn
 
 from tensorfork.model import values as reading
+from tensorfork.model.kinds import Classifier
 from tensorfork.model.selection import Selection
 from tensorfork.model.value_encoding import Encoder, same
 from tensorfork.model.value_kinds import Array, Named
+from tensorfork.model.value_writes import prepare_write
 from tensorfork.model.values import Collection, Values, read_values
 from tensorfork.model.walk import walk
 
@@ -214,6 +216,13 @@ def test_a_long_collection_is_one_value_and_what_else_is_in_it_is_read() -> None
     assert sorted(values_of(module(merges=pairs))) == ["merges[*]", "training"]
 
 
+def test_a_collection_of_more_than_a_million_entries_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_ENTRIES", 100)
+    found = read(module(a=[1] * 100, b=[1] * 101, c={i: i for i in range(101)}, d=Plain(x=1)))
+    assert set(found.names) == {"training", "a[*]", "d", "d.x"}
+    assert found.opaque == ["b", "c"]
+
+
 def test_the_order_of_a_dict_or_a_set_does_not_count_and_all_else_does() -> None:
     words = {f"word{i}": i for i in range(100)}
 
@@ -293,6 +302,49 @@ def test_no_code_of_the_model_is_run() -> None:
     found = values_of(model)
     assert (found["traps[1]"], found["traps[2]"], found["sub.args[0]"]) == (0.5, "a", 1)
     assert found["strange"] == Named("test_no_code_of_the_model_is_run.<locals>.Strange")
+
+
+class Pretends:
+    """Its class is asked for by `isinstance`, where that is code of its own."""
+
+    @property
+    def __class__(self) -> Any:
+        raise AssertionError("its class was asked for")
+
+
+class PretendsToo(Pretends, tuple):  # type: ignore[type-arg]
+    pass
+
+
+class PretendsNumber(Pretends, float):
+    pass
+
+
+class Nameless(enum.Enum):
+    ONE = 1
+
+    @property
+    def name(self) -> Any:
+        raise AssertionError("its name was asked for")
+
+
+def test_no_code_is_run_to_learn_what_class_or_name_something_has() -> None:
+    held = Pretends()
+    held.__dict__["x"] = 2
+    model = module()
+    model.__dict__.update(
+        a=held, b=PretendsToo([3]), c=PretendsNumber(0.5), d={Nameless.ONE: 4}, e={PretendsToo([Nameless.ONE]): 5}
+    )
+    found = walk(model)
+    assert found.visited is not None
+    values = read_values(found.visited)
+    read = dict(zip(values.names, values.values, strict=True))
+    assert (read["a.x"], read["b[0]"], read["c"]) == (2, 3, 0.5)
+    assert (read["d[Nameless.ONE]"], read["e[(Nameless.ONE)]"]) == (4, 5)
+    classifier = Classifier()
+    assert 2 in [held for _, one in found.visited.objects for held in reading.contents_of(one, classifier)]
+    places = dict(zip(values.names, values.places, strict=True))
+    assert isinstance(prepare_write(places["b[0]"], 1), str)
 
 
 def test_a_mapping_of_tensors_has_none() -> None:

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -31,6 +32,34 @@ def test_no_thread_of_a_seed_is_left_when_it_is_closed() -> None:
     left = {t.name for t in set(threading.enumerate()) - before if t.name.startswith("tensorfork")}
     until(lambda: not {t for t in set(threading.enumerate()) - before if t.name == "tensorfork-digest"}, "digests end")
     assert left <= {"tensorfork-digest"}
+
+
+def test_a_seed_closes_while_the_thread_of_a_lease_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, about, closed = tensorfork.publish(model()), threading.Event(), threading.Event()
+    failed: list[BaseException] = []
+    start = threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        if thread.name == "tensorfork-serve":
+            about.set()
+            closed.wait(0.3)  # it waits for this thread, unless it fails
+        start(thread)
+
+    def close() -> None:
+        about.wait(SECONDS)
+        try:
+            seed.close()
+        except BaseException as error:
+            failed.append(error)
+        closed.set()
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    closer = threading.Thread(target=close)
+    closer.start()
+    with suppress(tensorfork.TensorForkError):
+        tensorfork.fork(seed.address, timeout=SECONDS)
+    closer.join()
+    assert failed == []
 
 
 def test_a_fork_under_way_fails_when_its_seed_closes() -> None:

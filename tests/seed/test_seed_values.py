@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from structures import Plain, Slotted, module
 from torch import nn
 
 import tensorfork
+from tensorfork.model.selection import Selection
 from tensorfork.model.values import read_values
 from tensorfork.model.walk import walk
 from tensorfork.seed import values as seed_values
@@ -114,6 +116,54 @@ def test_objects_that_come_with_an_update_are_read() -> None:
         report = tensorfork.fork_into(into, seed.address, timeout=TIMEOUT)
         assert report.values is not None
         assert [str(one) for one in report.values.different] == ["x: 1 value new.x: 2 in the seed, 1 here"]
+
+
+REPLACED: dict[str, Callable[[Any], object]] = {
+    "a list": lambda model: setattr(model, "items", [1, 5]),
+    "a dict": lambda model: setattr(model, "table", {"a": 5}),
+    "an object": lambda model: setattr(model, "plain", Plain(x=5)),
+    "a list in a list": lambda model: model.nested.__setitem__(0, [5]),
+    "an object of a slot": lambda model: setattr(model.slotted, "scale", Plain(x=5)),
+}
+
+
+@pytest.mark.parametrize("update", ["values only", "none"])
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_takes_an_object_s_place_is_read_though_the_model_was_not_walked_again(what: str, update: str) -> None:
+    def built() -> Any:
+        model = example()
+        model.nested, model.slotted.scale = [[1]], Plain(x=1)
+        return model
+
+    model, same = built(), built()
+    REPLACED[what](same)
+    with tensorfork.publish(model) as seed:
+        for _ in range(2):  # once before the values were ever read, and once after
+            with seed.updating(values_only=True) if update == "values only" else nullcontext():
+                REPLACED[what](model)
+            for into, count in ((same, 0), (built(), 1)):
+                report = tensorfork.fork_into(into, seed.address, timeout=TIMEOUT)
+                assert report.values is not None
+                assert len(report.values.different) == count
+
+
+def test_a_bytearray_that_is_written_is_read_again() -> None:
+    model = module(mask=bytearray(b"a"))
+    values = published(model)
+    first = values.packed()
+    model.mask[:] = b"b"
+    second = values.packed()
+    assert first is not None
+    assert second is not None
+    assert first.pages != second.pages
+
+
+def test_what_was_excluded_does_not_have_the_model_walked_for_each_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = example()
+    values = PublishedValues(walk(model, Selection(exclude=("items", "plain"))).visited, fixed=False)
+    reads = Reads(monkeypatch)
+    assert values.packed() is not None
+    assert reads.count == 1
 
 
 def test_a_snapshot_does_not_refer_to_the_model() -> None:
