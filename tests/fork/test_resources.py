@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import zmq
+from engine_seeds import needs_mooncake
 from processes import Child
 from scarcity import SECONDS, fork_under, publish_under, publish_with
 from seed_leases import until
@@ -82,6 +83,21 @@ def test_a_seed_that_lacks_something_refuses_with_the_reason_and_serves_on(limit
         assert refused > 0
         assert all(bool((tensor == 1).all()) for tensor in ours.values())
         assert tensorfork.fork(address, transport=transport, timeout=SECONDS).keys() == ours.keys()
+
+
+@pytest.mark.parametrize("transport", ["gloo", pytest.param("transfer_engine:tcp", marks=needs_mooncake)])
+def test_a_library_that_lacks_descriptors_under_a_lease_does_not_end_the_seed_s_process(
+    transport: str,
+) -> None:
+    with Child(publish_under, NBYTES, (), [transport]) as child:
+        address = child.recv()
+        for more in (2, 3, 4, 6, 10, 20):
+            child.request("limit", "file descriptors", more)
+            with pytest.raises(tensorfork.PeerRefused, match="file descriptors"):
+                tensorfork.fork(address, transport=transport, timeout=SECONDS)
+            child.request("lift")
+            until(lambda: child.request("running") == 0, "the lease's slot is free")
+        assert len(tensorfork.fork(address, transport=transport, timeout=SECONDS)) == len("abc")
 
 
 @pytest.mark.parametrize("limit", STEPS)

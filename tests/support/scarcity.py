@@ -1,10 +1,11 @@
 """Child processes in which something has run out: descriptors, threads, memory."""
 
+import encodings.idna  # noqa: F401  # somebody else may not be allowed to read it later
 import gc
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -115,10 +116,15 @@ def fork_under(pipe: Any, address: str, nbytes: int) -> None:
         pipe.send((name, resource or str(error), {str(tensor.device) for tensor in ours.values()}, kept))
 
 
-def publish_under(pipe: Any, nbytes: int) -> None:
-    """A process with a seed. ("limit", name, more) and ("lift",) set and end a limit; ("running",) -> its leases."""
-    with tensorfork.publish(filled(nbytes)) as seed, ExitStack() as limits:
-        for transport in ("zeromq", "gloo"):
+def publish_under(
+    pipe: Any, nbytes: int, used: Sequence[str] = ("zeromq", "gloo"), offered: Sequence[str] | None = None
+) -> None:
+    """A process with a seed, some of whose transports were used before.
+
+    ("limit", name, more) and ("lift",) set and end a limit; ("running",) -> its leases.
+    """
+    with tensorfork.publish(filled(nbytes), transports=offered) as seed, ExitStack() as limits:
+        for transport in used:
             tensorfork.fork(seed.address, device="cpu", transport=transport, timeout=SECONDS)
         become_somebody()
         pipe.send(seed.address)

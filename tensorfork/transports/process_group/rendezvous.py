@@ -20,8 +20,10 @@ def time_left(deadline: float) -> datetime.timedelta:
 def serve_store(bind: str, ports: range | None, deadline: float) -> tuple[Any, str, int]:
     """A store that listens at the address `bind`, with the host and port at which this process reaches it.
 
-    `ports` are the ports to choose from; None for any free port. Raises `TransportUnavailable`.
+    `ports` are the ports to choose from; None for any free port. Raises `TransportUnavailable`, and `ResourceExhausted`
+    where few descriptors are left: torch would end the process.
     """
+    require_descriptors()
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     listener = _listen(bind, ports)

@@ -24,6 +24,7 @@ from attrs import frozen
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.interpreter.environment import environment
+from tensorfork.interpreter.limits import require_descriptors
 from tensorfork.memory import allocations, cuda
 from tensorfork.regions import Region
 from tensorfork.transports.transfer_engine import library
@@ -119,6 +120,7 @@ class Engine:
     """
 
     def __init__(self, fabric: str, host: str, nics: Sequence[str]) -> None:
+        require_descriptors()  # without, the library ends the process
         module = library.load()
         if fabric == "nvlink" and not getattr(module, "SUPPORT_INTRA_NVLINK", True):
             raise TransportUnavailable(
@@ -269,7 +271,7 @@ class Engine:
 def get_engine(fabric: str, host: str, nics: Sequence[str] = ()) -> Engine:
     """The process's engine on that fabric and host name. It is made now if there is none, or only a broken one.
 
-    Raises `TransportUnavailable` where it cannot be made.
+    Raises `TransportUnavailable` where it cannot be made, `ResourceExhausted` where few descriptors are left for it.
     """
     key = (fabric, host, tuple(nics))
     with _lock:
