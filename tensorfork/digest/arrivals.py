@@ -16,6 +16,7 @@ from attrs import define
 from tensorfork.digest import warm_up
 from tensorfork.digest.batch import DigestBatch
 from tensorfork.errors import ForkCancelled
+from tensorfork.interpreter import ending
 from tensorfork.layout import TensorLayout
 from tensorfork.memory import cuda, streams
 from tensorfork.regions import Copy, Place
@@ -103,17 +104,21 @@ class ArrivalDigests:
 
     def _run(self) -> None:
         try:
-            cuda.relax_capture()
-            warm_up.wait(self._devices)
-            tensors = self._tensors()
-            parts = _divide(tensors, self._layouts, self._ours, self._copies)
-            batches = [DigestBatch.of({name: tensors[name] for name in part.names}) for part in parts]
-            with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
-                while (i := self._arrived.get()) is not None and not self._stopped():
-                    for at in _completed(parts, i):
-                        self._digests |= batches[at].compute(self._stopped)
+            with ending.guarded(lambda: self._arrived.put(None)):
+                self._digest_parts()
         except BaseException as error:  # raised by `digests`
             self._error = error
+
+    def _digest_parts(self) -> None:
+        cuda.relax_capture()
+        warm_up.wait(self._devices)
+        tensors = self._tensors()
+        parts = _divide(tensors, self._layouts, self._ours, self._copies)
+        batches = [DigestBatch.of({name: tensors[name] for name in part.names}) for part in parts]
+        with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
+            while (i := self._arrived.get()) is not None and not self._stopped():
+                for at in _completed(parts, i):
+                    self._digests |= batches[at].compute(self._stopped)
 
 
 def _completed(parts: Sequence[_Part], i: int) -> Iterator[int]:

@@ -95,7 +95,7 @@ class DigestBatch:
         on the host when this returns.
 
         Args:
-            cancelled: asked between groups of tensors.
+            cancelled: asked between groups of tensors, and every 8 MB of long ones.
             gentle: use a quarter of a GPU's multiprocessors at most, and leave the others to other work.
             checked_reads: copy what is on the CPU by the kernel before it is summed (`host_reads`), so that memory
                 that is freed or unmapped meanwhile is an error, and not the end of the process.

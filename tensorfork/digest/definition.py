@@ -38,6 +38,7 @@ from attrs import evolve, frozen
 from tensorfork.digest.elements import as_bytes, copy_elements, is_dense
 from tensorfork.digest.reads import CheckedReads, HostReads, TorchReads
 from tensorfork.digest.sums import COLUMNS, OTHER_WIDTH, WIDTH, SegmentSums
+from tensorfork.interpreter import ending
 from tensorfork.interpreter.openmp import single_threaded
 
 SEGMENT = 1024 * WIDTH * 8
@@ -49,6 +50,9 @@ _WORDS = SEGMENT // 8
 _SUMS = COLUMNS + _WORDS // WIDTH
 """Sums of a full segment, in this order: columns, columns of the other width, rows."""
 
+_CHECK_EVERY = 256
+"""Tensors between two checks whether to go on, where nothing of them is read."""
+
 _Key = tuple[object, ...]
 _Keyed = tuple[_Key, torch.Tensor]
 
@@ -59,12 +63,31 @@ def digests(
     """The digest of each tensor's elements, as an unsigned 64-bit integer, by name. Ties are computed once.
 
     Reads in place, with at most 16 MiB of scratch on each device. Work is enqueued on the current stream of each
-    tensor's device; the values are back on the host when this returns. Checks `cancelled` between groups of tensors;
-    once that is true, returns nothing. For `checked_reads` see `batch.DigestBatch.compute`.
+    tensor's device; the values are back on the host when this returns. Checks `cancelled` every 8 MB at least; once
+    that is true, returns nothing. For `checked_reads` see `batch.DigestBatch.compute`.
     """
+
+    def check() -> None:
+        ending.check()
+        if cancelled():
+            raise _Cancelled
+
+    try:
+        return _digests(tensors, check, checked_reads)
+    except _Cancelled:
+        return {}
+
+
+class _Cancelled(Exception):
+    pass
+
+
+def _digests(tensors: Mapping[str, torch.Tensor], check: Callable[[], None], checked_reads: bool) -> dict[str, int]:
     names: dict[_Key, list[str]] = defaultdict(list)
     by_device: dict[torch.device, dict[_Key, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if not i % _CHECK_EVERY:
+            check()
         key: _Key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[key].append(name)
         by_device[tensor.device][key] = tensor
@@ -77,10 +100,8 @@ def digests(
                 if device.type == "cpu" and stack.enter_context(single_threaded()):
                     block = tuning.single_threaded_block
                     tuning = evolve(tuning, block=block, scratch=block)
-                computation = _DeviceDigests(device, tuning)
-                for _ in computation.add_groups(unique):
-                    if cancelled():
-                        return {}
+                computation = _DeviceDigests(device, tuning, check)
+                computation.add_groups(unique)
                 for key, value in computation.finish().items():
                     found.update(dict.fromkeys(names[key], value))
     return found
@@ -121,7 +142,9 @@ _TUNING = {
 class _DeviceDigests:
     """Computes the digests of one device's tensors: sums their segments into a pool, and folds many at a time."""
 
-    def __init__(self, device: torch.device, tuning: _DeviceTuning) -> None:
+    def __init__(self, device: torch.device, tuning: _DeviceTuning, check: Callable[[], None]) -> None:
+        self._check = check
+        """Called before each group of tensors, segment and slab; raises to cancel."""
         self._device, self._tuning, self._reads = device, tuning, tuning.reads(device)
         self._adder = SegmentSums(tuning.block)
         self._weights = half_weights(_SUMS).to(device)
@@ -137,8 +160,8 @@ class _DeviceDigests:
         self._scratch: torch.Tensor | None = None
         self._empty: list[_Key] = []
 
-    def add_groups(self, tensors: Mapping[_Key, torch.Tensor]) -> Iterator[None]:
-        """Sum all of them, a group at a time; yields after each group.
+    def add_groups(self, tensors: Mapping[_Key, torch.Tensor]) -> None:
+        """Sum all of them, a group at a time.
 
         Longest first, so that segments that share the pool have about equally many sums. Tensors with gaps or overlaps
         between their elements come last.
@@ -155,6 +178,7 @@ class _DeviceDigests:
                 gapped.append((key, tensor))
         for nbytes in sorted(dense, reverse=True):
             for group, spacing in self._groups(dense[nbytes], nbytes):
+                self._check()
                 keys, members = zip(*group, strict=True)
                 if spacing:
                     self._sum_in_place(keys, as_bytes(members[0], 0, (len(group), nbytes), (spacing, 1)))
@@ -162,10 +186,8 @@ class _DeviceDigests:
                     self._sum_short(keys, members, nbytes)
                 else:
                     self._sum_copied(keys, members, nbytes)
-                yield
         for key, tensor in gapped:
             self._sum_gapped(key, tensor)
-            yield
 
     def finish(self) -> dict[_Key, int]:
         """Every tensor's digest."""
@@ -197,6 +219,7 @@ class _DeviceDigests:
         """Sum tensors that are the rows of a view of bytes [tensor, byte]."""
         nbytes = rows.shape[1]
         for start in range(0, nbytes, SEGMENT):
+            self._check()
             segment = rows[:, start : start + SEGMENT]
             whole, tail = divmod(segment.shape[1], 8)
             sums = self._new_sums(keys, whole + bool(tail))
@@ -222,6 +245,7 @@ class _DeviceDigests:
         """Sum dense tensors of one size through the scratch."""
         most = self._tuning.scratch * 8
         for segment in range(0, nbytes, SEGMENT):
+            self._check()
             end = min(segment + SEGMENT, nbytes)
             sums = self._new_sums(keys, -(-(end - segment) // 8))
             for start in range(segment, end, most):
@@ -233,7 +257,8 @@ class _DeviceDigests:
         scratch, at = self._get_scratch(), _WORDS
         as_uint8 = scratch.view(torch.uint8)
         most = min(self._tuning.scratch * 4 // tensor.element_size(), self._tuning.block)
-        for filled in copy_elements(as_uint8, self._reads.slabs(tensor, most), WIDTH * 8):
+        slabs = self._checked(self._reads.slabs(tensor, most))
+        for filled in copy_elements(as_uint8, slabs, WIDTH * 8):
             words = -(-filled // 8)
             as_uint8[filled : words * 8] = 0
             x = scratch[:words].view(1, words)
@@ -243,6 +268,11 @@ class _DeviceDigests:
                 n = min(x.shape[1], _WORDS - at)
                 self._adder.add(x[:, :n], at, sums)
                 x, at = x[:, n:], at + n
+
+    def _checked(self, parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for part in parts:
+            self._check()
+            yield part
 
     def _copied(self, tensors: Sequence[torch.Tensor], start: int, nbytes: int) -> torch.Tensor:
         """`nbytes` bytes of each dense tensor from byte `start` on, as words in the scratch: [tensor, word]."""

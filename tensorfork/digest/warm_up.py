@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from tensorfork.digest.batch import DigestBatch
+from tensorfork.interpreter import ending
 from tensorfork.memory import cuda, streams
 
 TIMEOUT = 5.0
@@ -33,5 +34,5 @@ def wait(devices: Iterable[torch.device]) -> None:
 
 def _load(device: torch.device) -> None:
     cuda.relax_capture()
-    with streams.on_side_streams([device]):
+    with ending.guarded(), streams.on_side_streams([device]):
         DigestBatch.of({"": torch.empty(1, dtype=torch.int64, device=device)}).compute()

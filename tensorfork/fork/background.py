@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from tensorfork.interpreter import ending
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,7 @@ class BackgroundCall(Generic[T]):
 
     def _run(self) -> None:
         try:
-            self._value = self._call()
+            with ending.guarded():
+                self._value = self._call()
         except BaseException as error:  # raised by `result`
             self._error = error

@@ -9,6 +9,7 @@ from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.lease import lease_of_nothing
 from tensorfork.fork.verification import ask_for_digests, check_definition
 from tensorfork.identity import Identity, Rank
+from tensorfork.interpreter import ending
 from tensorfork.model.selection import Selection
 from tensorfork.wire import tables
 
@@ -20,7 +21,8 @@ def seed_digests(
 
     Raises `TensorForkError` as a fork does, and `ValueError` where the selection includes what the seed does not have.
     """
-    with SeedConnection(peer, deadline, Event()) as seed:
+    cancel = Event()
+    with ending.guarded(cancel.set), SeedConnection(peer, deadline, cancel) as seed:
         seed.greet(deadline)
         seed.compare(identity, rank)
         check_definition(seed)

@@ -42,6 +42,7 @@ from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.terms import Terms
 from tensorfork.fork.transport_choice import reason_against
 from tensorfork.fork.values import OurValues, log_differences
+from tensorfork.interpreter import ending
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version
 from tensorfork.report import ForkReport, Stopwatch
@@ -78,7 +79,7 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         ValueError: `peer` or the device cannot be used.
     """
     connect = partial(SeedConnection, peer, terms.deadline, terms.cancel, terms.wait_until, watch.enter)
-    with _cancellable(peer, terms.cancel), connect() as seed:
+    with ending.guarded(terms.cancel.set), _cancellable(peer, terms.cancel), connect() as seed:
         attempts = _Attempts(seed, filling, terms, watch)
         report = _with_restarts(attempts.next, terms)
     watch.enter("install")

@@ -21,6 +21,10 @@ Progress = Callable[[int, int], None]
 """Called with the bytes that have arrived and the bytes in all, on the thread that called `fork_into` or `fork`."""
 
 
+_EVENT_POLL = 0.05
+"""Seconds between two checks, while the caller's event is waited for, whether ours is set."""
+
+
 def _timeout(given: Any) -> float:
     return seconds("timeout", given)
 
@@ -33,12 +37,29 @@ def _restarts(given: Any) -> int:
     return natural_number("restarts", given)
 
 
-def _event(given: Any) -> Any:
+class _EventBeside(Event):
+    """Set when it is, or when the caller's is: the caller's may be another process's too, and is only looked at."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        self._given = given
+
+    def is_set(self) -> bool:
+        return super().is_set() or bool(self._given.is_set())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.is_set() and time.monotonic() < end:
+            self._given.wait(min(_EVENT_POLL, max(0.0, end - time.monotonic())))
+        return self.is_set()
+
+
+def _event(given: Any) -> Event:
     if given is None:
         return Event()
     if not callable(getattr(given, "is_set", None)) or not callable(getattr(given, "wait", None)):
         raise TypeError(f"cancel must be a threading.Event, not {type(given).__name__}")
-    return given
+    return _EventBeside(given)
 
 
 def _callable_field(instance: object, attribute: Field, value: object) -> None:
@@ -59,7 +80,7 @@ class Terms:
 
     Attributes:
         transports: those to try, in order.
-        cancel: set by the caller, from any thread, to cancel the fork; never set where he gave none.
+        cancel: set once the caller's is, from any thread, or when the process ends.
     """
 
     timeout: float = field(converter=_timeout)

@@ -12,5 +12,6 @@ them. docs/process_settings.md lists them, with the reason for each, and what wa
 | `c_allocator` | glibc keeps up to 8 MiB of freed memory | from a process's first fork over ZeroMQ on |
 | `environment` | variables that torch and Mooncake read | while an object of theirs is constructed |
 
-`process` changes nothing: it says which process and host this is.
+`process` changes nothing: it says which process and host this is. Nor does `ending`, which stops our threads when the
+process ends.
 """

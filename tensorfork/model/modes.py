@@ -17,6 +17,7 @@ from torch._C._dynamo import eval_frame
 from torch.utils import _python_dispatch
 
 from tensorfork.errors import UnsupportedTensor
+from tensorfork.interpreter import ending
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,6 +28,8 @@ _FUNCTIONALIZE = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
 def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function inside `NormalMode`, and not traced: a function that torch compiles is interrupted by it.
 
+    The process does not end while it is inside torch (`interpreter.ending`).
+
     The function's argument `progress`, if it has one, is the caller's, and is called in his modes.
     `torch.compiler.disable` would keep it from being traced, and import torch's compiler, which takes a second.
     """
@@ -35,7 +38,7 @@ def in_normal_mode(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         compiling = eval_frame.set_eval_frame(None)
         try:
-            with NormalMode() as mode:
+            with ending.guarded(), NormalMode() as mode:
                 progress: Any = kwargs.get("progress")
                 if callable(progress):
                     kwargs["progress"] = mode.outside(progress)

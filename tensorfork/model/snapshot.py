@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from attrs import evolve
 
+from tensorfork.interpreter import ending
 from tensorfork.layout import TensorLayout
 from tensorfork.model.describe import LocalModel, ModelMemory
 from tensorfork.model.modes import NormalMode
+
+_COPY = 256 << 20
+"""Bytes that are copied at a time, at most: in between, the process may end."""
 
 
 def snapshot(model: LocalModel, device: str | torch.device | None = None) -> LocalModel:
@@ -58,7 +62,10 @@ def _fill(buffer: torch.Tensor, tensors: Sequence[TensorLayout], model: LocalMod
         start, end = max(reached, layout.offset), layout.offset + layout.extent
         if start < end:
             buffer[reached:start].zero_()
-            buffer[start:end].copy_(_bytes_of(model.tensors[layout.name], start - layout.offset, end - start))
+            for at in range(start, end, _COPY):
+                ending.check()
+                part = buffer[at : min(end, at + _COPY)]
+                part.copy_(_bytes_of(model.tensors[layout.name], at - layout.offset, part.nbytes))
             reached = end
 
 

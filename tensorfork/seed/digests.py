@@ -13,6 +13,7 @@ from tensorfork.digest.content import content_root
 from tensorfork.digest.record import Digests
 from tensorfork.errors import SeedAsleep, SeedChanged, SeedMoved
 from tensorfork.exhaustion import resources
+from tensorfork.interpreter import ending
 from tensorfork.memory import cuda, streams
 from tensorfork.model.modes import in_normal_mode
 from tensorfork.seed.published_model import PublishedModel
@@ -47,7 +48,8 @@ class DigestCache:
         Raises RuntimeError, Python's, where there is no thread for it; the next call tries again.
         """
         with self._lock:
-            if self._running is None and (self._cached is None or self._cached[0] != self._model.generation):
+            known = self._cached is not None and self._cached[0] == self._model.generation
+            if self._running is None and not known and not self._cancel.is_set():
                 thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
                 thread.start()
                 self._running = thread
@@ -98,6 +100,7 @@ class DigestCache:
 
     def _check_open(self) -> None:
         if self._cancel.is_set():
+            ending.check()
             raise RuntimeError("the seed is closed")
 
     def _wait_for(self, generation: int, count: int) -> list[int]:
@@ -115,21 +118,29 @@ class DigestCache:
             return tables.unpack_digests(frames, count)
 
     def close(self) -> None:
-        """Cancel the computation; its thread ends soon after."""
-        self._cancel.set()
+        """Cancel the computation; its thread ends soon after, which `wait` waits for."""
+        with self._lock:
+            self._cancel.set()
 
     def forget(self) -> None:
         """Drop what refers to a publication that was replaced."""
         self._batch = None
 
     def wait(self, deadline: float) -> bool:
-        """Wait until nothing is computed any more; whether that is so by the deadline. The generation must be odd."""
+        """Wait until nothing is computed any more; whether that is so by the deadline.
+
+        The generation must be odd, or the cache closed.
+        """
         thread = self._running
-        if thread is not None:
+        if thread is not None and thread is not threading.current_thread():
             thread.join(max(0.0, deadline - time.monotonic()))
         return thread is None or not thread.is_alive()
 
     def _run(self) -> None:
+        with ending.guarded():
+            self._compute_while_asked()
+
+    def _compute_while_asked(self) -> None:
         cuda.relax_capture()
         again = True
         while again and not self._cancel.is_set():

@@ -1,17 +1,16 @@
 """The object that `publish` returns."""
 
-import atexit
 import os
 import time
 import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import cache
 from types import TracebackType
 from typing import Self
 
 from tensorfork.digest.record import Digests
+from tensorfork.interpreter import ending
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version, check_label
 from tensorfork.model.describe import LocalModel, ModelSource
@@ -45,7 +44,9 @@ class Seed:
         self._closed = False
         self._is_snapshot = source is None
         _open.add(self)
-        _close_at_exit()
+        if ending.begun():  # nobody would close it
+            self.close()
+            ending.check()
         self.address = str(self._service.address)
         self.identity, self.rank = model.layout.identity, model.layout.rank
 
@@ -181,15 +182,9 @@ _open: "weakref.WeakSet[Seed]" = weakref.WeakSet()
 os.register_at_fork(after_in_child=_open.clear)  # the parent closes its own seeds
 
 
-@cache
-def _close_at_exit() -> None:
-    """Have all seeds closed when the process exits, since a thread that is inside torch while Python ends aborts it.
-
-    Registered once, and after the transports have registered their own exit functions, so that it runs before those.
-    """
-    atexit.register(_close_all)
-
-
-def _close_all() -> None:
+def _close_all(deadline: float) -> None:
     for seed in list(_open):
-        seed.close()
+        seed.close(max(0.0, deadline - time.monotonic()))
+
+
+ending.at_exit(_close_all)

@@ -17,6 +17,7 @@ from attrs import evolve
 from tensorfork.digest import definition
 from tensorfork.digest.record import Digests
 from tensorfork.errors import MemoryInUse, PeerUnreachable, SeedMoved
+from tensorfork.interpreter import ending
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
@@ -113,6 +114,7 @@ class SeedService:
             threads = list(self._threads)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._digests.wait(deadline)
         self.model.forget_replaced()
         self.model.forget()
 
@@ -262,7 +264,8 @@ class SeedService:
         def run() -> None:
             cuda.relax_capture()
             try:
-                work()
+                with ending.guarded():
+                    work()
             finally:
                 with self._lock:
                     self._threads.discard(thread)

@@ -4,13 +4,15 @@ import gc
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
 import torch
-from seed_leases import SECONDS, connected, model, soon, take, under_way, until
+from seed_leases import SECONDS, connected, model, soon, take, under_way
 
 import tensorfork
+from tensorfork.digest import definition
 from tensorfork.wire import messages
 
 pytestmark = pytest.mark.slow
@@ -29,9 +31,22 @@ def test_no_thread_of_a_seed_is_left_when_it_is_closed() -> None:
     with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         take(conversation, digests=True)
         assert {t.name for t in set(threading.enumerate()) - before} >= {"tensorfork-seed"}
-    left = {t.name for t in set(threading.enumerate()) - before if t.name.startswith("tensorfork")}
-    until(lambda: not {t for t in set(threading.enumerate()) - before if t.name == "tensorfork-digest"}, "digests end")
-    assert left <= {"tensorfork-digest"}
+    assert not {t.name for t in set(threading.enumerate()) - before if t.name.startswith("tensorfork")}
+
+
+def test_closing_ends_the_digests_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = threading.Event()
+
+    def endless(tensors: object, check: Callable[[], None], checked: bool) -> dict[str, int]:
+        while True:
+            under_way.set()
+            check()
+
+    monkeypatch.setattr(definition, "_digests", endless)
+    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
+        take(conversation, digests=True)
+        assert under_way.wait(SECONDS)
+    assert "tensorfork-digest" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_seed_closes_while_the_thread_of_a_lease_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:

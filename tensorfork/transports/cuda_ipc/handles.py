@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
+from tensorfork.interpreter import ending
 from tensorfork.interpreter.switch_interval import short_switch_interval
 from tensorfork.memory import cuda
 from tensorfork.transports.cuda_ipc.offer import RemoteAllocation
@@ -165,9 +166,10 @@ class RemoteHandles:
         self._close_all(addresses)
 
     def _run_closer(self) -> None:
-        cuda.relax_capture()
-        while (addresses := self._early.get()) is not None:
-            self._close_all(addresses)
+        with ending.guarded(lambda: self._early.put(None)):
+            cuda.relax_capture()
+            while (addresses := self._early.get()) is not None:
+                self._close_all(addresses)
 
     def _close_all(self, addresses: Mapping[_Key, int]) -> None:
         for device in {device for _, device in addresses}:
@@ -178,6 +180,15 @@ class RemoteHandles:
 
     def _run_opener(self) -> None:
         """Open one requested handle after another. Runs on each of the opener threads."""
+        with ending.guarded(self._stop_opening):
+            self._open_requested()
+
+    def _stop_opening(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _open_requested(self) -> None:
         cuda.relax_capture()
         with self._changed:
             if not self._closed:

@@ -1,6 +1,5 @@
 """Keeps this process from creating one of NCCL's communicators while it destroys another."""
 
-import atexit
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tensorfork.errors import TransferFailed
+from tensorfork.interpreter import ending
 from tensorfork.transports.process_group.tasks import POLL_INTERVAL, BackgroundTask
 
 EXIT_WAIT = 5.0
@@ -106,4 +106,4 @@ class CommunicatorGate:
 
 
 communicator_gate = CommunicatorGate()
-atexit.register(communicator_gate.wait_until_idle)
+ending.after_exit(communicator_gate.wait_until_idle)

@@ -9,7 +9,6 @@ gloo does not tell a thread that waits for a message of which some bytes have mo
 torch's, waits until the message's own timeout.
 """
 
-import atexit
 import ctypes
 import datetime
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
+from tensorfork.interpreter import ending
 from tensorfork.interpreter.environment import Changes, environment
 from tensorfork.interpreter.limits import require_threads
 from tensorfork.memory import cuda, host_reads, huge_pages
@@ -217,8 +217,10 @@ def _destroy_finished() -> None:
     del before, waiting  # destroys the others, without the lock
 
 
-@atexit.register
 def _leak_at_exit() -> None:
     """Leak the closed groups, so that a process which ends does not wait for their threads."""
     for group, _ in _closed_groups:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+ending.after_exit(_leak_at_exit)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from tensorfork.interpreter import ending
 from tensorfork.memory import cuda
 
 T = TypeVar("T")
@@ -54,19 +55,22 @@ class BackgroundTask(Generic[T]):
             self._finished.wait(seconds)
 
     def _run(self) -> None:
-        cuda.relax_capture()
         try:
-            result = self._function()
+            with ending.guarded():
+                self._call()
         except BaseException as error:
             self._error = error
-        else:
-            with self._lock:
-                abandoned = self._abandoned
-                if not abandoned:
-                    self._results.append(result)
-            if abandoned:
-                self._discard(result)
         self._finished.set()
+
+    def _call(self) -> None:
+        cuda.relax_capture()
+        result = self._function()
+        with self._lock:
+            abandoned = self._abandoned
+            if not abandoned:
+                self._results.append(result)
+        if abandoned:
+            self._discard(result)
 
 
 def run_together(
@@ -119,6 +123,10 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
+        with ending.guarded(self._stopped.set):
+            self._watch()
+
+    def _watch(self) -> None:
         while not self._stopped.wait(POLL_INTERVAL if self._cancel is not None else 0.1):
             if self._cancel is not None and self._cancel.is_set():
                 self.reason = "the transfer was cancelled"

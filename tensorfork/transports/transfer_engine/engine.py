@@ -8,7 +8,6 @@ Mooncake never raises. It aborts the process if Python ends while a thread is in
 a gate that is closed at exit. It crashes the process when asked for the status of a read that it has reported as over.
 """
 
-import atexit
 import ctypes
 import enum
 import logging
@@ -23,6 +22,7 @@ import torch
 from attrs import frozen
 
 from tensorfork.errors import TransferFailed, TransportUnavailable
+from tensorfork.interpreter import ending
 from tensorfork.interpreter.environment import environment
 from tensorfork.interpreter.limits import require_descriptors
 from tensorfork.memory import allocations, cuda
@@ -323,7 +323,7 @@ _engines: dict[tuple[str, str, tuple[str, ...]], Engine] = {}
 _lock = threading.RLock()
 _call_gate = _CallGate()
 _fork_count = 0
-atexit.register(lambda: _call_gate.close())
+ending.after_exit(lambda: _call_gate.close())
 
 
 def _after_fork() -> None:
