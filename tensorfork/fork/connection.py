@@ -6,7 +6,7 @@ from threading import Event
 from types import TracebackType
 from typing import Self
 
-from tensorfork.errors import IdentityMismatch, PeerUnreachable, ProtocolError, VersionMismatch
+from tensorfork.errors import IdentityMismatch, PeerUnreachable, ProtocolError, TensorForkError, VersionMismatch
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import AtLeast, Version, Wanted, why_not_wanted
@@ -14,8 +14,10 @@ from tensorfork.sockets.address import Address
 from tensorfork.version import __version__
 from tensorfork.wire import messages, tables
 from tensorfork.wire.conversation import Conversation, peer_address
-from tensorfork.wire.reach import HELLO_TIMEOUT, greet, look_up
+from tensorfork.wire.reach import HELLO_TIMEOUT, greet, hello_again, look_up
 
+SPREAD_PROBES = 8
+"""Connections that are made to find out whether they reach several seeds. Of two, 1 time in 256 they miss the other."""
 RETRY_PAUSE = 0.05, 0.5
 """Seconds between two attempts to reach a seed that may still be starting: at first, and at most."""
 
@@ -72,6 +74,22 @@ class SeedConnection:
             soon = min(deadline, time.monotonic() + HELLO_TIMEOUT)
             self.welcome, _ = self.conversation.request(messages.Hello(__version__), messages.Welcome, soon, "hello")
         self._is_new = False
+
+    def why_spread(self, deadline: float) -> str | None:
+        """What is wrong with the address, if further connections to it reach other seeds; None if they do not."""
+        peer, at = self.conversation.peer, self.conversation.resolved
+        try:
+            found = (hello_again(peer, at, deadline, self._cancel) for _ in range(SPREAD_PROBES))
+            spread = any(welcome.seed != self.welcome.seed for welcome in found)
+        except TensorForkError:
+            return None
+        if not spread:
+            return None
+        return (
+            f"{self.address} is the address of several seeds: connections to {at.host} are spread over them, as by a "
+            "virtual IP or a load balancer, and a fork makes several. Give it the address of one seed, such as a pod's "
+            "own, or a name that has all of these (a headless service)"
+        )
 
     def compare(self, identity: Identity | None, rank: Rank | None) -> list[str]:
         """Compare the seed's identity and rank with ours. One that is None is not compared; returns the names of those.

@@ -7,7 +7,16 @@ from contextlib import contextmanager
 
 from attrs import frozen
 
-from tensorfork.errors import ProtocolError, TensorForkError, TransportUnavailable
+from tensorfork.errors import (
+    PeerUnreachable,
+    ProtocolError,
+    SeedAsleep,
+    SeedChanged,
+    SeedMoved,
+    TensorForkError,
+    TransferFailed,
+    TransportUnavailable,
+)
 from tensorfork.exhaustion import exhausted
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.destination import DestinationMemory
@@ -97,7 +106,7 @@ def take_lease(
         enter("open")
         channel = ForkChannel(seed.conversation, leased.lease)
         host = seed.conversation.resolved.host
-        with _opening(transport):
+        with _explained(seed, leased.lease, deadline), _opening(transport):
             session = transport.open(leased.offer, host, remote, regions, channel, deadline)
         try:
             theirs = tables.unpack_places(frames)
@@ -122,9 +131,9 @@ def take_lease(
         _release(seed, leased.lease, deadline)
 
 
-def get_ready(lease: Lease, transport: Transport, deadline: float) -> None:
+def get_ready(lease: Lease, transport: Transport, seed: SeedConnection, deadline: float) -> None:
     """Wait for what `Transport.open` began. Raises as `take_lease` does."""
-    with _opening(transport):
+    with _explained(seed, lease.id, deadline), _opening(transport):
         lease.session.ready(deadline)
 
 
@@ -139,6 +148,28 @@ def _opening(transport: Transport) -> Iterator[None]:
         if found := exhausted(error):
             raise found from error
         raise TransportUnavailable(f"{transport.name} failed to open a session: {error!r}") from error
+
+
+@contextmanager
+def _explained(seed: SeedConnection, id: bytes, deadline: float) -> Iterator[None]:
+    """Inside, a transport that cannot be opened raises what the seed says of the lease, if it has ended it; and says if
+    other connections than ours reach other seeds.
+    """
+    try:
+        yield
+    except TransportUnavailable as error:
+        soon = min(deadline, time.monotonic() + CLOSE_TIMEOUT)
+        if not isinstance(error.__cause__, PeerUnreachable | TransferFailed) or time.monotonic() >= soon:
+            raise
+        try:
+            seed.conversation.request(messages.CheckLease(id, False), messages.Checked, soon, "open")
+        except (SeedChanged, SeedMoved, SeedAsleep) as explained:
+            raise explained from error
+        except TensorForkError:
+            raise error from error.__cause__
+        if why := seed.why_spread(soon):
+            raise TransportUnavailable(f"{why} ({error})") from error
+        raise
 
 
 def _close(session: Session, deadline: float) -> None:

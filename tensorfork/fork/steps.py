@@ -235,7 +235,7 @@ class _Attempt:
             enter("match")
             plan = transfer.make_plan(lease, self.memory.filled, seed)
             enter("open")
-            get_ready(lease, transport, deadline)
+            get_ready(lease, transport, seed, deadline)
             enter("transfer")
             with self._arrivals(lease, plan, tensors) as digests:
                 try:

@@ -96,6 +96,17 @@ def greet(
         raise _error(peer, failed) from failed
 
 
+def hello_again(peer: Address, at: Address, deadline: float, cancel: Event) -> messages.Welcome:
+    """The welcome of whoever answers on another connection to the same address, and one only: what spreads connections
+    in turn would show the same seed again to every other one. Raises as `greet` does.
+    """
+    conversation = Conversation(peer, at, cancel)
+    try:
+        return conversation.request(messages.Hello(__version__), messages.Welcome, deadline, "hello")[0]
+    finally:
+        conversation.close()
+
+
 def _check(peer: Address, cancel: Event, step: str) -> None:
     if cancel.is_set():
         raise ForkCancelled(f"{peer}: the fork was cancelled (at step {step})")

@@ -41,12 +41,12 @@ class Forwarder:
     port. With `deaf=True` it takes none until `listen` is called: the system then drops each SYN.
     """
 
-    def __init__(self, *targets: tuple[str, int], host: str = "127.0.0.1", deaf: bool = False) -> None:
+    def __init__(self, *targets: tuple[str, int], host: str = "127.0.0.1", port: int = 0, deaf: bool = False) -> None:
         self._targets, self._resources = targets, ExitStack()
         self.accepted = 0
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind((host, 0))
+        self._listener.bind((host, port))
         self._listener.listen(0 if deaf else 100)
         self.host, self.port = self._listener.getsockname()
         self.address = f"tcp://{host}:{self.port}"

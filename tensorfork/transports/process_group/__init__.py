@@ -14,12 +14,11 @@ from typing import ClassVar
 import torch
 from attrs import evolve
 
-from tensorfork.errors import PeerUnreachable, TransportUnavailable
+from tensorfork.errors import TransportUnavailable
 from tensorfork.interpreter.environment import forbidden_changes
 from tensorfork.interpreter.process import process_token
 from tensorfork.memory import cuda
 from tensorfork.regions import Place, Region, RemoteRegion
-from tensorfork.sockets.address import Address, resolve
 from tensorfork.transports.base import Channel, Facts, Site, Transport
 from tensorfork.transports.process_group.export import GroupExport
 from tensorfork.transports.process_group.gloo import gloo_environment
@@ -85,11 +84,7 @@ class _GroupTransport(Transport):
         deadline: float,
     ) -> GroupSession:
         """See `Transport.open`."""
-        try:
-            seed = resolve(Address(host, 0), deadline)[0].host
-        except PeerUnreachable as error:
-            raise TransportUnavailable(str(error)) from error
-        return GroupSession(offer, self._settings, seed, remote, regions, channel, self._joining, deadline)
+        return GroupSession(offer, self._settings, self.name, host, remote, regions, channel, self._joining, deadline)
 
 
 class Gloo(_GroupTransport):

@@ -66,6 +66,7 @@ class GroupExport(Export):
         token = secrets.token_hex(16)
         self._server, host, port = serve_store(site.bind, ports, deadline)
         self._stores: GroupStores | None = GroupStores(host, port, token, deadline, self._check_lease)
+        self._stores.announce()
         ctas = [settings.ctas.min_ctas, settings.ctas.max_ctas, settings.ctas.cga_cluster_size]
         sizes = [settings.batch, settings.bucket, settings.small]
         self.offer = msgpack.packb([token, port, *sizes, self._regions.stable, ctas, process.host_id()])

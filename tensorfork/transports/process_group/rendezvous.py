@@ -79,6 +79,14 @@ class GroupStores:
         first, self._taken = self._taken, self._taken + count
         return [PrefixStore(f"{self._token}/{number}", client) for number, client in enumerate(clients, first)]
 
+    def announce(self) -> None:
+        """Say in the store that it is that of this lease. For the seed, before anybody else knows of the store."""
+        self._clients[0].set(self._token, "seed")
+
+    def announced(self) -> bool:
+        """Whether the store is that of this lease: a port may lead to another seed's."""
+        return bool(self._clients[0].check([self._token]))
+
     def _connect(self, deadline: float, check: Callable[[], object]) -> Any:
         # The thread keeps nothing of the lease alive while torch retries, however long that takes.
         host, port = self._host, self._port

@@ -22,6 +22,7 @@ from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.sockets.address import local_address
 from tensorfork.transports.base import Channel, Session
 from tensorfork.transports.checks import check_going_on
+from tensorfork.transports.data_port import NOT_THIS_SEED, PORTS, reach_data_port, unreached
 from tensorfork.transports.process_group.backends import create_group
 from tensorfork.transports.process_group.batches import Batch, schedule
 from tensorfork.transports.process_group.messages import MessageChannel
@@ -52,7 +53,8 @@ class GroupSession(Session):
     Args:
         offer: the seed's.
         settings: the fork's; for each size, the smaller of the two sides' counts.
-        seed: the seed's address, resolved.
+        transport: its name, for errors.
+        host: the seed's host name or address.
         remote: the seed's regions.
         regions: the fork's regions.
         channel: the lease's.
@@ -64,7 +66,8 @@ class GroupSession(Session):
         self,
         offer: bytes,
         settings: Settings,
-        seed: str,
+        transport: str,
+        host: str,
         remote: Sequence[RemoteRegion],
         regions: Sequence[Region],
         channel: Channel,
@@ -73,7 +76,7 @@ class GroupSession(Session):
     ) -> None:
         token, port, self._settings, same_host = _parse_offer(offer, settings)
         self.fabric = "tcp" if not settings.nccl else "p2p" if same_host else "network"
-        self._seed, self._joining = seed, joining
+        self._joining = joining
         self._remote = {region.id: region for region in remote}
         self._regions = RegionTensors(regions)
         self._channel = MessageChannel(channel)
@@ -84,7 +87,12 @@ class GroupSession(Session):
         pairs = [(theirs, ours) for theirs in {region.device for region in remote} for ours in self._regions.devices]
         self._early_pairs = pairs if len(pairs) == 1 else []  # with several, the copies say which are needed
         deadline = min(deadline, time.monotonic() + joining)
-        self._stores: GroupStores | None = GroupStores(seed, port, token, deadline, self._going_on(deadline))
+        store = reach_data_port(transport, host, port, channel, deadline, PORTS)
+        self._seed = store.host
+        self._stores: GroupStores | None = GroupStores(store.host, port, token, deadline, self._going_on(deadline))
+        if not self._stores.announced():
+            error = PeerUnreachable(NOT_THIS_SEED)
+            raise unreached(transport, store, error) from error
         self._early_join: BackgroundTask[list[PairGroup]] | None = None
         if self._early_pairs:
             join = partial(self._join, self._early_pairs, deadline, self._check_open)

@@ -9,11 +9,12 @@ import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tensorfork.errors import PeerUnreachable, TransferFailed, TransportUnavailable
+from tensorfork.errors import TransferFailed, TransportUnavailable
 from tensorfork.memory.allocations import PublishedAllocations
 from tensorfork.regions import Place, Region, RemoteRegion
-from tensorfork.sockets.address import Address, local_address, resolve
+from tensorfork.sockets.address import local_address
 from tensorfork.transports.base import Channel, Facts, Site, Transport
+from tensorfork.transports.data_port import reach_data_port
 from tensorfork.transports.rate_limit import RateLimiter, check_rate
 from tensorfork.transports.transfer_engine import engine, fabrics, library
 from tensorfork.transports.transfer_engine.enclosing import enclosing_regions
@@ -26,6 +27,8 @@ from tensorfork.transports.transfer_engine.undrained import undrained_reads
 __all__ = ["TransferEngine"]
 
 DEFAULT_FABRICS = ("nvlink", "rdma")
+OPEN_PORTS = "open those that Mooncake chooses from, MC_MIN_RPC_PORT to MC_MAX_RPC_PORT (15000 to 17000)"
+"""What helps where the seed's engine cannot be reached."""
 
 
 class TransferEngine(Transport):
@@ -124,10 +127,7 @@ class TransferEngine(Transport):
             raise TransportUnavailable("the seed offers nvlink, which carries the memory of GPUs alone")
         if missing := {region.id for region in remote} - offered.regions.keys():
             raise TransportUnavailable(f"the seed's offer for transfer_engine lacks {len(missing)} of its regions")
-        try:
-            address = resolve(Address(host, offered.port), deadline)[0]
-        except PeerUnreachable as error:
-            raise TransportUnavailable(str(error)) from error
+        address = reach_data_port(self.name, host, offered.port, channel, deadline, OPEN_PORTS)
         local = engine.local_engine(offered.nonce)
         if local is None:
             local = engine.get_engine(offered.fabric, local_address(address.host), self._nics)

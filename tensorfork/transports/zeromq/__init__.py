@@ -18,11 +18,11 @@ import struct
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tensorfork.errors import PeerUnreachable, ProtocolError, TransportUnavailable
+from tensorfork.errors import ProtocolError
 from tensorfork.interpreter import process
 from tensorfork.regions import Region, RemoteRegion
-from tensorfork.sockets.address import Address, resolve
 from tensorfork.transports.base import Channel, Facts, Site, Transport
+from tensorfork.transports.data_port import PORTS, reach_data_port
 from tensorfork.transports.zeromq.export import ZeroMQExport
 from tensorfork.transports.zeromq.protocol import FRAME, OFFER
 from tensorfork.transports.zeromq.session import ZeroMQSession
@@ -73,8 +73,5 @@ class ZeroMQ(Transport):
             raise ProtocolError(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
         if not 0 < frame <= FRAME:
             raise ProtocolError(f"zeromq: the seed offers answers of {frame} bytes, which makes no sense")
-        try:
-            seed = resolve(Address(host, port), deadline)[0]
-        except PeerUnreachable as error:
-            raise TransportUnavailable(str(error)) from error
-        return ZeroMQSession(token, seed, regions, self._connections, frame, alone)
+        seed = reach_data_port(self.name, host, port, channel, deadline, PORTS)
+        return ZeroMQSession(token, seed, regions, channel, self._connections, frame, alone)

@@ -22,8 +22,10 @@ from tensorfork.transports.zeromq.buffers import PINNED_BUFFERS, AnswerBuffers
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
+    GREETING,
     MAX_REQUEST,
     MOVED,
+    NOT_THIS_SEED,
     OFFER,
     OK,
     OUT_OF_BOUNDS,
@@ -36,6 +38,9 @@ log = logging.getLogger("tensorfork")
 
 _LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
+MAX_STRANGERS = 256
+"""Connections of a lease that are told that their token is not its own; later ones are told nothing. What one of them
+does not read is kept, so that it must be bounded."""
 SEND_BUFFER = 384 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel's own choice is better."""
@@ -48,6 +53,7 @@ class ZeroMQExport(Export):
         self._token = secrets.token_bytes(16)
         self._closing, self._serve_lock = threading.Event(), threading.Lock()
         self._said_moved = False
+        self._strangers: set[bytes] = set()
         with ExitStack() as stack:  # what libzmq reads or writes ends after its context
             self._waker = Waker()
             stack.callback(self._waker.close)
@@ -112,14 +118,17 @@ class ZeroMQExport(Export):
 
     def _answer(self, peer: bytes, request: bytes) -> None:
         token, number = REQUEST_HEADER.unpack_from(request)
-        if not secrets.compare_digest(token, self._token) or (len(request) - REQUEST_HEADER.size) % RANGE.size:
-            return  # from a stranger, who learns nothing
+        if not secrets.compare_digest(token, self._token):
+            self._answer_stranger(peer, number)
+            return
+        if (len(request) - REQUEST_HEADER.size) % RANGE.size:
+            return
         ranges = list(RANGE.iter_unpack(memoryview(request)[REQUEST_HEADER.size :]))
         taken = self._next_buffer()
         if taken is None:
             return
         buffer, address = taken
-        status, span = self._read(ranges, address)
+        status, span = (OK, None) if number == GREETING and not ranges else self._read(ranges, address)
         try:
             self._socket.send(peer, _MORE)
         except zmq.ZMQError as error:  # the fork is gone, and nothing was sent
@@ -134,6 +143,17 @@ class ZeroMQExport(Export):
             self._socket.send(peer, _MORE)
             self._sender.send_notice(buffer)
         except zmq.ZMQError as error:  # the fork is gone; its buffer is not used again on this lease
+            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                raise
+
+    def _answer_stranger(self, peer: bytes, number: int) -> None:
+        """Tell a peer that it is not this lease's: once, and not more of them than `MAX_STRANGERS`."""
+        if peer in self._strangers or len(self._strangers) >= MAX_STRANGERS:
+            return
+        self._strangers.add(peer)
+        try:
+            self._socket.send_multipart([peer, ANSWER_HEADER.pack(number, NOT_THIS_SEED)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # it is gone
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
 

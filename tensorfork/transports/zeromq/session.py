@@ -1,6 +1,7 @@
 """The fork's side of a lease: it requests ranges of the seed's regions and receives them into its own."""
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -8,17 +9,18 @@ from threading import Event
 
 import torch
 import zmq
-from attrs import define, frozen
 
-from tensorfork.errors import TransferFailed
+from tensorfork.errors import LeaseEnded, PeerUnreachable, TransferFailed, TransportUnavailable
 from tensorfork.interpreter.c_allocator import retain_freed_memory
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Copy, Region
 from tensorfork.sockets.address import Address
-from tensorfork.sockets.monitor import recv_event
-from tensorfork.sockets.zeromq import connect, new_context, new_socket, poll_timeout
-from tensorfork.transports.base import Session
+from tensorfork.sockets.race import SILENCE
+from tensorfork.sockets.zeromq import new_context, poll_timeout
+from tensorfork.transports.base import Channel, Session
 from tensorfork.transports.checks import check_going_on
+from tensorfork.transports.data_port import unreached
+from tensorfork.transports.zeromq.connection import Connection, Request
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
@@ -34,30 +36,10 @@ RECV_QUEUE = 3
 """Answers that libzmq queues for each connection (its high-water mark), with up to four connections."""
 PINNED_BUFFERS = 8
 """Pinned buffers of a fork into GPU memory, `FRAME` bytes each."""
+POLL_MS = 200
+"""Milliseconds of one poll, at most: between two it is checked whether the fork was cancelled."""
 RETAINED_BYTES = 4 << 20
 """Bytes of freed memory that the C library is asked to keep: libzmq receives into it again and again."""
-
-
-@frozen
-class _Request:
-    """Ranges that are requested together, and where each of them goes."""
-
-    ranges: bytes
-    """Packed, as they are sent."""
-    targets: Sequence[tuple[int, int, int, int]]
-    """For each range: the index of its copy, our region, the offset in it, and the number of bytes."""
-    nbytes: int
-    """Of all of them together."""
-
-
-@define
-class _Connection:
-    """A connection to the seed, and the requests in flight on it, in order, each with its number."""
-
-    socket: "zmq.Socket[bytes]"
-    monitor: "zmq.Socket[bytes]"
-    in_flight: deque[tuple[int, _Request]]
-    connected: bool = False
 
 
 class ZeroMQSession(Session):
@@ -66,9 +48,16 @@ class ZeroMQSession(Session):
     fabric = "tcp"
 
     def __init__(
-        self, token: bytes, seed: Address, regions: Sequence[Region], connections: int, frame: int, alone: int
+        self,
+        token: bytes,
+        seed: Address,
+        regions: Sequence[Region],
+        channel: Channel,
+        connections: int,
+        frame: int,
+        alone: int,
     ) -> None:
-        self._token, self._seed = token, seed
+        self._token, self._seed, self._channel = token, seed, channel
         self._frame, self._alone = frame, alone or sys.maxsize
         self._context = new_context(min(connections, 4))
         with ExitStack() as stack:
@@ -77,12 +66,33 @@ class ZeroMQSession(Session):
             stack.callback(self._memory.close)
             retain_freed_memory(RETAINED_BYTES)
             recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
-            self._connections = [self._connect(recv_queue) for _ in range(connections)]
+            self._connections = [Connection.begin(self._context, seed, token, recv_queue) for _ in range(connections)]
             stack.pop_all()
         self._last_number = 0
-        self._gpu_copies: deque[tuple[torch.cuda.Event, _Request]] = deque()
+        self._gpu_copies: deque[tuple[torch.cuda.Event, Request]] = deque()
         """Requests whose bytes may still be on their way from a pinned buffer to a GPU."""
         self._failed = False
+
+    def ready(self, deadline: float) -> None:
+        """See `Session.ready`: waits until the seed has answered on one connection."""
+        poller, silent_at = self._poller()
+        try:
+            while not any(connection.ready for connection in self._connections):
+                self._channel.check()
+                self._check_reached(silent_at)
+                if time.monotonic() >= deadline:
+                    raise PeerUnreachable("nobody answers there by the deadline")
+                events = dict(poller.poll(min(poll_timeout(deadline), POLL_MS)))
+                for connection in self._connections:
+                    connection.advance(events, poller)
+        except LeaseEnded as error:
+            raise TransportUnavailable(str(error)) from None
+        except PeerUnreachable as error:
+            raise unreached("zeromq", self._seed, error) from error
+        except TransferFailed as error:
+            if isinstance(error.__cause__, PeerUnreachable):
+                raise unreached("zeromq", self._seed, error.__cause__) from error.__cause__
+            raise TransportUnavailable(f"zeromq: {error}") from error
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
         """See `Session.pull`. After a failure the session cannot pull again."""
@@ -94,26 +104,21 @@ class ZeroMQSession(Session):
         remaining = [copy.nbytes for copy in copies]
         self._memory.wait_for_current_streams()
         requests = self._requests(copies)
-        poller = zmq.Poller()
-        for connection in self._connections:
-            poller.register(connection.socket, zmq.POLLIN if connection.connected else zmq.POLLIN | zmq.POLLOUT)
-            poller.register(connection.monitor, zmq.POLLIN)
+        poller, silent_at = self._poller()
         self._failed = True  # until all has arrived: after a failure, answers may still be on their way
         try:
             while self._send_requests(requests):
                 check_going_on(deadline, cancel, source=self._seed)
-                ready = dict(poller.poll(min(poll_timeout(deadline), 200)))
+                self._check_reached(silent_at)
+                events = dict(poller.poll(min(poll_timeout(deadline), POLL_MS)))
                 for connection in self._connections:
-                    if connection.monitor in ready:
-                        self._raise_disconnected(connection)
-                    if ready.get(connection.socket, 0) & zmq.POLLOUT:
-                        connection.connected = True
-                        poller.modify(connection.socket, zmq.POLLIN)
-                    if ready.get(connection.socket, 0) & zmq.POLLIN:
+                    if connection.advance(events, poller):
                         self._recv_answers(connection, remaining, done)
                 self._report_gpu_copies(remaining, done)
             while self._gpu_copies:
                 self._report_gpu_copies(remaining, done, wait=True)
+        except PeerUnreachable as error:
+            raise TransferFailed(str(unreached("zeromq", self._seed, error))) from error
         except zmq.ZMQError as error:
             raise TransferFailed(f"the transfer from {self._seed} failed: {error}") from error
         finally:
@@ -129,15 +134,23 @@ class ZeroMQSession(Session):
         self._memory.close()
         self._connections = []
 
-    def _connect(self, recv_queue: int) -> _Connection:
-        socket = new_socket(self._context, zmq.DEALER, max_message=FRAME, queue=0)  # `WINDOW` bounds what is sent
-        socket.rcvhwm = 2 * recv_queue - 1  # an answer is one message, and an empty one comes behind it
-        socket.reconnect_ivl = -1
-        monitor = socket.get_monitor_socket(zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL)
-        connect(socket, self._seed)
-        return _Connection(socket, monitor, deque())
+    def _poller(self) -> tuple[zmq.Poller, float]:
+        """What waits for all connections, and when there must be one."""
+        poller = zmq.Poller()
+        for connection in self._connections:
+            connection.register(poller)
+        return poller, time.monotonic() + SILENCE
 
-    def _requests(self, copies: Sequence[Copy]) -> Iterator[_Request]:
+    def _check_reached(self, silent_at: float) -> None:
+        """Raise `PeerUnreachable` when there is no connection, and none will be."""
+        if any(connection.greeted for connection in self._connections):
+            return
+        if all(connection.refused for connection in self._connections):
+            raise PeerUnreachable("the connection is refused")
+        if time.monotonic() >= silent_at:
+            raise PeerUnreachable("nobody answers there")
+
+    def _requests(self, copies: Sequence[Copy]) -> Iterator[Request]:
         """Requests of at most a frame and `MAX_RANGES` ranges for all copies, in order; each into one device."""
         ranges, targets, nbytes = bytearray(), list[tuple[int, int, int, int]](), 0
         for i, copy in enumerate(copies):
@@ -146,7 +159,7 @@ class ZeroMQSession(Session):
                 or targets[-1][3] >= self._alone
                 or self._memory.device(targets[-1][1]) != self._memory.device(copy.into)
             ):
-                yield _Request(bytes(ranges), targets, nbytes)
+                yield Request(bytes(ranges), targets, nbytes)
                 ranges, targets, nbytes = bytearray(), [], 0
             start = 0
             while start < copy.nbytes:
@@ -155,16 +168,16 @@ class ZeroMQSession(Session):
                 targets.append((i, copy.into, copy.at + start, size))
                 nbytes, start = nbytes + size, start + size
                 if nbytes == self._frame or len(targets) == MAX_RANGES:
-                    yield _Request(bytes(ranges), targets, nbytes)
+                    yield Request(bytes(ranges), targets, nbytes)
                     ranges, targets, nbytes = bytearray(), [], 0
         if targets:
-            yield _Request(bytes(ranges), targets, nbytes)
+            yield Request(bytes(ranges), targets, nbytes)
 
-    def _send_requests(self, requests: Iterator[_Request]) -> bool:
+    def _send_requests(self, requests: Iterator[Request]) -> bool:
         """Send requests until every connection has `WINDOW` in flight. False when all have been answered."""
         while True:
             connection = min(
-                (connection for connection in self._connections if connection.connected),
+                (connection for connection in self._connections if connection.ready),
                 key=lambda connection: len(connection.in_flight),
                 default=None,
             )
@@ -181,7 +194,7 @@ class ZeroMQSession(Session):
                 raise TransferFailed(f"{self._seed} closed the connection, or died") from error
             connection.in_flight.append((self._last_number, request))
 
-    def _recv_answers(self, connection: _Connection, remaining: list[int], done: Callable[[int], None]) -> None:
+    def _recv_answers(self, connection: Connection, remaining: list[int], done: Callable[[int], None]) -> None:
         """Receive those that have arrived, at most `RECV_QUEUE` of them, so that `pull` soon sees a cancellation."""
         socket = connection.socket
         for _ in range(2 * RECV_QUEUE):
@@ -208,7 +221,7 @@ class ZeroMQSession(Session):
         if status != OK:
             raise TransferFailed(f"{self._seed} refused a request: a range lies outside what it published")
 
-    def _recv_bytes(self, socket: "zmq.Socket[bytes]", request: _Request) -> None:
+    def _recv_bytes(self, socket: "zmq.Socket[bytes]", request: Request) -> None:
         """Receive the bytes of an answer: into their place on the CPU, and towards it on a GPU."""
         targets = [target[1:] for target in request.targets]
         try:
@@ -228,7 +241,7 @@ class ZeroMQSession(Session):
         except zmq.Again as error:
             raise TransferFailed(f"{self._seed} sent fewer frames than were requested") from error
 
-    def _check_size(self, socket: "zmq.Socket[bytes]", request: _Request, received: int) -> None:
+    def _check_size(self, socket: "zmq.Socket[bytes]", request: Request, received: int) -> None:
         if received != request.nbytes or socket.get(zmq.RCVMORE):
             raise TransferFailed(f"{self._seed} sent another number of bytes than was requested")
 
@@ -239,7 +252,7 @@ class ZeroMQSession(Session):
             event.synchronize()
             self._count(request, remaining, done)
 
-    def _count(self, request: _Request, remaining: list[int], done: Callable[[int], None]) -> None:
+    def _count(self, request: Request, remaining: list[int], done: Callable[[int], None]) -> None:
         """Count bytes that have arrived, and report each copy of which they are the last."""
         for i, _, _, nbytes in request.targets:
             remaining[i] -= nbytes
@@ -251,8 +264,3 @@ class ZeroMQSession(Session):
         for copy in copies:
             if not self._memory.contains([(copy.into, copy.at, copy.nbytes)], copy.nbytes):
                 raise TransferFailed(f"{copy} lies outside our regions")
-
-    def _raise_disconnected(self, connection: _Connection) -> None:
-        """Consume the monitor's event, which says that the connection has ended."""
-        recv_event(connection.monitor)
-        raise TransferFailed(f"{self._seed} closed the connection, or died")

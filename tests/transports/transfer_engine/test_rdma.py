@@ -6,6 +6,7 @@ No RDMA NIC was at hand when this was written, so these tests check the calls to
 import ctypes
 import importlib.metadata
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +38,6 @@ class FakeMooncake:
     """Reads wait for this before they begin."""
 
     def __init__(self) -> None:
-        self.port = 20_000 + len(self.made)
         self.calls: list[tuple[Any, ...]] = []
         self.registered: dict[int, int] = {}
         self.descriptions: dict[str, dict[int, int]] = {}
@@ -49,6 +49,8 @@ class FakeMooncake:
         self.environments.append({name: value for name, value in os.environ.items() if name.startswith("MC_")})
         if self.fails:
             return -1
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
+        self.port = self.listener.getsockname()[1]
         self.made[self.port] = self
         return 0
 
@@ -106,6 +108,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeM
     for name, value in (("made", {}), ("environments", []), ("fails", False), ("answers", None)):
         monkeypatch.setattr(FakeMooncake, name, value)
     yield FakeMooncake
+    for one in FakeMooncake.made.values():
+        one.listener.close()
     for one in FakeMooncake.made.values():
         assert one.registered == {}, "something stayed registered"
         assert one.running == {}, "the status of a read was not asked for"
@@ -294,7 +298,7 @@ def test_a_peer_that_does_not_answer_costs_the_deadline_and_the_engine_is_replac
     again.pull()
     again.close()
     assert len(fake.made) == 2
-    first = fake.made[20_000]
+    first = next(iter(fake.made.values()))
     until = time.monotonic() + SOON
     while first.registered or first.running:  # the thread that hung is about to poll its read
         assert time.monotonic() < until

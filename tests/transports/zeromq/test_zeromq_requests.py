@@ -1,7 +1,7 @@
 """Requests on the port of a ZeroMQ lease, from clients that are no forks, or send nonsense."""
 
 import socket
-import time
+import struct
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -11,7 +11,8 @@ from zeromq_export import OFFER, SECONDS, ServedExport, dealer, recv_answer, req
 
 from tensorfork import TransferFailed
 from tensorfork.testing.guarded_memory import contents
-from tensorfork.transports.zeromq import FRAME, ZeroMQ
+from tensorfork.transports.zeromq import FRAME, ZeroMQ, export
+from tensorfork.transports.zeromq.protocol import NOT_THIS_SEED
 
 
 @pytest.fixture
@@ -21,21 +22,41 @@ def served() -> Iterator[ServedExport]:
         served.fork()  # still works, whatever the test did
 
 
-def test_only_a_request_with_the_token_is_answered(served: ServedExport) -> None:
+def test_only_a_request_with_the_token_gets_bytes_and_another_is_told_once_that_this_is_not_its_seed(
+    served: ServedExport,
+) -> None:
     wrong = bytes([served.token[0] ^ 1]) + served.token[1:]
     with dealer(served) as client:
         for token in (wrong, bytes(16), served.token[::-1]):
             client.send(request(token, (served.region, 0, 10), number=1))
         client.send(request(served.token, (served.region, 3, 10), number=2))
+        assert client.poll(SECONDS * 1000)
+        assert client.recv_multipart() == [struct.pack("<QB", 1, NOT_THIS_SEED)]
         assert recv_answer(client) == (2, 0, [bytes(contents(3, [served.nbytes])[0][3:13].tolist())])
         assert not client.poll(0)
 
 
-def test_a_fork_with_another_token_gets_nothing_by_the_deadline(served: ServedExport) -> None:
-    started = time.monotonic()
-    with pytest.raises(TransferFailed, match="by the deadline"):
-        served.fork(OFFER.pack(bytes(16), served.port, FRAME, 0), seconds=0.5)
-    assert time.monotonic() - started < 5
+def test_strangers_are_told_so_in_a_bounded_number_of_answers(
+    served: ServedExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "MAX_STRANGERS", 2)
+    for told in (True, True, False):
+        with dealer(served) as client:
+            client.send(request(bytes(16)))
+            client.send(request(served.token, (served.region, 0, 0), number=2))  # refused
+            assert client.poll(SECONDS * 1000)
+            assert (client.recv_multipart()[0] == struct.pack("<QB", 1, NOT_THIS_SEED)) == told
+
+
+def test_a_greeting_is_answered(served: ServedExport) -> None:
+    with dealer(served) as client:
+        client.send(request(served.token, number=0))
+        assert recv_answer(client) == (0, 0, [])
+
+
+def test_a_fork_with_another_token_is_told_that_this_is_not_its_seed(served: ServedExport) -> None:
+    with pytest.raises(TransferFailed, match="not the seed that granted the lease"):
+        served.fork(OFFER.pack(bytes(16), served.port, FRAME, 0))
 
 
 @pytest.mark.parametrize(
