@@ -12,12 +12,17 @@ _EVENT = struct.Struct("=HI")
 
 
 def recv_event(monitor: "zmq.Socket[bytes]") -> zmq.Event:
-    """The next event of a monitor that is ready for reading.
+    """The next event of a monitor that is ready for reading. Raises as `recv_connection_event`."""
+    return recv_connection_event(monitor)[0]
+
+
+def recv_connection_event(monitor: "zmq.Socket[bytes]") -> tuple[zmq.Event, int]:
+    """The next event of a monitor, and its value: of most events the number of the connection's file descriptor.
 
     Raises `zmq.Again` when there is no event, and `ValueError` for frames of another format.
     """
     frames = monitor.recv_multipart(zmq.NOBLOCK)
     if len(frames) != 2 or len(frames[0]) != _EVENT.size:
         raise ValueError(f"a monitor's event has 2 frames, the first of {_EVENT.size} bytes; {len(frames)} came")
-    number, _ = _EVENT.unpack(frames[0])
-    return zmq.Event(number)
+    number, value = _EVENT.unpack(frames[0])
+    return zmq.Event(number), value

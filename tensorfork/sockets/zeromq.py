@@ -11,6 +11,7 @@ import zmq
 
 from tensorfork.interpreter.limits import require_descriptors, require_threads
 from tensorfork.sockets.address import Address
+from tensorfork.sockets.connection_guard import ConnectionGuard
 
 HANDSHAKE_MS = 5_000
 """Milliseconds for ZeroMQ's handshake; then the connection is closed."""
@@ -58,22 +59,23 @@ def connect(socket: "zmq.Socket[bytes]", address: Address) -> None:
     socket.connect(str(address))
 
 
-def recv_arrived(socket: "zmq.Socket[bytes]", most: int) -> Iterator[list[bytes]]:
-    """The messages that have arrived, at most so many, each as its frames; waits for none.
+def recv_arrived(socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard) -> Iterator[list[bytes]]:
+    """The messages that have arrived, at most so many, each as its frames; waits for none. The guard is told of each.
 
     A peer that vanished in the middle of a message counts as one, and is passed over. Raises `zmq.ZMQError` once the
     socket or its context is closed.
     """
     for _ in range(most):
         try:
-            frames = socket.recv_multipart(zmq.NOBLOCK)
+            frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return
         except zmq.ZMQError as error:
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
             continue
-        yield frames
+        guard.received(frames)
+        yield [frame.bytes for frame in frames]
 
 
 def poll_timeout(deadline: float) -> int:

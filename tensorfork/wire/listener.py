@@ -17,6 +17,7 @@ import zmq
 
 from tensorfork.errors import LeaseEnded, PeerUnreachable, ProtocolError
 from tensorfork.sockets.address import Address
+from tensorfork.sockets.connection_guard import ConnectionGuard
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zeromq import bind, new_context, new_socket, poll_timeout, recv_arrived
 from tensorfork.wire import messages
@@ -65,10 +66,13 @@ class Listener:
             self._socket.router_mandatory = True
             self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
             self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+            self._guard = ConnectionGuard(self._socket)
+            stack.callback(self._guard.close)
             try:
                 self.address = bind(self._socket, address)
             except zmq.ZMQError as error:
                 raise OSError(error.errno, f"cannot listen at {address}: {error}") from error
+            self._guard.watch(self.address.port or 0)
             stack.pop_all()
         self._outbox: deque[Sequence[bytes]] = deque()
         self._ended = threading.Event()
@@ -103,6 +107,7 @@ class Listener:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._waker.fileno(), zmq.POLLIN)
+        self._guard.register(poller)
         try:
             while not self._ended.is_set():
                 next_tick = self._tick()
@@ -111,12 +116,13 @@ class Listener:
                     self._waker.clear()
                 if self._socket in ready:
                     self._receive()
+                self._guard.look(time.monotonic())
                 self._send_queued()
         finally:
             self._release()
 
     def _receive(self) -> None:
-        for frames in recv_arrived(self._socket, MAX_RECEIVED):
+        for frames in recv_arrived(self._socket, MAX_RECEIVED, self._guard):
             if len(frames) in (2, 3):
                 self._dispatch(*frames)
 
@@ -155,6 +161,7 @@ class Listener:
                     self._on_gone(frames[0])
 
     def _release(self) -> None:
+        self._guard.close()
         self._context.destroy(linger=0)
         self._waker.close()
 

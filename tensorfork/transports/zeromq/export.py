@@ -14,6 +14,7 @@ from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
 from tensorfork.sockets.address import Address
+from tensorfork.sockets.connection_guard import ConnectionGuard
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
 from tensorfork.sockets.zeromq import bind, new_context, new_socket, recv_arrived
@@ -45,6 +46,10 @@ SEND_BUFFER = 384 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel's own choice is better."""
 
+UNFINISHED = 256 << 10
+"""Bytes of requests that one connection may have sent and that were not received yet. A fork has a window of them,
+25 KB, in flight."""
+
 
 class ZeroMQExport(Export):
     """One lease: a ROUTER socket on a port of its own. The regions' memory is used until `close` returns True."""
@@ -70,8 +75,11 @@ class ZeroMQExport(Export):
             self._socket.router_mandatory = True
             if same_host:
                 self._socket.sndbuf = SEND_BUFFER
+            self._guard = ConnectionGuard(self._socket, unfinished=UNFINISHED)
+            stack.callback(self._guard.close)
             self._sender = ZeroCopySender(self._socket, releases)
             port = self._bind(host, ports)
+            self._guard.watch(port)
             self.offer = OFFER.pack(self._token, port, self._buffers.frame, self._buffers.alone)
             self._resources = stack.pop_all()
 
@@ -81,9 +89,11 @@ class ZeroMQExport(Export):
             poller = zmq.Poller()
             poller.register(self._socket, zmq.POLLIN)
             poller.register(self._waker.fileno(), zmq.POLLIN)
+            self._guard.register(poller)
             while not self._closing.is_set():
                 if self._socket in dict(poller.poll()):
                     self._answer_requests()
+                self._guard.look(time.monotonic())
 
     def close(self, deadline: float) -> bool:
         """See `Export.close`."""
@@ -112,7 +122,7 @@ class ZeroMQExport(Export):
 
     def _answer_requests(self) -> None:
         """Answer those that have arrived, at most `WINDOW` of them, so that `serve` soon sees when the lease ends."""
-        for frames in recv_arrived(self._socket, WINDOW):
+        for frames in recv_arrived(self._socket, WINDOW, self._guard):
             if len(frames) == 2 and len(frames[1]) >= REQUEST_HEADER.size:
                 self._answer(frames[0], frames[1])
 

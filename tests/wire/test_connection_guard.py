@@ -1,0 +1,86 @@
+"""The guard of connections: nothing is done to a descriptor whose number means something else by now."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+from hostile import GREETING, MORE, READY, frame, hung_up
+
+from tensorfork.sockets.connection_guard import ConnectionGuard
+
+SECONDS = 20.0
+
+
+class Guarded:
+    """A bound socket, its guard, and a connection that has sent nothing but its greeting."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", limit: int) -> None:
+        self.router = context.socket(zmq.ROUTER)
+        self.guard = ConnectionGuard(self.router, unfinished=limit, in_all=10 * limit)
+        self.port = self.router.bind_to_random_port("tcp://127.0.0.1")
+        self.guard.watch(self.port)
+        self.peer = socket.create_connection(("127.0.0.1", self.port), SECONDS)
+        self.look_until(lambda: bool(self.guard._connections))
+
+    def look_until(self, done: object) -> None:
+        assert callable(done)
+        poller = zmq.Poller()
+        self.guard.register(poller)
+        deadline = time.monotonic() + SECONDS
+        while not done():
+            assert time.monotonic() < deadline
+            poller.poll(100)
+            self.guard.look(time.monotonic())
+
+    def close(self) -> None:
+        self.peer.close()
+        self.guard.close()
+        self.router.close(0)
+
+
+@pytest.fixture
+def guarded() -> Iterator[Guarded]:
+    with zmq.Context() as context:
+        made = Guarded(context, 100)
+        yield made
+        made.close()
+
+
+def test_who_sends_more_than_may_be_unfinished_is_ended(guarded: Guarded) -> None:
+    guarded.guard._unfinished = 1000
+    guarded.peer.sendall(GREETING + READY)
+    received = b""
+    while len(received) <= len(GREETING):  # until the handshake is done
+        received += guarded.peer.recv(4096)
+    guarded.look_until(lambda: True)
+    assert guarded.guard.ended == 0
+    guarded.peer.sendall(frame(bytes(2000), MORE))
+    guarded.look_until(lambda: guarded.guard.ended)
+    assert hung_up(guarded.peer)
+
+
+def test_a_number_that_is_used_again_is_left_alone(guarded: Guarded) -> None:
+    """libzmq has closed the connection, and the application has got its number, before the guard looks."""
+    (number,) = guarded.guard._connections
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        kept = os.dup(number)
+        try:
+            os.dup2(theirs.fileno(), number)
+            guarded.guard._look_at(number, guarded.guard._connections[number], time.monotonic())
+            assert not guarded.guard._connections
+            assert guarded.guard.ended == 0
+            theirs.sendall(b"still open")
+            assert ours.recv(100) == b"still open"
+        finally:
+            os.dup2(kept, number)
+            os.close(kept)
+
+
+def test_a_connection_that_ended_is_forgotten(guarded: Guarded) -> None:
+    guarded.peer.close()
+    guarded.look_until(lambda: not guarded.guard._connections)
+    assert guarded.guard.ended == 0
