@@ -59,8 +59,8 @@ def connect(socket: "zmq.Socket[bytes]", address: Address) -> None:
     socket.connect(str(address))
 
 
-def recv_arrived(socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard) -> Iterator[list[bytes]]:
-    """The messages that have arrived, at most so many, each as its frames; waits for none. The guard is told of each.
+def recv_arrived(socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard | None = None) -> Iterator[list[bytes]]:
+    """The messages that have arrived, at most so many, each as its frames; waits for none. A guard is told of each.
 
     A peer that vanished in the middle of a message counts as one, and is passed over. Raises `zmq.ZMQError` once the
     socket or its context is closed.
@@ -74,7 +74,8 @@ def recv_arrived(socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard)
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
             continue
-        guard.received(frames)
+        if guard is not None:
+            guard.received(frames)
         yield [frame.bytes for frame in frames]
 
 

@@ -86,6 +86,8 @@ class ZeroMQExport(Export):
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`."""
         with self._serve_lock:
+            if self._closing.is_set():
+                return
             poller = zmq.Poller()
             poller.register(self._socket, zmq.POLLIN)
             poller.register(self._waker.fileno(), zmq.POLLIN)
