@@ -81,7 +81,10 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
     connect = partial(SeedConnection, peer, terms.deadline, terms.cancel, terms.wait_until, watch.enter)
     with ending.guarded(terms.cancel.set), _cancellable(peer, terms.cancel), connect() as seed:
         attempts = _Attempts(seed, filling, terms, watch)
-        report = _with_restarts(attempts.next, terms)
+        try:
+            report = _with_restarts(attempts.next, terms)
+        except transfer.CallbackRaised as raised:
+            raise raised.error from raised.error.__cause__
     watch.enter("install")
     attempt = attempts.last
     assert attempt is not None

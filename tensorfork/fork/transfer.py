@@ -46,6 +46,7 @@ def pull(
     """
     arrivals = _Arrivals(plan, terms.progress, digests)
     try:
+        arrivals.begin()
         if plan.copies:
             if not plan.strided:
                 lease.session.expect_last_pull()
@@ -55,10 +56,10 @@ def pull(
             tensor, deadline = tensors()[pair.name], terms.deadline
             pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline, terms.cancel)
             arrivals.add_strided(pair)
-    except (TransportUnavailable, UnsupportedTensor):  # the latter from `tensors`
-        raise
     except Exception as error:
         if error is arrivals.callback_error:
+            raise CallbackRaised(error) from error
+        if isinstance(error, TransportUnavailable | UnsupportedTensor):  # the latter from `tensors`
             raise
         arrived = arrivals.complete_tensors(pairs, lease.ours)
         why = str(error) if isinstance(error, TensorForkError) else f"the transport failed: {error!r}"
@@ -71,6 +72,14 @@ def pull(
     return arrivals.total
 
 
+class CallbackRaised(Exception):
+    """The caller's `progress` raised `error`, which may be one of ours and says nothing of the seed or a transport."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class _Arrivals:
     """What has arrived of a plan, as it is reported. `callback_error` is what `progress` raised."""
 
@@ -80,6 +89,9 @@ class _Arrivals:
         self._nbytes = 0
         self.callback_error: BaseException | None = None
         self.total = sum(copy.nbytes for copy in plan.copies) + sum(pair.ours.nbytes for pair in plan.strided)
+
+    def begin(self) -> None:
+        """Nothing has arrived yet."""
         self._add(0)
 
     def add_copy(self, i: int) -> None:

@@ -345,6 +345,35 @@ def test_the_leases_of_forks_that_failed_are_given_back(seed: tensorfork.Seed, m
     settled(seed)
 
 
+@pytest.mark.parametrize("at", [0, 1], ids=["before the first byte", "after it"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        tensorfork.TransportUnavailable("mine"),
+        tensorfork.SeedChanged("mine"),
+        tensorfork.SeedAsleep("mine"),
+        tensorfork.ResourceExhausted("mine", resource="memory"),
+        tensorfork.TransferFailed("mine"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_ours_that_progress_raises_are_the_caller_s_and_change_nothing_else(
+    seed: tensorfork.Seed, error: Exception, at: int
+) -> None:
+    """No other transport is tried, nothing begins again, and nothing is added."""
+    calls: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) > at:
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        tensorfork.fork(seed.address, progress=progress, restarts=3, wait=1.0, timeout=SECONDS)
+    assert raised.value is error
+    assert len(calls) == at + 1
+
+
 def test_progress_counts_every_byte_once_and_in_order(seed: tensorfork.Seed) -> None:
     seen: list[tuple[int, int]] = []
 
