@@ -39,7 +39,7 @@ from tensorfork.seed.handle import Seed
 from tensorfork.seed.publication import check_publishable
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
-from tensorfork.validators import seconds
+from tensorfork.validators import flag, seconds
 from tensorfork.wire.conversation import peer_address
 
 TIMEOUT = 300.0
@@ -100,6 +100,7 @@ def publish(
     """
     listening_address(bind, advertise)
     check_wanted(version, None)
+    flag("stable", stable)
     copy_to = None if isinstance(snapshot, bool) else usable_device(snapshot, "snapshot")
     source = ModelSource(model, Selection(include, exclude), identity, rank)
     with gc_paused():

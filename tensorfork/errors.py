@@ -116,7 +116,9 @@ class LayoutMismatch(TensorForkError):
         if self.renamed:
             names = f"{len(self.renamed):,} names differ" if len(self.renamed) > 1 else "one name differs"
             others = f"Nothing was copied. There are {count:,} other differences"
-            text = f"{names} only by {advice}. {others if count else 'Nothing else differs; nothing was copied'}"
+            text = (
+                f"{names} only by {advice}. {others if count else 'No other difference was found; nothing was copied'}"
+            )
         else:
             text = f"the seed's model is not this model ({count:,} differences); nothing was copied"
         if count:

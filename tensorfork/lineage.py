@@ -83,3 +83,5 @@ def check_wanted(wanted: Any, at_least: Any) -> None:
         check_label(wanted)
     if not isinstance(at_least, Version | int | None) or isinstance(at_least, bool):
         raise TypeError(f"at_least must be a Version or a counter, not {type(at_least).__name__}")
+    if isinstance(at_least, int) and at_least < 0:
+        raise ValueError(f"at_least must be a Version or a counter from 0 on, not {at_least}")

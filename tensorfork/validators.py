@@ -95,6 +95,13 @@ def naturals_field(instance: object, attribute: Field, value: object) -> None:
         raise ValueError(f"{attribute.name} must be natural numbers, not {str(value)[:80]}")
 
 
+def flag(name: str, value: object) -> bool:
+    """The value, if it is a bool. Raises `TypeError`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+    return value
+
+
 def index_field(instance: object, attribute: Field, value: object) -> None:
     """Raise unless the value is (index, size), two ints with 0 <= index < size."""
     if type(value) is not tuple or len(value) != 2 or not all(type(one) is int for one in value):

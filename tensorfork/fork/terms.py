@@ -15,7 +15,7 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.lineage import AtLeast, Wanted, check_wanted
 from tensorfork.model.devices import usable_device
 from tensorfork.transports.base import Transport
-from tensorfork.validators import Field, natural_number, seconds
+from tensorfork.validators import Field, flag, natural_number, seconds
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that have arrived and the bytes in all, on the thread that called `fork_into` or `fork`."""
@@ -68,8 +68,7 @@ def _callable_field(instance: object, attribute: Field, value: object) -> None:
 
 
 def _flag_field(instance: object, attribute: Field, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{attribute.name} must be True or False, not {type(value).__name__}")
+    flag(attribute.name, value)
 
 
 @frozen(eq=False, repr=False, kw_only=True)

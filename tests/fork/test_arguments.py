@@ -80,6 +80,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("rank", 3, TypeError, "rank"),
     ("version", 3, TypeError, "version must be"),
     ("at_least", "3", TypeError, "at_least must be"),
+    ("at_least", -1, ValueError, "at_least must be"),
     ("include", [3], TypeError, "must be names or patterns"),
     ("include", "layer.\ud800", ValueError, r"include .* no text"),
     ("exclude", ["a", "\udfff"], ValueError, r"exclude .* no text"),
@@ -189,6 +190,7 @@ def test_no_time_at_all_is_a_look() -> None:
     ({"rank": (0, 1)}, TypeError, "rank"),
     ({"version": "\ud800"}, ValueError, "version .* no text"),
     ({"version": 3}, TypeError, "version must be"),
+    ({"stable": "yes"}, TypeError, "stable must be True or False, not str"),
 ], ids=str)  # fmt: skip
 def test_what_cannot_be_published_so_is_an_error_before_the_model_is_walked(
     terms: dict[str, Any], error: type[Exception], text: str

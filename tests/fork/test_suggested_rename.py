@@ -88,7 +88,7 @@ def test_names_that_differ_by_a_wrapper_are_said_to_in_one_line(case: str) -> No
         error = mismatch(theirs, ours)
         assert suggestion(error) == expected
         assert "\n" not in str(error)
-        assert "Nothing else differs; nothing was copied" in str(error)
+        assert "No other difference was found; nothing was copied" in str(error)
         rename = namer(eval(suggestion(error) or "None"))
         renamed = {name: rename(name) for name in ours}
         assert len(match(of(theirs), of(ours), renamed)) == len(ours)
