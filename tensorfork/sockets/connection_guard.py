@@ -71,6 +71,7 @@ class ConnectionGuard:
         self._bound, self._unfinished, self._in_all = bound, unfinished, in_all
         self._epoll = select.epoll()
         self._connections: dict[int, _Connection] = {}
+        self._unfinished_in_all = 0
         self._port: int | None = None
         self.ended = 0
         """Connections that were ended."""
@@ -101,7 +102,8 @@ class ConnectionGuard:
             connection = self._connections.get(number)
             if connection is not None and not connection.ended:
                 self._look_at(number, connection, now)
-        self._bound_all()
+        if self._unfinished_in_all > self._in_all:
+            self._end_the_largest()
 
     def close(self) -> None:
         """Stop watching. Call it before the socket is closed."""
@@ -110,8 +112,8 @@ class ConnectionGuard:
         self._epoll.close()
 
     def _on_event(self, event: int, number: int, now: float) -> None:
+        self._forget(number)
         if event != zmq.Event.ACCEPTED:
-            self._connections.pop(number, None)
             return
         held = self._hold(number, None)
         if held is None:
@@ -129,28 +131,37 @@ class ConnectionGuard:
     def _look_at(self, number: int, connection: _Connection, now: float) -> None:
         held = self._hold(number, connection.inode)
         if held is None:
-            self._connections.pop(number, None)
+            self._forget(number)
             return
         with held:
             forgiven = int((now - connection.since) * _FORGIVEN)
-            connection.unfinished = max(0, _bytes_received(held) - connection.accounted - forgiven)
+            self._set(connection, max(0, _bytes_received(held) - connection.accounted - forgiven))
             if connection.unfinished > self._unfinished:
                 self._end(held, connection)
 
-    def _bound_all(self) -> None:
-        most = [one for one in self._connections.items() if one[1].unfinished and not one[1].ended]
-        in_all = sum(connection.unfinished for _, connection in most)
-        most.sort(key=lambda one: one[1].unfinished)
-        while in_all > self._in_all and most:
-            number, connection = most.pop()
-            in_all -= connection.unfinished
+    def _end_the_largest(self) -> None:
+        by_size = sorted(self._connections.items(), key=lambda one: one[1].unfinished)
+        while self._unfinished_in_all > self._in_all and by_size:
+            number, connection = by_size.pop()
             held = self._hold(number, connection.inode)
-            if held is not None:
-                with held:
-                    self._end(held, connection)
+            if held is None:
+                self._forget(number)
+                continue
+            with held:
+                self._end(held, connection)
+
+    def _set(self, connection: _Connection, unfinished: int) -> None:
+        self._unfinished_in_all += unfinished - connection.unfinished
+        connection.unfinished = unfinished
+
+    def _forget(self, number: int) -> None:
+        connection = self._connections.pop(number, None)
+        if connection is not None:
+            self._set(connection, 0)
 
     def _end(self, held: socket.socket, connection: _Connection) -> None:
-        connection.ended, connection.unfinished = True, 0
+        connection.ended = True
+        self._set(connection, 0)
         self.ended += 1
         try:
             held.shutdown(socket.SHUT_RDWR)
