@@ -5,8 +5,10 @@ thread digests the part, on streams of its own, while the next parts are transfe
 left to compute. Tensors on the CPU are digested at the end, because digests and sockets would share its cores.
 """
 
+import math
 import queue
 import threading
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -15,7 +17,7 @@ from attrs import define
 
 from tensorfork.digest import warm_up
 from tensorfork.digest.batch import DigestBatch
-from tensorfork.errors import ForkCancelled
+from tensorfork.errors import ForkCancelled, TransferFailed
 from tensorfork.interpreter import ending
 from tensorfork.layout import TensorLayout
 from tensorfork.memory import cuda, streams
@@ -47,6 +49,7 @@ class ArrivalDigests:
         ours: where each of these storages begins.
         copies: sorted by where they go (`into`, `at`).
         cancel: set to stop; `digests` then raises `ForkCancelled`.
+        deadline: the fork's; `digests` raises `TransferFailed` then.
     """
 
     def __init__(
@@ -57,9 +60,10 @@ class ArrivalDigests:
         ours: Mapping[int, Place],
         copies: Sequence[Copy],
         cancel: threading.Event | None = None,
+        deadline: float = math.inf,
     ) -> None:
         self._tensors, self._layouts, self._ours, self._copies = tensors, layouts, ours, copies
-        self._devices = devices
+        self._devices, self._deadline = devices, deadline
         self._cancel = threading.Event() if cancel is None else cancel
         self._arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._digests: dict[str, int] = {}
@@ -93,9 +97,15 @@ class ArrivalDigests:
     def _check_cancelled(self) -> None:
         if self._cancel.is_set():
             raise ForkCancelled("the fork was cancelled (at step digests)")
+        if time.monotonic() >= self._deadline:
+            raise TransferFailed(
+                "all bytes had arrived, but not all digests were computed by the deadline: nothing is verified. Fork "
+                "with a longer timeout",
+                complete=[layout.name for layout in self._layouts],
+            )
 
     def _stopped(self) -> bool:
-        return self._closed or self._cancel.is_set()
+        return self._closed or self._cancel.is_set() or time.monotonic() >= self._deadline
 
     def _join_thread(self) -> None:
         if self._thread.is_alive():

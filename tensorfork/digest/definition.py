@@ -1,7 +1,8 @@
 """The digest of a tensor: 64 bits, the same on CPU and GPU. It guards against accidents, not against attackers.
 
 The definition. A tensor's bytes are read in the order in which they lie in memory (dimensions by falling stride), as
-little-endian 64-bit words, the last one padded with zeros, in segments of 1024 * 1021 words. All arithmetic is on
+little-endian 64-bit words, the last one padded with zeros, in segments of 1024 * 1021 words. Elements that
+expanding or sliding windows repeat are read once (`elements.read_once`). All arithmetic is on
 integers modulo 2^64, so the order of additions does not matter, and every device gets the same result. For each segment
 x[0..n) three families of sums are taken:
 
@@ -35,7 +36,7 @@ from functools import cache
 import torch
 from attrs import evolve, frozen
 
-from tensorfork.digest.elements import as_bytes, copy_elements, is_dense
+from tensorfork.digest.elements import as_bytes, copy_elements, is_dense, read_once
 from tensorfork.digest.reads import CheckedReads, HostReads, TorchReads
 from tensorfork.digest.sums import COLUMNS, OTHER_WIDTH, WIDTH, SegmentSums
 from tensorfork.interpreter import ending
@@ -43,7 +44,7 @@ from tensorfork.interpreter.openmp import single_threaded
 
 SEGMENT = 1024 * WIDTH * 8
 """Bytes of a tensor that are summed together."""
-NAME = "sums3/1"
+NAME = "sums3/2"
 """Names this definition on the wire: two sides compare digests only when they compute the same thing."""
 
 _WORDS = SEGMENT // 8
@@ -90,7 +91,7 @@ def _digests(tensors: Mapping[str, torch.Tensor], check: Callable[[], None], che
             check()
         key: _Key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         names[key].append(name)
-        by_device[tensor.device][key] = tensor
+        by_device[tensor.device][key] = read_once(tensor)
     found: dict[str, int] = {}
     with torch.inference_mode():
         for device, unique in by_device.items():

@@ -1,6 +1,7 @@
 """A tensor's bytes in the order in which they lie in memory: as views where possible, otherwise copied in parts."""
 
 from collections.abc import Iterable, Iterator
+from math import prod
 
 import torch
 
@@ -50,6 +51,29 @@ def by_stride(tensor: torch.Tensor) -> torch.Tensor:
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether its elements fill a range of memory without gaps or overlaps, in any order of dimensions."""
     return tensor.is_contiguous() or layout.is_dense(tensor.shape, tensor.stride())
+
+
+def read_once(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without what expanding and sliding windows repeat, so that each element is read once.
+
+    Dimensions of stride 0 count as of one element. By falling stride, a dimension whose stride is a multiple of the
+    next one's, and so short that its steps overlap, makes one dimension with it. A tensor without such is returned.
+    """
+    if is_dense(tensor):
+        return tensor
+    dimensions: list[tuple[int, int]] = []
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1 or step == 0:
+            continue
+        if dimensions and step % dimensions[-1][0] == 0 and step < dimensions[-1][0] * dimensions[-1][1]:
+            inner, count = dimensions[-1]
+            dimensions[-1] = inner, count + step // inner * (size - 1)
+        else:
+            dimensions.append((step, size))
+    if prod(size for _, size in dimensions) == tensor.numel():
+        return tensor
+    dimensions.reverse()
+    return tensor.as_strided([size for _, size in dimensions], [step for step, _ in dimensions])
 
 
 def slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:

@@ -310,7 +310,8 @@ class _Attempt:
             yield None
             return
         layouts, devices = [pair.ours for pair in self.memory.filled], self.memory.devices
-        digests = ArrivalDigests(tensors, layouts, devices, lease.ours, plan.copies, self.terms.cancel)
+        cancel, deadline = self.terms.cancel, self.terms.deadline
+        digests = ArrivalDigests(tensors, layouts, devices, lease.ours, plan.copies, cancel, deadline)
         try:
             yield digests
         finally:

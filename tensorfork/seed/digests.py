@@ -29,10 +29,15 @@ _POLL = 0.1
 
 
 class DigestCache:
-    """The digests of all tensors of a model, at its current generation."""
+    """The digests of all tensors of a model, at its current generation.
 
-    def __init__(self, model: PublishedModel) -> None:
-        self._model = model
+    `wanted` says whether a fork waits for them, or will: their computation is given up when nobody does.
+    """
+
+    def __init__(self, model: PublishedModel, wanted: Callable[[], bool]) -> None:
+        self._model, self._wanted = model, wanted
+        self._callers = 0
+        """Threads of this process that wait in `record`."""
         self._lock = threading.Lock()
         self._waiting: list[tuple[int, SendReply]] = []
         self._cached: tuple[int, list[bytes], str] | None = None
@@ -93,8 +98,14 @@ class DigestCache:
         if generation % 2 or generation != self._model.generation:
             raise SeedChanged(self._model.why_changing())
         publication.places.check()
-        self.start()
-        values = self._wait_for(generation, len(publication.tensors))
+        with self._lock:
+            self._callers += 1
+        try:
+            self.start()
+            values = self._wait_for(generation, len(publication.tensors))
+        finally:
+            with self._lock:
+                self._callers -= 1
         digests = Digests.of(dict(zip(publication.tensors, values, strict=True)), version, generation)
         return evolve(digests, version=evolve(version, content=digests.content))
 
@@ -191,6 +202,7 @@ class DigestCache:
         with self._lock:
             cached, current = self._cached, self._model.generation
             settled = failure is not None or (cached is not None and cached[0] == current)
+            settled = settled or not (self._callers or self._wanted())  # those that waited have gone
             still_waiting = [] if settled else [one for one in self._waiting if one[0] == current]
             ready = [one for one in self._waiting if one not in still_waiting]
             self._waiting = still_waiting
@@ -212,4 +224,9 @@ class DigestCache:
         return messages.Refused(messages.CHANGED, "the seed's weights changed while their digests were computed")
 
     def _cancelled_at(self, generation: int) -> Callable[[], bool]:
-        return lambda: self._cancel.is_set() or self._model.generation != generation
+        def cancelled() -> bool:
+            if self._cancel.is_set() or self._model.generation != generation:
+                return True
+            return not self._callers and not self._wanted()
+
+        return cancelled

@@ -35,6 +35,7 @@ class Lease:
         channel: the seed's end of its channel.
         checks: replies to requests to look at the tensors, for the lease's thread; None, the last, ends it.
         ended: set when the lease is to end.
+        digests: whether its fork has asked for digests, or said that it will.
         why: what the fork is told about the end.
     """
 
@@ -47,6 +48,7 @@ class Lease:
     channel: SeedChannel
     checks: "queue.SimpleQueue[SendReply | None]" = field(factory=queue.SimpleQueue)
     ended: threading.Event = field(factory=threading.Event)
+    digests: bool = False
     why: messages.Refused = ENDED
     _lock: threading.Lock = field(factory=threading.Lock)
 
@@ -125,6 +127,10 @@ class LeaseTable:
         """Those that have not been told to end."""
         with self._lock:
             return [lease for lease in self._leases.values() if not lease.ended.is_set()]
+
+    def want_digests(self) -> bool:
+        """Whether a lease that runs waits for digests, or will."""
+        return any(lease.digests for lease in self.running())
 
     def end_all(self, why: messages.Refused, which: Callable[[Lease], bool] = lambda _: True) -> None:
         """End all leases, or some, and say why."""

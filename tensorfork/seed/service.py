@@ -76,7 +76,7 @@ class SeedService:
         self._transports = {**transports, NoTransport.name: NoTransport()}
         self._leases = LeaseTable()
         self.model = PublishedModel(model, source, transports, version, stable, self._on_replaced)
-        self._digests = DigestCache(self.model)
+        self._digests = DigestCache(self.model, self._leases.want_digests)
         self._draining = False
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
@@ -189,6 +189,7 @@ class SeedService:
                     lease.end(gone=True)
             case messages.GetDigests():
                 if lease := self._running_lease(message.lease, reply):
+                    lease.digests = True
                     self._digests.request(lease.generation, reply)
             case messages.CheckLease():
                 if lease := self._running_lease(message.lease, reply):
@@ -217,10 +218,11 @@ class SeedService:
         channel = SeedChannel(self._listener, peer, id)
         expires = time.monotonic() + request.seconds
         lease = Lease(id, peer, request.transport, publication, generation, expires, channel)
+        lease.digests = request.digests
+        self._leases.add(lease)
         if request.digests:
             with suppress(RuntimeError):  # without a thread for them; whoever asks for them then is told
                 self._digests.start()
-        self._leases.add(lease)
         try:
             self._start_thread("tensorfork-lease", lambda: self._run_lease(lease, request, reply))
         except Exception as error:

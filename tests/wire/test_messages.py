@@ -60,7 +60,7 @@ SAMPLES: dict[type[Any], Any] = {
     messages.Ended: messages.Ended(b"lease", messages.Refused("changed", "other tensors", ["a"])),
     messages.Hello: messages.Hello("0.1"),
     messages.Welcome: messages.Welcome(
-        "0.1", b"id", 3, 2, 1000, "sums3/1", {"zeromq": messages.Offered({"a": [1]}, None)}, 7, VERSION
+        "0.1", b"id", 3, 2, 1000, "sums3/2", {"zeromq": messages.Offered({"a": [1]}, None)}, 7, VERSION
     ),
     messages.GetLayout: messages.GetLayout(7),
     messages.Pages: messages.Pages(1, 1, 0),

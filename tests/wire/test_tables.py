@@ -25,7 +25,7 @@ WELCOME = messages.Welcome(
     3,
     2,
     1000,
-    "sums3/1",
+    "sums3/2",
     {"zeromq": messages.Offered({"a": [1]}, None)},
     0,
     messages.WeightsVersion("l", 0),
