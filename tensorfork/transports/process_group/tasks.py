@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
@@ -40,8 +41,12 @@ class BackgroundTask(Generic[T]):
         except BaseException:
             self.abandon()
             raise
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # which would keep this frame, and what the caller's hold
         return self._results[0]
 
     def abandon(self, seconds: float = 0.0) -> None:
@@ -60,6 +65,7 @@ class BackgroundTask(Generic[T]):
                 self._call()
         except BaseException as error:
             self._error = error
+            traceback.clear_frames(error.__traceback__)  # it stays until garbage is collected; not what failed with it
         self._finished.set()
 
     def _call(self) -> None:
