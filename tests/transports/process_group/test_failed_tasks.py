@@ -23,8 +23,8 @@ def test_what_a_failed_task_held_is_released_without_garbage_collection() -> Non
     gc.disable()
     try:
         task = BackgroundTask(fail, lambda _: None, "test")
-        with pytest.raises(RuntimeError, match="no group"):
+        with pytest.raises(RuntimeError, match="no group") as caught:
             task.result(lambda: None)
-        assert seen[0]() is None
+        assert seen[0]() is None, caught.value  # which is there still
     finally:
         gc.enable()
