@@ -29,7 +29,7 @@ from tensorfork.sockets.monitor import recv_connection_event
 
 UNFINISHED = 4 << 20
 """Bytes that may have arrived on one connection beyond the messages that were received: a few of the largest, 1 MiB."""
-UNFINISHED_IN_ALL = 32 << 20
+UNFINISHED_IN_ALL = 16 << 20
 """The same for all connections together; beyond it the one with most is ended."""
 _FORGIVEN = 64
 """Bytes a second that count for nothing: answers to heartbeats are no messages."""
