@@ -1,10 +1,8 @@
 """Peers that send a message of endless parts: they are cut off, cost the seed little memory, and forks are served."""
 
-from contextlib import ExitStack
-
 import pytest
 from flood import all_ended, floods
-from hostile import LONG, MORE, MUCH, SECONDS, Seed, answers, dealer, frame, send, zmtp
+from hostile import MORE, MUCH, SECONDS, Seed, answers, dealer, frame
 
 from tensorfork.wire import messages
 
@@ -26,17 +24,6 @@ def test_a_flood_of_parts_of_the_greatest_size_is_cut_off_too(seed: Seed) -> Non
         assert all_ended(peers, SECONDS)
         seed.serves()
     assert seed.memory() - before < MUCH
-
-
-def test_many_connections_with_a_little_unfinished_each_are_bounded_in_all(seed: Seed) -> None:
-    """Each stays below what one may have."""
-    before = seed.memory()
-    little = bytes([LONG | MORE]) + (600_000).to_bytes(8, "big") + bytes(600_000)
-    with ExitStack() as stack:
-        for connection in [stack.enter_context(zmtp(seed)) for _ in range(150)]:
-            send(connection, little)
-        seed.serves()
-        assert seed.memory() - before < MUCH
 
 
 def test_an_honest_connection_may_send_as_much_as_it_likes(seed: Seed) -> None:
