@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tensorfork import Copy, Export, Region, Session, TransferFailed
 from tensorfork.testing import Fault, FaultyTransport, TransportSuite, faults
 from tensorfork.testing.faults import Job
 from tensorfork.testing.harness import SAME_PROCESS, Harness
+from tensorfork.testing.lease_under_test import TIME_TOLERANCE
 from tensorfork.transports.zeromq import ZeroMQ
 
 
@@ -171,8 +173,31 @@ def test_a_transport_that_ignores_cancellation_fails_the_suite() -> None:
     finds(custom(without_cancel), Broken.test_a_pull_ends_soon_when_it_is_cancelled_from_done, "DID NOT RAISE")
 
 
+class WaitsTooLong(ZeroMQ):
+    """Opens a session with a seed that does not serve, and waits there for bytes beyond any deadline."""
+
+    def open(self, *args: Any) -> Session:
+        return _NeverServed()
+
+
+class _NeverServed(Session):
+    fabric = "none"
+
+    def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
+        cancel.wait(max(0.0, deadline - time.monotonic()) + 2 * TIME_TOLERANCE)
+        raise TransferFailed("nothing came")
+
+    def close(self, deadline: float) -> None:
+        pass
+
+
 def test_a_transport_without_deadlines_fails_the_suite() -> None:
     finds(custom(without_deadline), Broken.test_nothing_is_pulled_past_the_deadline, "DID NOT RAISE")
+    finds(
+        WaitsTooLong,
+        Broken.test_a_seed_that_does_not_serve_costs_no_more_than_the_deadline,
+        "long after its deadline",
+    )
 
 
 def test_bytes_written_after_a_failure_fail_the_suite() -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import zmq
@@ -24,6 +25,16 @@ class Guarded:
         self.guard.watch(self.port)
         self.peer = socket.create_connection(("127.0.0.1", self.port), SECONDS)
         self.look_until(lambda: bool(self.guard._connections))
+
+    @contextmanager
+    def greeted(self) -> Iterator[socket.socket]:
+        """Another connection, after its handshake."""
+        with socket.create_connection(("127.0.0.1", self.port), SECONDS) as peer:
+            peer.sendall(GREETING + READY)
+            received = b""
+            while len(received) <= len(GREETING):
+                received += peer.recv(4096)
+            yield peer
 
     def look_until(self, done: object) -> None:
         assert callable(done)
@@ -51,15 +62,32 @@ def guarded() -> Iterator[Guarded]:
 
 def test_who_sends_more_than_may_be_unfinished_is_ended(guarded: Guarded) -> None:
     guarded.guard._unfinished = 1000
-    guarded.peer.sendall(GREETING + READY)
-    received = b""
-    while len(received) <= len(GREETING):  # until the handshake is done
-        received += guarded.peer.recv(4096)
-    guarded.look_until(lambda: True)
-    assert guarded.guard.ended == 0
-    guarded.peer.sendall(frame(bytes(2000), MORE))
-    guarded.look_until(lambda: guarded.guard.ended)
-    assert hung_up(guarded.peer)
+    with guarded.greeted() as peer:
+        guarded.look_until(lambda: True)
+        assert guarded.guard.ended == 0
+        peer.sendall(frame(bytes(2000), MORE))
+        guarded.look_until(lambda: guarded.guard.ended)
+        assert hung_up(peer)
+
+
+def test_of_all_connections_those_with_most_unfinished_are_ended_until_the_rest_is_little_enough(
+    guarded: Guarded,
+) -> None:
+    """Each of them has less than one may have."""
+    guard = guarded.guard
+    guard._unfinished, guard._in_all = 10_000, 12_000
+    with ExitStack() as stack:
+        *peers, largest = [stack.enter_context(guarded.greeted()) for _ in range(4)]
+        for size, peer in zip((1000, 4000, 5000), peers, strict=True):
+            peer.sendall(frame(bytes(size), MORE))
+        guarded.look_until(lambda: guard._unfinished_in_all > 10_000)
+        assert guard.ended == 0
+        largest.sendall(frame(bytes(6000), MORE))
+        guarded.look_until(lambda: guard.ended)
+        assert hung_up(largest)
+        assert guard.ended == 1
+        assert 10_000 < guard._unfinished_in_all <= 12_000
+        assert guard._unfinished_in_all == sum(one.unfinished for one in guard._connections.values())
 
 
 def test_a_number_that_is_used_again_is_left_alone(guarded: Guarded) -> None:
