@@ -98,7 +98,7 @@ def publish(
         ResourceExhausted: this process has no memory, file descriptors or threads left for it.
         OSError: the address cannot be listened on.
     """
-    listening_address(bind, advertise)
+    bound, advertised = listening_address(bind, advertise)
     check_wanted(version, None)
     flag("stable", stable)
     copy_to = None if isinstance(snapshot, bool) else usable_device(snapshot, "snapshot")
@@ -114,9 +114,9 @@ def publish(
     first = version_of(found.tensors, version)
     with gc_paused():
         if snapshot is False:
-            return Seed(found, source, offered, first, stable, bind, advertise)
+            return Seed(found, source, offered, first, stable, bound, advertised)
         copied = take_snapshot(found, copy_to)
-        return Seed(copied, None, offered, first, True, bind, advertise)
+        return Seed(copied, None, offered, first, True, bound, advertised)
 
 
 @in_normal_mode
@@ -200,7 +200,7 @@ def fork_into(
     """
     peer_address(peer)
     selection, policy = Selection(include, exclude), ValuePolicy.of(values)
-    name_of = namer(rename)
+    name_of = None if rename is None else namer(rename)
     with gc_paused(GC_PAUSE):
         watch = Stopwatch()
         watch.enter("survey")
@@ -221,7 +221,7 @@ def fork_into(
         )
         ours = describe(model, selection)
         check_mapped(ours, writing=True)
-        names = SeedNames.of(ours.layout, selection, rename)
+        names = SeedNames.of(ours.layout, selection, name_of)
         if verify:
             warm_up.begin({tensor.device for tensor in ours.tensors.values()} | terms.named_devices)
 
@@ -232,7 +232,7 @@ def fork_into(
             return destination.memory_for(pairs, theirs, ours, terms.device, arena=arena)
 
         with exclusive_fill(ours):
-            our_values = OurValues.of(ours.visited, policy, None if rename is None else name_of)
+            our_values = OurValues.of(ours.visited, policy, name_of)
             filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory), names, our_values)
             report, _ = steps.run(peer, filling, terms, watch)
             remember_version(ours.tensors, report.version)

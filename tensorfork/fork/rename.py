@@ -25,7 +25,7 @@ def namer(rename: Rename) -> Namer:
     if rename is None:
         return lambda name: name
     if isinstance(rename, Mapping):
-        return _PrefixRules(rename)
+        return PrefixRules(rename)
     if not callable(rename):
         raise TypeError(f"rename must be a mapping of names' beginnings, or a function, not {type(rename).__name__}")
     return _checked(rename)
@@ -57,7 +57,7 @@ def _checked(function: Callable[[str], str]) -> Namer:
     return name_in_seed
 
 
-class _PrefixRules:
+class PrefixRules:
     """The function that a mapping stands for."""
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
@@ -74,6 +74,7 @@ class _PrefixRules:
         self._rules.sort(key=lambda rule: rule[0].groups)
 
     def __call__(self, name: str) -> str:
+        """See `namer`."""
         found = [(match, value) for pattern, value in self._rules if (match := pattern.match(name)) is not None]
         if not found:
             return name

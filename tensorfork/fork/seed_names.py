@@ -5,7 +5,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from tensorfork.fork.rename import Namer, Rename, namer
+from tensorfork.fork.rename import Namer, PrefixRules
 from tensorfork.layout import ModelLayout, TensorLayout
 from tensorfork.model.selection import Selection
 
@@ -27,19 +27,21 @@ class SeedNames:
     """By the seed's name, our name for each tensor that our selection leaves out."""
 
     @classmethod
-    def of(cls, ours: ModelLayout, selection: Selection, rename: Rename) -> "SeedNames":
+    def of(cls, ours: ModelLayout, selection: Selection, name_of: Namer | None) -> "SeedNames":
         """The seed's names for these tensors, and for those that the selection left out of them.
 
-        Raises `ValueError` where two different tensors of ours have one name there, and as `namer` does.
+        `name_of` gives them; None where they are ours. Raises `ValueError` where two different tensors of ours have one
+        name there, and as `name_of` does.
         """
-        if rename is None:
+        if name_of is None:
             return cls({}, selection)
-        name_of = namer(rename)
         names = {tensor.name: name_of(tensor.name) for tensor in ours.tensors}
         _check_distinct(ours.tensors, names)
         left_out = {name_of(name): name for name in ours.left_out}
         renamed = {name: there for name, there in names.items() if name != there}
-        if isinstance(rename, Mapping):  # what only the seed has is chosen by our patterns as it is called here, too
+        if isinstance(
+            name_of, PrefixRules
+        ):  # what only the seed has is chosen by our patterns as it is called here, too
             selection = evolve(
                 selection,
                 include=_patterns(selection.include, name_of),

@@ -1,7 +1,6 @@
 """The plain values beside the tensors: ours against the seed's, and what becomes of those that differ."""
 
 import logging
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 from attrs import frozen
 
 from tensorfork.errors import ValueMismatch
+from tensorfork.fork.background import BackgroundCall
 from tensorfork.fork.rename import Namer, object_in_seed
 from tensorfork.fork.value_differences import ABSENT, Difference, by_attribute, prepare_writes
 from tensorfork.model.value_encoding import CHUNK, Encoded, Encoder, same
@@ -94,25 +94,17 @@ class OurValues:
             self.compare(theirs, peer)
             yield
             return
-        failed: list[BaseException] = []
-        thread = threading.Thread(target=lambda: self._compare_beside(theirs, peer, failed), name="tensorfork-values")
         try:
-            thread.start()
+            comparison = BackgroundCall(lambda: self.compare(theirs, peer), "tensorfork-values")
         except RuntimeError:  # there are no more threads
             self.compare(theirs, peer)
+            yield
+            return
         try:
             yield
         finally:
-            if thread.ident is not None:
-                thread.join()
-        if failed:
-            raise failed[0]
-
-    def _compare_beside(self, theirs: SeedValues, peer: str, failed: list[BaseException]) -> None:
-        try:
-            self.compare(theirs, peer)
-        except BaseException as error:
-            failed.append(error)
+            comparison.wait()
+        comparison.result()
 
     def compare(self, packed: SeedValues, peer: str) -> None:
         """Compare the seed's values with ours.

@@ -7,7 +7,7 @@ both end the process. So whoever publishes such memory or fills it asks first. N
 import os
 import stat
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from attrs import frozen
 
@@ -45,8 +45,12 @@ class MappedFiles:
     @classmethod
     def of(cls, spans: Spans) -> "MappedFiles":
         """The files under these tensors."""
+        return cls._of(_overlaps(spans))
+
+    @classmethod
+    def _of(cls, overlaps: Iterable[tuple[str, int, _Mapping]]) -> "MappedFiles":
         needs: dict[_Mapping, list[tuple[str, int]]] = {}
-        for name, end, mapping in _overlaps(spans):
+        for name, end, mapping in overlaps:
             if mapping.inode:
                 needs.setdefault(mapping, []).append((name, mapping.offset + min(end, mapping.end) - mapping.start))
         return cls(list(needs.items()))
@@ -71,8 +75,9 @@ class MappedFiles:
 
 def why_not_usable(spans: Spans, *, writing: bool) -> dict[str, str]:
     """The tensors that cannot be read now, or with `writing` not written, by name, in words."""
-    found = MappedFiles.of(spans).truncated(folders=True)
-    for name, _, mapping in _overlaps(spans):
+    overlaps = list(_overlaps(spans))
+    found = MappedFiles._of(overlaps).truncated(folders=True)
+    for name, _, mapping in overlaps:
         if mapping.rights[0] != "r":
             found.setdefault(name, "its memory cannot be read: it was protected, or belongs to nobody")
         elif writing and mapping.rights[1] != "w":

@@ -4,8 +4,11 @@ from typing import Any
 
 from tensorfork.sockets.address import Address
 
+Advertised = tuple[str, int | None] | None
+"""A host by which forks reach the seed, and a port if it is another than the seed's; None where neither was given."""
 
-def listening_address(bind: Any, advertise: Any) -> tuple[Address, tuple[str, int | None] | None]:
+
+def listening_address(bind: Any, advertise: Any) -> tuple[Address, Advertised]:
     """`bind` and `advertise` of `tensorfork.publish`, parsed: the latter as a host, and a port if it has one.
 
     Raises `TypeError` for what is no text, `ValueError` for what is no address, or is every interface and has no other.

@@ -17,6 +17,7 @@ from tensorfork.interpreter import ending
 from tensorfork.memory import cuda, streams
 from tensorfork.model.modes import in_normal_mode
 from tensorfork.seed.published_model import PublishedModel
+from tensorfork.seed.refusals import moved
 from tensorfork.wire import messages, tables
 from tensorfork.wire.listener import SendReply
 from tensorfork.wire.refusals import error_of
@@ -83,8 +84,7 @@ class DigestCache:
                 self.start()
             except RuntimeError as error:
                 log.warning("the digests cannot be computed: %s", error)
-                failure = messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")
-                self._reply_to_waiting(failure=failure)
+                self._reply_to_waiting(failure=_failure(error))
 
     @in_normal_mode
     @resources()
@@ -158,11 +158,11 @@ class DigestCache:
             failure = None
             try:
                 self._compute()
-            except SeedMoved as moved:
-                failure = messages.Refused(messages.MOVED, str(moved), list(moved.tensors))
+            except SeedMoved as error:
+                failure = moved(error)
             except Exception as error:
                 log.exception("computing the digests failed")
-                failure = messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")
+                failure = _failure(error)
             if self._batch is not None and self._batch[0] != self._model.publication.number:
                 self.forget()
             again = self._reply_to_waiting(computation_ended=True, failure=failure)
@@ -230,3 +230,7 @@ class DigestCache:
             return not self._callers and not self._wanted()
 
         return cancelled
+
+
+def _failure(error: Exception) -> messages.Refused:
+    return messages.Refused(messages.BUSY, f"the seed could not compute its digests: {error}")

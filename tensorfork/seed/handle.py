@@ -14,8 +14,10 @@ from tensorfork.interpreter import ending
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version, check_label
 from tensorfork.model.describe import LocalModel, ModelSource
+from tensorfork.seed.address import Advertised
 from tensorfork.seed.leases import SeedStats
 from tensorfork.seed.service import CLOSE_TIMEOUT, SeedService
+from tensorfork.sockets.address import Address
 from tensorfork.transports.base import Transport
 from tensorfork.validators import seconds
 
@@ -36,11 +38,11 @@ class Seed:
         transports: Mapping[str, Transport],
         version: Version,
         stable: bool,
-        bind: str,
-        advertise: str | None,
+        bound: Address,
+        advertised: Advertised,
     ) -> None:
         self._closed = True  # so that `__del__` does nothing if the next line raises
-        self._service = SeedService(model, source, transports, version, stable, bind, advertise)
+        self._service = SeedService(model, source, transports, version, stable, bound, advertised)
         self._closed = False
         self._is_snapshot = source is None
         _open.add(self)

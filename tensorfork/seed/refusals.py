@@ -14,12 +14,17 @@ ASLEEP = messages.Refused(messages.ASLEEP, "the seed is suspended: its memory ma
 DRAINING = messages.Refused(messages.BUSY, "the seed takes no more forks: it is draining; ask another one")
 
 
+def moved(error: SeedMoved) -> messages.Refused:
+    """What a fork is told where tensors are not where they were published."""
+    return messages.Refused(messages.MOVED, str(error), list(error.tensors))
+
+
 def refusal(lease: Lease, error: Exception) -> messages.Refused:
     """What a fork is told of an error before or during its lease."""
     if lease.ended.is_set():
         return lease.why
     if isinstance(error, SeedMoved):
-        return messages.Refused(messages.MOVED, str(error), list(error.tensors))
+        return moved(error)
     if found := exhausted(error):
         log.warning("a fork is refused: %s", found)
         return messages.Refused(messages.BUSY, f"the seed cannot serve another fork: {found}")

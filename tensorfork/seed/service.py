@@ -21,7 +21,7 @@ from tensorfork.interpreter import ending
 from tensorfork.lineage import Version
 from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
-from tensorfork.seed.address import listening_address
+from tensorfork.seed.address import Advertised
 from tensorfork.seed.digests import DigestCache
 from tensorfork.seed.leases import ENDED, MAX_LEASES, RELEASED, Lease, LeaseTable, SeedStats
 from tensorfork.seed.no_transport import NoTransport
@@ -59,7 +59,7 @@ class SeedService:
         transports: to offer, by name.
         version: the first that it has.
         stable: whether the owner promises that the tensors' memory stays where it is.
-        bind, advertise: as `tensorfork.publish` takes them.
+        bound, advertised: as `listening_address` gives them.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class SeedService:
         transports: Mapping[str, Transport],
         version: Version,
         stable: bool,
-        bind: str,
-        advertise: str | None,
+        bound: Address,
+        advertised: Advertised,
     ) -> None:
-        """Bind and start answering. Raises `ValueError` for an address that cannot be, `OSError` for one in use."""
+        """Bind and start answering. Raises `OSError` for an address that is in use, or not one of this host."""
         self._transports = {**transports, NoTransport.name: NoTransport()}
         self._leases = LeaseTable()
         self.model = PublishedModel(model, source, transports, version, stable, self._on_replaced)
@@ -82,7 +82,6 @@ class SeedService:
         self._lock = threading.Lock()
         self._next_liveness_check = 0.0
         self._id = os.urandom(16)
-        bound, advertised = listening_address(bind, advertise)
         self._listener = Listener(bound, self._on_request, self._on_gone)
         host, port = advertised or (self._listener.address.host, None)
         self.address = Address(host, self._listener.address.port if port is None else port)

@@ -59,7 +59,7 @@ class ConnectionGuard:
     """Watches the connections of one socket that is bound to a TCP port. All calls are for the socket's own thread.
 
     Args:
-        bound: the socket; `start` watching before it is bound.
+        bound: the socket, which is not bound yet; call `watch` once it is.
         unfinished: bytes that may have arrived on one connection beyond the messages that were received.
         in_all: the same for all connections together.
     """
