@@ -163,8 +163,8 @@ class SeedService:
             transports=dict(publication.offered),
             publication=publication.number,
             version=tables.pack_version(self.version),
-            identity=None if layout.identity is None else layout.identity.as_dict(),
-            rank=None if layout.rank is None else dict(layout.rank.as_dict()),
+            identity=tables.pack_identity(layout.identity),
+            rank=tables.pack_rank(layout.rank),
         )
 
     def _on_request(self, peer: bytes, message: Any, payload: bytes, reply: SendReply) -> None:

@@ -2,8 +2,9 @@
 
 A frame is ``[MAGIC, VERSION, number, kind, body]`` in msgpack. The fork numbers its requests, and a reply has the
 number of its request. Large tables (a layout, digests) travel behind a reply as frames of their own, in pages, so that
-packing or sending one never holds the interpreter for long. Nothing is ever unpickled, and a message that does not have
-exactly the declared fields and types is refused.
+packing or sending one never holds the interpreter for long. Nothing is ever unpickled. A message of an unknown kind is
+refused, and one that lacks a field, or has one of another type; fields that are not declared are skipped. What may be
+added under the same version, and what needs another one: docs/decisions.md, "Additions to the wire".
 """
 
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from tensorfork.wire.records import Record, from_plain, to_plain
 
 MAGIC = "tensorfork"
 
-VERSION = 3
+VERSION = 4
 
 MAX_REQUEST = 64 << 10
 """Bytes of a request. Even one made to be slow is unpacked in a few milliseconds of the seed's interpreter."""

@@ -1,5 +1,6 @@
-"""Records as plain values and back, strictly: exactly the declared fields, each of exactly its declared type.
+"""Records as plain values and back: the declared fields, each of exactly its declared type.
 
+Fields that are not declared are skipped: a later release may send some (docs/decisions.md, "Additions to the wire").
 For attrs classes whose fields are of plain types, records, dicts of these by name, or None. cattrs does this and far
 more; importing it, and having it compile code for each record, would take a third of the time of `import tensorfork`.
 """
@@ -38,14 +39,12 @@ def to_plain(record: Any) -> dict[str, Any]:
 def from_plain(kind: type[Any], values: Any) -> Any:
     """The record with these fields.
 
-    Raises `ValueError` or `TypeError` where a field is unknown, missing, of another type, or refused by its validator.
+    Unknown ones are skipped, those that are missing take their defaults. Raises `ValueError` or `TypeError` where one
+    without a default is missing, and where one is of another type, or refused by its validator.
     """
     if type(values) is not dict:
         raise ValueError(f"the fields of a {kind.__name__} expected, {type(values).__name__} came")
-    readers = _readers(cast(Any, kind))
-    if unknown := values.keys() - readers.keys():
-        raise ValueError(f"a {kind.__name__} has no field {str(next(iter(unknown)))[:40]!r}")
-    return kind(**{name: readers[name](value) for name, value in values.items()})
+    return kind(**{name: read(values[name]) for name, read in _readers(cast(Any, kind)).items() if name in values})
 
 
 def _values(record: Any) -> tuple[Any, ...]:

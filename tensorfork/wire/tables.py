@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import msgpack
+from attrs import fields
 
 from tensorfork.errors import ProtocolError
 from tensorfork.identity import Identity, Rank
@@ -83,13 +84,38 @@ def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> Mo
         )
 
 
+def pack_identity(identity: Identity | None) -> dict[str, Any] | None:
+    """An identity as it travels: the fields that were given."""
+    if identity is None:
+        return None
+    return {name: value for name, value in identity.as_dict().items() if value not in (None, {})}
+
+
+def pack_rank(rank: Rank | None) -> dict[str, Any] | None:
+    """A rank as it travels: the coordinates along which there is more than one."""
+    return None if rank is None else {name: value for name, value in rank.as_dict().items() if value != (0, 1)}
+
+
 def unpack_identity(welcome: Welcome) -> tuple[Identity | None, Rank | None]:
-    """The seed's identity and rank; raises `ProtocolError`."""
+    """The seed's identity and rank.
+
+    Raises `ProtocolError`, also for fields that we do not know: they were given, so they must be compared.
+    """
     with _protocol_errors("identity"):
+        identity, rank = welcome.identity, welcome.rank
         return (
-            None if welcome.identity is None else Identity(**welcome.identity),
-            None if welcome.rank is None else Rank(**{name: tuple(value) for name, value in welcome.rank.items()}),
+            None if identity is None else Identity(**_known(Identity, identity)),
+            None if rank is None else Rank(**{name: tuple(value) for name, value in _known(Rank, rank).items()}),
         )
+
+
+def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(map(str, values.keys() - {one.name for one in fields(kind)})):
+        raise ProtocolError(
+            f"the seed gives {unknown[0][:40]!r} in its {kind.__name__.lower()}, which this version of tensorfork does "
+            "not compare; use the seed's version"
+        )
+    return values
 
 
 def pack_version(version: Version) -> WeightsVersion:

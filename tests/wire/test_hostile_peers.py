@@ -202,12 +202,21 @@ def test_a_message_made_to_burst_is_refused(seed: Seed, bomb: str) -> None:
 
 def test_a_request_that_cannot_be_read_is_refused_under_its_number(seed: Seed) -> None:
     """So that the sender need not wait for its deadline."""
-    for body in ({"library": 1}, {"library": "0", "more": 1}, []):
+    for kind, body in (("Hello", {"library": 1}), ("Hello", {}), ("Hello", []), ("OfTheFuture", {})):
         with dealer(seed) as made:
-            made.send(msgpack.packb([messages.MAGIC, messages.VERSION, 19, "Hello", body]))
+            made.send(msgpack.packb([messages.MAGIC, messages.VERSION, 19, kind, body]))
             assert made.poll(SECONDS * 1000)
             number, answer = messages.decode(made.recv(), messages.REPLIES)
             assert (number, answer.code) == (19, messages.MALFORMED)
+
+
+def test_a_request_with_fields_of_the_future_is_answered(seed: Seed) -> None:
+    with dealer(seed) as made:
+        body = {"library": "9.0", "more": {"a": [1]}}
+        made.send(msgpack.packb([messages.MAGIC, messages.VERSION, 19, "Hello", body]))
+        assert made.poll(SECONDS * 1000)
+        number, answer = messages.decode(made.recv(), messages.REPLIES)
+        assert (number, type(answer)) == (19, messages.Welcome)
 
 
 def test_a_request_that_is_too_long_is_refused_before_it_is_looked_at(seed: Seed) -> None:

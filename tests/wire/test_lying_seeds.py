@@ -79,6 +79,17 @@ def body(**fields: Any) -> Callable[[list[bytes]], list[bytes]]:
     return change
 
 
+def as_a(kind: str, **more: Any) -> Callable[[list[bytes]], list[bytes]]:
+    """The reply as one of another kind, with these fields more."""
+
+    def change(frames: list[bytes]) -> list[bytes]:
+        envelope = msgpack.unpackb(frames[0])
+        envelope[3:] = [kind, {**envelope[4], **more}]
+        return [msgpack.packb(envelope), *frames[1:]]
+
+    return change
+
+
 def page(index: int, column: int, row: int, value: Any) -> Callable[[list[bytes]], list[bytes]]:
     """The reply with one value of one of its tables changed."""
 
@@ -135,7 +146,9 @@ LIES = {
     "of a digest": replaced("Digests", lambda frames: [*frames[:-1], bytes(8) + frames[-1][8:]]),
     "of the digests' generation": replaced("Digests", body(generation=2)),
     "of the generation afterwards": replaced("Checked", body(generation=2)),
-    "by answering with another reply": replaced("Checked", body(more=1)),
+    "by answering with another reply": replaced("Checked", as_a("Digests", frames=0)),
+    "of its identity": replaced("Welcome", body(identity={"of the future": "x"})),
+    "of its rank": replaced("Welcome", body(rank={"of the future": [1, 2]})),
 }
 RIGHT_ANYWAY = {
     "of a region's size",  # it is not needed for reading inside the region
@@ -151,6 +164,17 @@ def _offer(frames: list[bytes]) -> bytes:
 @pytest.mark.parametrize("lie", LIES)
 def test_a_seed_that_lies_is_found_out(seed: Seed, lie: str) -> None:
     assert not fork_through(seed, LIES[lie]) or lie in RIGHT_ANYWAY
+
+
+def test_fields_of_the_future_in_every_reply_change_nothing(seed: Seed) -> None:
+    def add(frames: list[bytes]) -> list[bytes]:
+        envelope = msgpack.unpackb(frames[0])
+        body = envelope[4]
+        for record in (body, body.get("version", {}), *body.get("transports", {}).values()):
+            record["of the future"] = {"a": [1]}
+        return [msgpack.packb(envelope), *frames[1:]]
+
+    assert fork_through(seed, add, SECONDS)
 
 
 @pytest.mark.parametrize("kind", ["Welcome", "Pages", "Leased", "Digests", "Checked"])

@@ -146,9 +146,9 @@ def test_a_field_of_another_type_is_refused(kind: type[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", SAMPLES, ids=lambda kind: kind.__name__)
-def test_a_field_too_many_or_too_few_is_refused(kind: type[Any]) -> None:
+def test_a_field_too_few_is_refused_and_one_too_many_is_skipped(kind: type[Any]) -> None:
     body = body_of(SAMPLES[kind])
-    assert "malformed" in refused(frame(kind.__name__, {**body, "extra": 1}))
+    assert messages.decode(frame(kind.__name__, {**body, "of the future": {"a": [1]}}), (kind,))[1] == SAMPLES[kind]
     for one in fields(kind):
         if one.default is NOTHING:
             assert "malformed" in refused(frame(kind.__name__, {k: v for k, v in body.items() if k != one.name}))

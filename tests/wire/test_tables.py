@@ -9,7 +9,16 @@ from attrs import asdict, evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorfork import ModelLayout, Place, ProtocolError, RemoteRegion, StorageLayout, TensorLayout
+from tensorfork import (
+    Identity,
+    ModelLayout,
+    Place,
+    ProtocolError,
+    Rank,
+    RemoteRegion,
+    StorageLayout,
+    TensorLayout,
+)
 from tensorfork.placement import Placement
 from tensorfork.wire import messages, tables
 from tensorfork.wire.tables import PAGE
@@ -156,6 +165,33 @@ def test_more_rows_than_a_model_can_have_are_refused(monkeypatch: pytest.MonkeyP
 def test_a_name_left_out_that_is_no_name_is_refused(name: Any) -> None:
     with pytest.raises(ProtocolError, match="a malformed layout came"):
         unpacked(columns(ROW), left_out=msgpack.packb([[name]]))
+
+
+# Identity and rank.
+
+
+def with_identity(identity: dict[str, Any] | None, rank: dict[str, Any] | None) -> messages.Welcome:
+    return evolve(WELCOME, identity=identity, rank=rank)
+
+
+@pytest.mark.parametrize("identity", [None, Identity(), Identity(model="m", kernels={"a": "b"}, role="")], ids=repr)
+@pytest.mark.parametrize("rank", [None, Rank(), Rank(tp=(0, 2), dp=(1, 2))], ids=repr)
+def test_an_identity_and_a_rank_arrive_as_they_were(identity: Identity | None, rank: Rank | None) -> None:
+    packed = with_identity(tables.pack_identity(identity), tables.pack_rank(rank))
+    _, arrived = messages.decode(messages.encode(packed, 1), (messages.Welcome,))
+    assert tables.unpack_identity(arrived) == (identity, rank)
+
+
+def test_only_what_was_given_travels_so_that_what_comes_of_the_future_was_given() -> None:
+    assert tables.pack_identity(Identity(model="m")) == {"model": "m"}
+    assert tables.pack_rank(Rank(pp=(0, 2))) == {"pp": (0, 2)}
+
+
+def test_a_field_that_is_not_known_is_refused_since_it_would_not_be_compared() -> None:
+    with pytest.raises(ProtocolError, match=r"the seed gives 'sparsity' in its identity, which .* does not compare"):
+        tables.unpack_identity(with_identity({"model": "m", "sparsity": "2:4"}, None))
+    with pytest.raises(ProtocolError, match="the seed gives 'dcp' in its rank"):
+        tables.unpack_identity(with_identity(None, {"dcp": [0, 2]}))
 
 
 # Places and digests.
