@@ -36,6 +36,7 @@ from tensorfork.model.value_policy import ValuePolicy
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed.address import listening_address
 from tensorfork.seed.handle import Seed
+from tensorfork.seed.limits import Limits
 from tensorfork.seed.publication import check_publishable
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
@@ -63,6 +64,9 @@ def publish(
     stable: bool = False,
     snapshot: bool | str | torch.device = False,
     version: Version | str | None = None,
+    leases: int = 64,
+    leases_per_connection: int = 4,
+    stall: float = 15.0,
 ) -> Seed:
     """Let other processes fork this model, from now until the seed is closed.
 
@@ -89,9 +93,13 @@ def publish(
             its memory, until the seed is closed.
         version: which weights these are: a label, or the `Version` that a fork's report has. A model that was forked
             into, and not changed since, has that version by itself; any other begins a lineage of its own.
+        leases: how many the seed grants at once. Each fork takes one; `PeerRefused` tells those beyond.
+        leases_per_connection: how many of them one connection may have.
+        stall: seconds, 0.1 at least, in which a fork's process must give a sign of life. Its libzmq gives it, also
+            while its interpreter is busy; a process that is stopped does not, and its leases end.
 
     Raises:
-        TypeError: it is not a model.
+        TypeError: it is not a model, or an argument is of another type.
         ValueError: `include` names a tensor that the model does not have, or an address cannot be used.
         UnsupportedTensor: one of its tensors cannot be forked; the message names it.
         TransportUnavailable: one of the transports named cannot work here.
@@ -101,6 +109,7 @@ def publish(
     bound, advertised = listening_address(bind, advertise)
     check_wanted(version, None)
     flag("stable", stable)
+    limits = Limits(leases=leases, leases_per_connection=leases_per_connection, stall=stall)
     copy_to = None if isinstance(snapshot, bool) else usable_device(snapshot, "snapshot")
     source = ModelSource(model, Selection(include, exclude), identity, rank)
     with gc_paused():
@@ -114,9 +123,9 @@ def publish(
     first = version_of(found.tensors, version)
     with gc_paused():
         if snapshot is False:
-            return Seed(found, source, offered, first, stable, bound, advertised)
+            return Seed(found, source, offered, first, stable, bound, advertised, limits)
         copied = take_snapshot(found, copy_to)
-        return Seed(copied, None, offered, first, True, bound, advertised)
+        return Seed(copied, None, offered, first, True, bound, advertised, limits)
 
 
 @in_normal_mode

@@ -114,6 +114,8 @@ def index_field(instance: object, attribute: Field, value: object) -> None:
 
 DAY = 86_400.0
 """Seconds. The longest time that anything of ours can be told to take."""
+SHORTEST_STALL = 0.1
+"""Seconds. Within a stall a peer is asked several times for a sign of life."""
 
 
 def seconds(name: str, value: Any, *, zero: bool = False, most: float = DAY) -> float:
@@ -141,3 +143,17 @@ def natural_number(name: str, value: Any) -> int:
     if value < 0:
         raise ValueError(f"{name} must be at least 0, not {value}")
     return int(value)
+
+
+def positive_number(name: str, value: Any) -> int:
+    """A count of at least 1 that a caller gives. Raises as `natural_number` does."""
+    if natural_number(name, value) < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+    return int(value)
+
+
+def stall_seconds(name: str, value: Any) -> float:
+    """How long a peer may give no sign of life: `SHORTEST_STALL` at least, and at most a day. Raises as `seconds`."""
+    if seconds(name, value) < SHORTEST_STALL:
+        raise ValueError(f"{name} is in seconds; it must be at least {SHORTEST_STALL}, not {value}")
+    return float(value)

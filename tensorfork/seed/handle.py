@@ -16,6 +16,7 @@ from tensorfork.lineage import Version, check_label
 from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.address import Advertised
 from tensorfork.seed.leases import SeedStats
+from tensorfork.seed.limits import Limits
 from tensorfork.seed.service import CLOSE_TIMEOUT, SeedService
 from tensorfork.sockets.address import Address
 from tensorfork.transports.base import Transport
@@ -40,9 +41,10 @@ class Seed:
         stable: bool,
         bound: Address,
         advertised: Advertised,
+        limits: Limits,
     ) -> None:
         self._closed = True  # so that `__del__` does nothing if the next line raises
-        self._service = SeedService(model, source, transports, version, stable, bound, advertised)
+        self._service = SeedService(model, source, transports, version, stable, bound, advertised, limits)
         self._closed = False
         self._is_snapshot = source is None
         _open.add(self)

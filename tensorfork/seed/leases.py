@@ -12,8 +12,6 @@ from tensorfork.seed.publication import Publication
 from tensorfork.wire import messages
 from tensorfork.wire.listener import SeedChannel, SendReply
 
-MAX_LEASES = 64
-"""Leases at once; further forks are refused as `BUSY`. Each lease has two threads and what its transport opens."""
 MAX_ENDED = 1024
 """Leases that have ended of which the reason is remembered."""
 
@@ -91,6 +89,11 @@ class LeaseTable:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def of(self, peer: bytes) -> int:
+        """The number of leases that this connection has."""
+        with self._lock:
+            return sum(lease.peer == peer for lease in self._leases.values())
 
     def add(self, lease: Lease) -> None:
         """Record a lease that was granted."""

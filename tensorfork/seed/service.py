@@ -23,7 +23,8 @@ from tensorfork.memory import cuda
 from tensorfork.model.describe import LocalModel, ModelSource
 from tensorfork.seed.address import Advertised
 from tensorfork.seed.digests import DigestCache
-from tensorfork.seed.leases import ENDED, MAX_LEASES, RELEASED, Lease, LeaseTable, SeedStats
+from tensorfork.seed.leases import ENDED, RELEASED, Lease, LeaseTable, SeedStats
+from tensorfork.seed.limits import Limits
 from tensorfork.seed.no_transport import NoTransport
 from tensorfork.seed.publication import Publication
 from tensorfork.seed.published_model import PublishedModel
@@ -60,6 +61,7 @@ class SeedService:
         version: the first that it has.
         stable: whether the owner promises that the tensors' memory stays where it is.
         bound, advertised: as `listening_address` gives them.
+        limits: what it grants.
     """
 
     def __init__(
@@ -71,10 +73,11 @@ class SeedService:
         stable: bool,
         bound: Address,
         advertised: Advertised,
+        limits: Limits,
     ) -> None:
         """Bind and start answering. Raises `OSError` for an address that is in use, or not one of this host."""
         self._transports = {**transports, NoTransport.name: NoTransport()}
-        self._leases = LeaseTable()
+        self._leases, self._limits = LeaseTable(), limits
         self.model = PublishedModel(model, source, transports, version, stable, self._on_replaced)
         self._digests = DigestCache(self.model, self._leases.want_digests)
         self._draining = False
@@ -82,7 +85,7 @@ class SeedService:
         self._lock = threading.Lock()
         self._next_liveness_check = 0.0
         self._id = os.urandom(16)
-        self._listener = Listener(bound, self._on_request, self._on_gone)
+        self._listener = Listener(bound, self._on_request, self._on_gone, limits.stall)
         host, port = advertised or (self._listener.address.host, None)
         self.address = Address(host, self._listener.address.port if port is None else port)
         self._site = Site(bound.host, host)
@@ -209,7 +212,7 @@ class SeedService:
     def _grant_lease(self, peer: bytes, request: messages.TakeLease, reply: SendReply) -> None:
         """Register a lease, and start the thread that replies to the fork; or refuse it."""
         generation, publication = self.model.at_one_moment()
-        if refused := self._reason_to_refuse(request, generation, publication):
+        if refused := self._reason_to_refuse(peer, request, generation, publication):
             self._leases.refused += 1
             reply(refused)
             return
@@ -236,7 +239,7 @@ class SeedService:
         reply(lease.why)
 
     def _reason_to_refuse(
-        self, request: messages.TakeLease, generation: int, publication: Publication
+        self, peer: bytes, request: messages.TakeLease, generation: int, publication: Publication
     ) -> messages.Refused | None:
         offered = publication.offered.get(request.transport)
         if self.model.suspended:
@@ -247,8 +250,8 @@ class SeedService:
             return messages.Refused(messages.CHANGED, self.model.why_changing())
         if request.publication not in (None, publication.number):
             return CHANGED
-        if len(self._leases) >= MAX_LEASES:
-            return messages.Refused(messages.BUSY, f"the seed has {MAX_LEASES} forks already; try again")
+        if reason := self._limits.reason_against(len(self._leases), self._leases.of(peer)):
+            return messages.Refused(messages.BUSY, reason)
         if request.transport == NoTransport.name:
             return None
         if offered is None:

@@ -43,6 +43,20 @@ def new_socket(
     return socket
 
 
+def heartbeats(socket: "zmq.Socket[bytes]", stall: float) -> None:
+    """Have libzmq end a connection whose peer gives no sign of life for `stall` seconds. Call it before the socket is
+    bound or connected.
+
+    A ping that is due waits behind bytes that the peer does not take; so that has a limit of its own, the kernel's
+    (`TCP_USER_TIMEOUT`). Of what is answered libzmq sees whole frames alone, and none while the socket's queue is full:
+    it must be one without a limit, or be read all the time.
+    """
+    interval = max(1, int(stall * 1000 / 3))
+    socket.setsockopt(zmq.HEARTBEAT_IVL, interval)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(stall * 1000) - interval))
+    socket.setsockopt(zmq.TCP_MAXRT, int(stall * 1000))
+
+
 def bind(socket: "zmq.Socket[bytes]", address: Address) -> Address:
     """Bind to an address, and return it with the port that was chosen.
 

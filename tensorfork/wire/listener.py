@@ -19,7 +19,7 @@ from tensorfork.errors import LeaseEnded, PeerUnreachable, ProtocolError
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.connection_guard import ConnectionGuard
 from tensorfork.sockets.waker import Waker
-from tensorfork.sockets.zeromq import bind, new_context, new_socket, poll_timeout, recv_arrived
+from tensorfork.sockets.zeromq import bind, heartbeats, new_context, new_socket, poll_timeout, recv_arrived
 from tensorfork.wire import messages
 
 SendReply = Callable[..., None]
@@ -45,7 +45,7 @@ class Listener:
     `on_gone(peer)`: a message could not be sent to this fork, because its connection is gone.
 
     Bytes on the port that are not a request are answered with `Refused` where they can be answered, and are dropped
-    otherwise.
+    otherwise. A connection without a sign of life for `stall` seconds is ended.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Listener:
         address: Address,
         on_request: Callable[[bytes, Any, bytes, SendReply], None],
         on_gone: Callable[[bytes], None],
+        stall: float,
     ) -> None:
         """Bind to the address. Raises `OSError` when it is taken, or not one of this host."""
         self._on_request, self._on_gone = on_request, on_gone
@@ -64,8 +65,7 @@ class Listener:
             self._socket = new_socket(self._context, zmq.ROUTER, max_message=messages.MAX_MESSAGE, queue=MAX_QUEUED)
             self._socket.copy_threshold = COPY_BELOW
             self._socket.router_mandatory = True
-            self._socket.setsockopt(zmq.HEARTBEAT_IVL, 10_000)
-            self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+            heartbeats(self._socket, stall)
             self._guard = ConnectionGuard(self._socket)
             stack.callback(self._guard.close)
             try:

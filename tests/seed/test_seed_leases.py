@@ -11,7 +11,6 @@ from seed_leases import SECONDS, check, connected, model, soon, take, until
 
 import tensorfork
 from tensorfork.seed import service as seed_module
-from tensorfork.seed.leases import MAX_LEASES
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.wire import messages
 
@@ -57,18 +56,6 @@ def test_a_lease_whose_fork_is_there_and_says_nothing_stays(monkeypatch: pytest.
             other.request(messages.Hello("test"), messages.Welcome, soon(), "hello")
             time.sleep(0.01)
         assert check(conversation, lease.lease) == 0
-
-
-def test_a_fork_beyond_the_number_of_leases_is_refused() -> None:
-    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
-        leases = [take(conversation) for _ in range(MAX_LEASES)]
-        with pytest.raises(tensorfork.PeerRefused, match=f"{MAX_LEASES} forks already"):
-            tensorfork.fork(seed.address, timeout=SECONDS)
-        check(conversation, leases[0].lease, release=True)
-        until(lambda: seed.stats().running < MAX_LEASES, "a lease ends")
-        tensorfork.fork(seed.address, timeout=SECONDS)
-        stats = seed.stats()
-        assert (stats.granted, stats.refused) == (MAX_LEASES + 1, 1)
 
 
 def test_a_transport_that_was_not_offered_is_refused_and_those_offered_are_named() -> None:
