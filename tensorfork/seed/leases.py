@@ -33,6 +33,7 @@ class Lease:
         channel: the seed's end of its channel.
         checks: replies to requests to look at the tensors, for the lease's thread; None, the last, ends it.
         ended: set when the lease is to end.
+        connected: whether its fork's connection is there.
         digests: whether its fork has asked for digests, or said that it will.
         why: what the fork is told about the end.
     """
@@ -46,6 +47,7 @@ class Lease:
     channel: SeedChannel
     checks: "queue.SimpleQueue[SendReply | None]" = field(factory=queue.SimpleQueue)
     ended: threading.Event = field(factory=threading.Event)
+    connected: bool = True
     digests: bool = False
     why: messages.Refused = ENDED
     _lock: threading.Lock = field(factory=threading.Lock)
@@ -107,7 +109,7 @@ class LeaseTable:
             self._ended[lease.id] = lease.why
             while len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
-            if reachable:
+            if reachable and lease.connected:
                 self._reachable[lease.id] = lease.peer, str(lease)
             self._changed.notify_all()
 
@@ -144,17 +146,14 @@ class LeaseTable:
     def peer_gone(self, peer: bytes) -> list[Lease]:
         """A fork's connection is gone: end its leases, and return them. It cannot read any more."""
         with self._lock:
-            gone = [lease for lease in self._leases.values() if lease.peer == peer]
+            gone = [lease for lease in self._leases.values() if lease.peer == peer and lease.connected]
+            for lease in gone:
+                lease.connected = False
             self._reachable = {id: one for id, one in self._reachable.items() if one[0] != peer}
             self._changed.notify_all()
         for lease in gone:
             lease.end(gone=True)
         return gone
-
-    def reachable_peers(self) -> set[bytes]:
-        """The connections of forks that may still read under a lease that has ended."""
-        with self._lock:
-            return {peer for peer, _ in self._reachable.values()}
 
     def users(self) -> list[str]:
         """Who can read the memory, in words."""

@@ -38,14 +38,8 @@ from tensorfork.wire.listener import Listener, SeedChannel, SendReply
 log = logging.getLogger("tensorfork")
 
 
-LIVENESS_INTERVAL = 2.0
-"""Seconds between two checks that the forks that hold leases are still connected."""
-
 CLOSE_TIMEOUT = 5.0
 """Seconds that `close` waits for its threads, and the end of a lease for its fork."""
-
-PROBE_INTERVAL = 0.1
-"""Seconds between two checks, while `suspend` waits, that forks which may still read are still connected."""
 
 
 class SeedService:
@@ -83,7 +77,6 @@ class SeedService:
         self._draining = False
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
-        self._next_liveness_check = 0.0
         self._id = os.urandom(16)
         self._listener = Listener(bound, self._on_request, self._on_gone, limits.stall)
         host, port = advertised or (self._listener.address.host, None)
@@ -126,11 +119,7 @@ class SeedService:
         """See `Seed.suspend`."""
         self.model.suspend()
         self._leases.end_all(ASLEEP)
-        unused = False
-        while not unused and time.monotonic() < deadline:
-            for peer in self._leases.reachable_peers():  # if it is gone, sending it calls `_on_gone`
-                self._listener.send(peer, messages.Checked(self.model.generation))
-            unused = self._leases.wait_until_unused(min(deadline, time.monotonic() + PROBE_INTERVAL), readers=True)
+        self._leases.wait_until_unused(deadline, readers=True)
         users = self._leases.users()
         if not self._digests.wait(deadline):
             users.append("the thread that computes digests")
@@ -374,19 +363,13 @@ class SeedService:
         self._digests.forget()
 
     def _check_leases(self) -> float | None:
-        """End the leases that have expired, and those whose forks are gone. Returns when to check again."""
-        leases = self._leases.running()
-        now = time.monotonic()
-        if leases and now >= self._next_liveness_check:
-            self._next_liveness_check = now + LIVENESS_INTERVAL
-            for lease in leases:  # it answers no request; if the fork is gone, sending it calls `_on_gone`
-                self._listener.send(lease.peer, messages.Checked(self.model.generation))
+        """End the leases that have expired. Returns when to check again."""
+        leases, now = self._leases.running(), time.monotonic()
         for lease in leases:
             if lease.expires <= now:
                 self._leases.expired += 1
                 lease.end()
-        expiring = [lease.expires for lease in leases if lease.expires > now]
-        return min([self._next_liveness_check, *expiring]) if leases else None
+        return min((lease.expires for lease in leases if lease.expires > now), default=None)
 
     def _on_gone(self, peer: bytes) -> None:
         for _ in self._leases.peer_gone(peer):

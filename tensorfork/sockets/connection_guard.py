@@ -21,7 +21,9 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import zmq
 
@@ -47,10 +49,12 @@ _EVENTS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED | zmq.Event.CLOSED
 class _Connection:
     """What is known of one connection."""
 
-    __slots__ = ("accounted", "ended", "inode", "since", "unfinished")
+    __slots__ = ("accounted", "ended", "heard", "inode", "peer", "since", "unfinished")
 
     def __init__(self, inode: int, now: float) -> None:
-        self.inode, self.since, self.ended = inode, now, False
+        self.inode, self.since, self.heard, self.ended = inode, now, now, False
+        self.peer: bytes | None = None
+        """Its routing id, once a message has come."""
         self.accounted = self.unfinished = 0
         """Bytes on the wire of the messages that were received, and those beyond them at the last look."""
 
@@ -62,15 +66,24 @@ class ConnectionGuard:
         bound: the socket, which is not bound yet; call `watch` once it is.
         unfinished: bytes that may have arrived on one connection beyond the messages that were received.
         in_all: the same for all connections together.
+        on_gone: called with a routing id whose connection has ended, after the last message that came over it.
     """
 
     def __init__(
-        self, bound: "zmq.Socket[bytes]", *, unfinished: int = UNFINISHED, in_all: int = UNFINISHED_IN_ALL
+        self,
+        bound: "zmq.Socket[bytes]",
+        *,
+        unfinished: int = UNFINISHED,
+        in_all: int = UNFINISHED_IN_ALL,
+        on_gone: Callable[[bytes], object] = lambda peer: None,
     ) -> None:
         self._monitor = bound.get_monitor_socket(_EVENTS)
-        self._bound, self._unfinished, self._in_all = bound, unfinished, in_all
+        self._bound, self._unfinished, self._in_all, self._on_gone = bound, unfinished, in_all, on_gone
         self._epoll = select.epoll()
+        self._spare = os.dup(self._epoll.fileno())
+        """A descriptor of our own that a connection is duplicated to: so that works where none is left, too."""
         self._connections: dict[int, _Connection] = {}
+        self._gone: list[bytes] = []
         self._unfinished_in_all = 0
         self._port: int | None = None
         self.ended = 0
@@ -88,52 +101,71 @@ class ConnectionGuard:
     def received(self, frames: Sequence["zmq.Frame"]) -> None:
         """Account for a message that was received from the socket, of which the first frame is the routing id."""
         try:
-            connection = self._connections.get(frames[-1].get(zmq.SRCFD))
+            number = frames[-1].get(zmq.SRCFD)
         except zmq.ZMQError:
             return
-        if connection is not None:
-            connection.accounted += sum(_bytes_on_the_wire(len(frame)) for frame in frames[1:])
+        now = time.monotonic()
+        self._handle_events(now)  # the connection's beginning came before its message
+        connection, peer = self._connections.get(number), frames[0].bytes
+        if connection is None:
+            self._gone.append(peer)
+            return
+        connection.accounted += sum(_bytes_on_the_wire(len(frame)) for frame in frames[1:])
+        connection.peer, connection.heard = peer, now
 
     def look(self, now: float) -> None:
         """Look at the connections on which something arrived, and end those that have sent too much. Never waits."""
-        while self._monitor.poll(0):
-            self._on_event(*recv_connection_event(self._monitor), now)
+        self._handle_events(now)
         for number, _ in self._epoll.poll(0):
             connection = self._connections.get(number)
             if connection is not None and not connection.ended:
                 self._look_at(number, connection, now)
         if self._unfinished_in_all > self._in_all:
             self._end_the_largest()
+        gone, self._gone = self._gone, []
+        for peer in gone:
+            self._on_gone(peer)
+
+    def end(self, peer: bytes) -> None:
+        """End the connection of this routing id, if there is one. `on_gone` follows."""
+        for number, connection in list(self._connections.items()):
+            if connection.peer == peer and not connection.ended:
+                self._end_at(number, connection)
 
     def close(self) -> None:
-        """Stop watching. Call it before the socket is closed."""
+        """Stop watching. Call it before the socket is closed. A second call does nothing."""
+        if self._epoll.closed:
+            return
         self._bound.disable_monitor()
         self._monitor.close(0)
         self._epoll.close()
+        os.close(self._spare)
+
+    def _handle_events(self, now: float) -> None:
+        while self._monitor.getsockopt(zmq.EVENTS):  # one that only receives
+            self._on_event(*recv_connection_event(self._monitor), now)
 
     def _on_event(self, event: int, number: int, now: float) -> None:
         self._forget(number)
         if event != zmq.Event.ACCEPTED:
             return
-        held = self._hold(number, None)
-        if held is None:
-            return  # it is gone already
-        with held:
+        with self._held(number, None) as held:
+            if held is None:
+                return  # it is gone already
+            self._connections[number] = connection = _Connection(os.fstat(held.fileno()).st_ino, now)
             try:
                 # the descriptor of libzmq's, so that the registration ends with it
                 self._epoll.register(number, _ARRIVALS)
             except FileExistsError:
                 self._epoll.modify(number, _ARRIVALS)
-            except OSError:
-                return
-            self._connections[number] = _Connection(os.fstat(held.fileno()).st_ino, now)
+            except OSError:  # libzmq has closed it meanwhile; or it cannot be watched
+                self._end(held, connection)
 
     def _look_at(self, number: int, connection: _Connection, now: float) -> None:
-        held = self._hold(number, connection.inode)
-        if held is None:
-            self._forget(number)
-            return
-        with held:
+        with self._held(number, connection.inode) as held:
+            if held is None:
+                self._forget(number)
+                return
             forgiven = int((now - connection.since) * _FORGIVEN)
             self._set(connection, max(0, _bytes_received(held) - connection.accounted - forgiven))
             if connection.unfinished > self._unfinished:
@@ -142,13 +174,7 @@ class ConnectionGuard:
     def _end_the_largest(self) -> None:
         by_size = sorted(self._connections.items(), key=lambda one: one[1].unfinished)
         while self._unfinished_in_all > self._in_all and by_size:
-            number, connection = by_size.pop()
-            held = self._hold(number, connection.inode)
-            if held is None:
-                self._forget(number)
-                continue
-            with held:
-                self._end(held, connection)
+            self._end_at(*by_size.pop())
 
     def _set(self, connection: _Connection, unfinished: int) -> None:
         self._unfinished_in_all += unfinished - connection.unfinished
@@ -158,6 +184,15 @@ class ConnectionGuard:
         connection = self._connections.pop(number, None)
         if connection is not None:
             self._set(connection, 0)
+            if connection.peer is not None:
+                self._gone.append(connection.peer)
+
+    def _end_at(self, number: int, connection: _Connection) -> None:
+        with self._held(number, connection.inode) as held:
+            if held is None:
+                self._forget(number)
+            else:
+                self._end(held, connection)
 
     def _end(self, held: socket.socket, connection: _Connection) -> None:
         connection.ended = True
@@ -169,24 +204,30 @@ class ConnectionGuard:
             if error.errno != errno.ENOTCONN:
                 raise
 
-    def _hold(self, number: int, inode: int | None) -> socket.socket | None:
+    @contextmanager
+    def _held(self, number: int, inode: int | None) -> Iterator[socket.socket | None]:
         """A descriptor of our own for a connection; None if the number means something else by now."""
         try:
-            mine = os.dup(number)
+            os.dup2(number, self._spare, inheritable=False)
         except OSError:
-            return None
-        status = os.fstat(mine)
-        if not stat.S_ISSOCK(status.st_mode) or inode not in (None, status.st_ino):
-            os.close(mine)
-            return None
-        held = socket.socket(fileno=mine)
+            yield None
+            return
+        held: socket.socket | None = None
         try:
-            if held.getsockname()[1] == self._port:
-                return held
+            status = os.fstat(self._spare)
+            if stat.S_ISSOCK(status.st_mode) and inode in (None, status.st_ino):
+                held = socket.socket(fileno=self._spare)
+            yield held if held is not None and self._is_ours(held) else None
+        finally:
+            if held is not None:
+                held.detach()
+            os.dup2(self._epoll.fileno(), self._spare, inheritable=False)
+
+    def _is_ours(self, held: socket.socket) -> bool:
+        try:
+            return bool(held.getsockname()[1] == self._port)
         except (OSError, IndexError):
-            pass
-        held.close()
-        return None
+            return False
 
 
 def _bytes_on_the_wire(nbytes: int) -> int:

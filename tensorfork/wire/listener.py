@@ -42,7 +42,7 @@ class Listener:
     """The seed's end. Its thread calls the two functions that it is given; neither may block.
 
     `on_request(peer, message, payload, reply)`: `payload` is the frame behind the message, empty for most messages.
-    `on_gone(peer)`: a message could not be sent to this fork, because its connection is gone.
+    `on_gone(peer)`: this fork's connection has ended. May be called more than once.
 
     Bytes on the port that are not a request are answered with `Refused` where they can be answered, and are dropped
     otherwise. A connection without a sign of life for `stall` seconds is ended.
@@ -66,7 +66,7 @@ class Listener:
             self._socket.copy_threshold = COPY_BELOW
             self._socket.router_mandatory = True
             heartbeats(self._socket, stall)
-            self._guard = ConnectionGuard(self._socket)
+            self._guard = ConnectionGuard(self._socket, on_gone=on_gone)
             stack.callback(self._guard.close)
             try:
                 self.address = bind(self._socket, address)
@@ -75,6 +75,7 @@ class Listener:
             self._guard.watch(self.address.port or 0)
             stack.pop_all()
         self._outbox: deque[Sequence[bytes]] = deque()
+        self._to_end: deque[bytes] = deque()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tensorfork-seed", daemon=True)
 
@@ -92,6 +93,11 @@ class Listener:
     def send(self, peer: bytes, message: messages.Reply, number: int = 0, frames: Sequence[bytes] = ()) -> None:
         """Queue a message for a fork, from any thread. It is dropped if the fork is gone or does not read."""
         self._outbox.append([peer, messages.encode(message, number), *frames])
+        self._waker.wake()
+
+    def end(self, peer: bytes) -> None:
+        """End a fork's connection, from any thread; `on_gone` follows."""
+        self._to_end.append(peer)
         self._waker.wake()
 
     def close(self, deadline: float) -> None:
@@ -116,6 +122,8 @@ class Listener:
                     self._waker.clear()
                 if self._socket in ready:
                     self._receive()
+                while self._to_end:
+                    self._guard.end(self._to_end.popleft())
                 self._guard.look(time.monotonic())
                 self._send_queued()
         finally:

@@ -14,7 +14,7 @@ from attrs import field, frozen
 from attrs.validators import ge, le, max_len, optional
 
 from tensorfork.errors import ProtocolError
-from tensorfork.validators import is_text
+from tensorfork.validators import DAY, is_text
 from tensorfork.wire.records import Record, from_plain, to_plain
 
 MAGIC = "tensorfork"
@@ -37,9 +37,6 @@ MAX_MESSAGE = 1 << 20
 
 MAX_OFFER = 16 << 20
 """Bytes of a transport's offer."""
-
-MAX_LEASE_SECONDS = 86400.0
-"""The longest time of a lease: a day. A longer `timeout=` of a fork is a `ValueError`."""
 
 NO_TRANSPORT = ""
 """What `TakeLease` names where no bytes are to be moved."""
@@ -128,7 +125,7 @@ class TakeLease(Record):
     transport: str = field(validator=_short)
     """A name that the seed offers; or `NO_TRANSPORT`, for a lease under which only digests are asked for."""
     facts: dict[str, Any]
-    seconds: float = field(validator=[ge(0.0), le(MAX_LEASE_SECONDS)])
+    seconds: float = field(validator=[ge(0.0), le(DAY)])
     digests: bool
     """Whether digests will be asked for, so that the seed can begin to compute them."""
     publication: int | None = None
@@ -191,7 +188,7 @@ class CheckLease(Record):
 
 @frozen(eq=False, repr=False)
 class Checked(Record):
-    """The current generation: the reply to `CheckLease`, and what a seed sends to see whether a fork is still there."""
+    """The current generation: the reply to `CheckLease`."""
 
     generation: int
 

@@ -20,7 +20,6 @@ import tensorfork
 from tensorfork.digest.arrivals import ArrivalDigests
 from tensorfork.fork import verification
 from tensorfork.model.install import Installation
-from tensorfork.seed import service
 from tensorfork.testing import Fault, FaultyTransport
 from tensorfork.transports.process_group import Gloo
 from tensorfork.transports.transfer_engine import TransferEngine
@@ -266,7 +265,7 @@ def test_a_seed_whose_fork_is_cancelled_under_way_has_its_lease_back_and_serves_
     seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settled(seed)
-    monkeypatch.setattr(service, "LIVENESS_INTERVAL", 3600.0)  # it does not look for itself whether the fork is there
+    monkeypatch.setattr(seed._service._leases, "peer_gone", lambda peer: [])  # only the fork gives it back
     for kind in KINDS:
         cancel, ours = threading.Event(), target(kind)
         error = cancelled(ours, seed.address, cancel, transport=under_way(cancel.set))

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensorfork
-from tensorfork.seed import service as seed_module
 from tensorfork.testing import Fault, FaultyTransport, faults
 from tensorfork.testing.faults import Job
 from tensorfork.transports.zeromq import ZeroMQ
@@ -334,9 +333,7 @@ def test_facts_that_make_no_sense_are_a_reason_against_a_transport(seed: tensorf
 
 def test_the_leases_of_forks_that_failed_are_given_back(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
     settled(seed)
-    monkeypatch.setattr(
-        seed_module, "LIVENESS_INTERVAL", 3600.0
-    )  # the seed does not look for itself whether they are there
+    monkeypatch.setattr(seed._service._leases, "peer_gone", lambda peer: [])  # only the forks give them back
     draw = random.Random(5)
     for _ in range(10):
         fault: Fault = draw.choice([*IN_FRESH_MEMORY, faults.Drop(reported=False), faults.Unavailable()])

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import zmq
 from seed_leases import SECONDS, check, connected, model, soon, take, until
 
 import tensorfork
-from tensorfork.seed import service as seed_module
+from tensorfork.sockets.connection_guard import ConnectionGuard
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.wire import messages
 
@@ -38,21 +39,67 @@ def test_a_lease_that_is_given_back_is_over_at_once() -> None:
             conversation.request(messages.GetDigests(lease.lease), messages.Digests, soon(), "digests")
 
 
-def test_a_lease_whose_fork_is_gone_is_over_soon() -> None:
+def test_a_lease_whose_fork_is_gone_is_over_at_once() -> None:
+    """The end of the connection says so: the seed sends nothing to find it out."""
     with tensorfork.publish(model()) as seed:
+        sent: list[object] = []
         for _ in range(3):
             with connected(seed.address) as conversation:
                 take(conversation, seconds=3600.0)
-        until(lambda: seed.stats().running == 0, "the leases end")
+                sent.clear()
+                seed._service._listener.send = lambda peer, message, *rest, **more: sent.append(message)  # type: ignore[method-assign]
+            until(lambda: seed.stats().running == 0, "the lease ends")
+            del seed._service._listener.send
+            assert {type(one) for one in sent} <= {messages.Ended}
         assert seed.stats().expired == 0
         tensorfork.fork(seed.address, timeout=SECONDS)
 
 
-def test_a_lease_whose_fork_is_there_and_says_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seed_module, "LIVENESS_INTERVAL", 0.01)
+def test_a_request_of_a_connection_that_has_ended_gets_no_lasting_lease() -> None:
+    """The connection's end may be known before its last message is received."""
+    with tensorfork.publish(model()) as seed:
+        guard, received = seed._service._listener._guard, threading.Event()
+
+        def late(frames: list[zmq.Frame]) -> None:
+            if b"TakeLease" in frames[1].bytes:
+                until(conversation_closed.is_set, "the connection ends")
+                while guard._connections:
+                    guard._handle_events(time.monotonic())
+                received.set()
+            ConnectionGuard.received(guard, frames)
+
+        conversation_closed = threading.Event()
+        guard.received = late  # type: ignore[method-assign]
+        seed._service._listener._on_gone = lambda peer: None  # what cannot be sent does not tell
+        with connected(seed.address) as conversation:
+            request = messages.TakeLease("zeromq", {}, 3600.0, False)
+            conversation._send_frames([messages.encode(request, 1)], soon(), "lease")
+        conversation_closed.set()
+        until(received.is_set, "the request is received")
+        until(lambda: seed.stats().running == 0, "the lease ends")
+
+
+def test_a_connection_that_the_seed_ends_has_no_leases_any_more() -> None:
     with tensorfork.publish(model()) as seed, connected(seed.address) as conversation, connected(seed.address) as other:
+        lease, kept = take(conversation, seconds=3600.0), take(other, seconds=3600.0)
+        held = seed._service._leases.get(lease.lease)
+        assert held is not None
+        seed._service._listener.end(held.peer)
+        until(lambda: seed.stats().running == 1, "its lease ends")
+        with pytest.raises(tensorfork.PeerUnreachable):
+            check(conversation, lease.lease)
+        assert check(other, kept.lease) == 0
+
+
+def test_a_lease_whose_fork_is_there_and_says_nothing_stays() -> None:
+    """Its libzmq answers the seed's pings."""
+    with (
+        tensorfork.publish(model(), stall=0.2) as seed,
+        connected(seed.address) as conversation,
+        connected(seed.address) as other,
+    ):
         lease = take(conversation, seconds=3600.0)
-        for _ in range(100):  # about a hundred liveness checks
+        for _ in range(100):  # five times as long as a stall
             other.request(messages.Hello("test"), messages.Welcome, soon(), "hello")
             time.sleep(0.01)
         assert check(conversation, lease.lease) == 0

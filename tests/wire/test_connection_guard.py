@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import zmq
 from hostile import GREETING, MORE, READY, frame, hung_up
+from scarcity import descriptors
 
 from tensorfork.sockets.connection_guard import ConnectionGuard
 
@@ -20,7 +21,8 @@ class Guarded:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", limit: int) -> None:
         self.router = context.socket(zmq.ROUTER)
-        self.guard = ConnectionGuard(self.router, unfinished=limit, in_all=10 * limit)
+        self.gone: list[bytes] = []
+        self.guard = ConnectionGuard(self.router, unfinished=limit, in_all=10 * limit, on_gone=self.gone.append)
         self.port = self.router.bind_to_random_port("tcp://127.0.0.1")
         self.guard.watch(self.port)
         self.peer = socket.create_connection(("127.0.0.1", self.port), SECONDS)
@@ -35,6 +37,13 @@ class Guarded:
             while len(received) <= len(GREETING):
                 received += peer.recv(4096)
             yield peer
+
+    def receive(self) -> bytes:
+        """A message that the guard is told of; its routing id."""
+        assert self.router.poll(int(SECONDS * 1000))
+        frames = self.router.recv_multipart(copy=False)
+        self.guard.received(frames)
+        return frames[0].bytes
 
     def look_until(self, done: object) -> None:
         assert callable(done)
@@ -112,3 +121,41 @@ def test_a_connection_that_ended_is_forgotten(guarded: Guarded) -> None:
     guarded.peer.close()
     guarded.look_until(lambda: not guarded.guard._connections)
     assert guarded.guard.ended == 0
+
+
+def test_who_sent_a_message_and_is_gone_is_told_once(guarded: Guarded) -> None:
+    guarded.guard._unfinished = 1000
+    with guarded.greeted() as peer:
+        peer.sendall(frame(b"something"))
+        routing_id = guarded.receive()
+        guarded.look_until(lambda: True)
+        assert guarded.gone == []
+    guarded.look_until(lambda: guarded.gone)
+    guarded.peer.close()
+    guarded.look_until(lambda: not guarded.guard._connections)
+    assert guarded.gone == [routing_id]
+
+
+def test_one_connection_is_ended_and_no_other(guarded: Guarded) -> None:
+    guarded.guard._unfinished = 1000
+    with guarded.greeted() as one, guarded.greeted() as other:
+        one.sendall(frame(b"one"))
+        first = guarded.receive()
+        other.sendall(frame(b"other"))
+        guarded.receive()
+        guarded.guard.end(first)
+        guarded.look_until(lambda: guarded.gone)
+        assert guarded.gone == [first]
+        assert hung_up(one)
+        other.sendall(frame(b"other"))
+        guarded.receive()
+
+
+def test_a_connection_is_ended_where_no_descriptor_is_left(guarded: Guarded) -> None:
+    guarded.guard._unfinished = 1000
+    with guarded.greeted() as peer:
+        guarded.look_until(lambda: len(guarded.guard._connections) == 2)
+        with descriptors(0):
+            peer.sendall(frame(bytes(2000), MORE))
+            guarded.look_until(lambda: guarded.guard.ended)
+        assert hung_up(peer)
