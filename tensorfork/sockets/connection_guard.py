@@ -142,8 +142,12 @@ class ConnectionGuard:
         os.close(self._spare)
 
     def _handle_events(self, now: float) -> None:
-        while self._monitor.getsockopt(zmq.EVENTS):  # one that only receives
-            self._on_event(*recv_connection_event(self._monitor), now)
+        while True:
+            try:
+                event = recv_connection_event(self._monitor)
+            except zmq.Again:
+                return
+            self._on_event(*event, now)
 
     def _on_event(self, event: int, number: int, now: float) -> None:
         self._forget(number)
