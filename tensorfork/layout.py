@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from attrs import evolve, field, fields_dict, frozen
 
+from tensorfork.columns import objects_of
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
 from tensorfork.placement import Placement
@@ -83,6 +84,38 @@ class TensorLayout:
             for name in names:
                 check(self, attributes[name], getattr(self, name))
         raise ValueError(f"{self.name} has {len(self.shape)} sizes and {len(self.stride)} strides")
+
+    @classmethod
+    def of_columns(
+        cls,
+        name: Sequence[str],
+        dtype: Sequence[str],
+        shape: Sequence[tuple[int, ...]],
+        stride: Sequence[tuple[int, ...]],
+        storage: Sequence[int],
+        offset: Sequence[int],
+        placement: Sequence[Placement | None],
+    ) -> "list[TensorLayout]":
+        """Many tensors, of columns in which each value was checked by itself. Raises `ValueError`."""
+        forms = list(zip(shape, stride, strict=True))
+        known: dict[Any, tuple[int, bool]] = {}
+        for form in set(forms):
+            if len(form[0]) != len(form[1]):
+                raise ValueError(f"a tensor has {len(form[0])} sizes and {len(form[1])} strides")
+            known[form] = _product(form[0]), is_dense(*form)
+        numel, dense = zip(*map(known.__getitem__, forms), strict=True) if forms else ((), ())
+        return objects_of(
+            cls,
+            name=name,
+            dtype=dtype,
+            shape=shape,
+            stride=stride,
+            storage=storage,
+            offset=offset,
+            placement=placement,
+            numel=numel,
+            is_dense=dense,
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -99,17 +99,18 @@ def take_lease(
     meanwhile = None if values is None else values.read
     leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease", meanwhile)
     try:
-        frames, value_pages = frames[: leased.pages], frames[leased.pages :]
-        if len(frames) != leased.pages or len(value_pages) != (leased.values or 0):
+        if len(frames) != leased.regions + leased.places + (leased.values or 0):
             raise ProtocolError(f"{seed.address}: a lease came with other pages than it announced")
-        remote = tables.unpack_regions(frames)
+        remote = tables.unpack_regions(frames[: leased.regions])
+        place_pages = frames[leased.regions : leased.regions + leased.places]
+        value_pages = frames[leased.regions + leased.places :]
         enter("open")
         channel = ForkChannel(seed.conversation, leased.lease)
         host = seed.conversation.resolved.host
         with _explained(seed, leased.lease, deadline), _opening(transport):
             session = transport.open(leased.offer, host, remote, regions, channel, deadline)
         try:
-            theirs = tables.unpack_places(frames)
+            theirs = tables.unpack_places(place_pages)
             ours = {storage.id: place for storage, place in zip(storages, places, strict=True)}
             sizes = {region.id: region.nbytes for region in remote}
             yield Lease(

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Mapping, Sequence
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from attrs import evolve, field, frozen
@@ -18,6 +19,14 @@ from tensorfork.seed.look import PublishedPlaces
 from tensorfork.seed.values import PublishedValues
 from tensorfork.transports.base import Transport
 from tensorfork.wire import messages, tables
+
+
+class Covered(NamedTuple):
+    """The regions that `Transport.cover` returns, and the pages that tell forks of them and of the places in them."""
+
+    regions: Sequence[Region]
+    region_pages: list[bytes]
+    place_pages: list[bytes]
 
 
 @frozen(eq=False, repr=False)
@@ -45,7 +54,7 @@ class Publication:
     offered: Mapping[str, messages.Offered]
     stable: bool
     values: PublishedValues
-    _covered: dict[str, tuple[Sequence[Region], list[bytes]]] = field(factory=dict)
+    _covered: dict[str, Covered] = field(factory=dict)
     _lock: threading.Lock = field(factory=threading.Lock)
 
     @classmethod
@@ -107,15 +116,16 @@ class Publication:
         """The GPUs that the tensors are on."""
         return {torch.device(one.device) for one in self.layout.storages if one.device.startswith("cuda")}
 
-    def cover(self, transport: Transport) -> tuple[Sequence[Region], list[bytes]]:
-        """The regions that `Transport.cover` returns, and the pages that tell forks of them: equal for all leases."""
+    def cover(self, transport: Transport) -> Covered:
+        """What a transport covers, packed: equal for all leases."""
         with self._lock:
             if transport.name not in self._covered:
                 with gc_paused():  # a full collection would stop the engine for as long as it takes
                     regions, places = transport.cover(self.regions)
                     remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
                     by_storage = {region.id: place for region, place in zip(self.regions, places, strict=True)}
-                    self._covered[transport.name] = regions, tables.pack_places(remote, by_storage)
+                    region_pages, place_pages = tables.pack_regions(remote), tables.pack_places(by_storage)
+                    self._covered[transport.name] = Covered(regions, region_pages, place_pages)
                     del remote, places, by_storage
             return self._covered[transport.name]
 

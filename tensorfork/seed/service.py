@@ -157,6 +157,7 @@ class SeedService:
             version=tables.pack_version(self.version),
             identity=tables.pack_identity(layout.identity),
             rank=tables.pack_rank(layout.rank),
+            left_out=len(layout.left_out),
         )
 
     def _on_request(self, peer: bytes, message: Any, payload: bytes, reply: SendReply) -> None:
@@ -303,14 +304,20 @@ class SeedService:
         self, lease: Lease, transport: Transport, export: Export, request: messages.TakeLease
     ) -> tuple[messages.Leased, list[bytes]]:
         """The reply to a lease that was granted, and the pages behind it."""
-        _, pages = lease.publication.cover(transport)
-        version = tables.pack_version(self.version)
+        _, regions, places = lease.publication.cover(transport)
         values = lease.publication.values.packed() if request.values else None
+        leased = messages.Leased(
+            lease=lease.id,
+            generation=lease.generation,
+            offer=export.offer,
+            regions=len(regions),
+            places=len(places),
+            version=tables.pack_version(self.version),
+        )
         if values is None:
-            return messages.Leased(lease.id, lease.generation, export.offer, len(pages), version), pages
-        told = len(values.pages), values.salt, values.beyond
-        leased = messages.Leased(lease.id, lease.generation, export.offer, len(pages), version, *told)
-        return leased, [*pages, *values.pages]
+            return leased, [*regions, *places]
+        leased = evolve(leased, values=len(values.pages), salt=values.salt, beyond=values.beyond)
+        return leased, [*regions, *places, *values.pages]
 
     def _export(
         self, lease: Lease, transport: Transport, request: messages.TakeLease, reply: SendReply
@@ -321,7 +328,7 @@ class SeedService:
                 lease.end(ASLEEP)
             if not lease.ended.is_set():
                 lease.publication.places.check()
-                regions, _ = lease.publication.cover(transport)
+                regions = lease.publication.cover(transport).regions
                 return transport.export(regions, self._site, request.facts, lease.expires)
             self._refuse(lease, None, reply)
         except Exception as error:

@@ -84,6 +84,7 @@ class Welcome(Record):
     """The reply to `Hello`: what the seed has published, and the transports that it offers.
 
     `publication` numbers what the seed has published in turn: another number is another layout, or other memory.
+    `tensors`, `storages` and `left_out` are how many the layout has.
     """
 
     library: str = field(validator=_short)
@@ -97,6 +98,7 @@ class Welcome(Record):
     version: WeightsVersion
     identity: dict[str, Any] | None = None
     rank: dict[str, Any] | None = None
+    left_out: int = field(default=0, validator=_count)
 
 
 @frozen(eq=False, repr=False)
@@ -136,16 +138,18 @@ class TakeLease(Record):
 
 @frozen(eq=False, repr=False)
 class Leased(Record):
-    """The reply to `TakeLease`. The pages behind it have the regions and each storage's place: `tables.pack_places`.
+    """The reply to `TakeLease`. Behind it come so many pages of regions, of places (`tables.pack_places`) and of plain
+    values.
 
-    Behind those come as many pages of plain values (`tables.pack_values`), if they were asked for and the seed has any:
-    else `values` is None. Their hashes are made with the salt. `beyond` is how many the seed has not looked at.
+    `values` is None unless they were asked for and the seed has any. Their hashes are made with the salt. `beyond` is
+    how many the seed has not looked at.
     """
 
     lease: bytes = field(validator=max_len(64))
     generation: int
     offer: bytes = field(validator=max_len(MAX_OFFER))
-    pages: int = field(validator=[ge(0), le(MAX_FRAMES)])
+    regions: int = field(validator=[ge(0), le(MAX_FRAMES)])
+    places: int = field(validator=[ge(0), le(MAX_FRAMES)])
     version: WeightsVersion
     values: int | None = field(default=None, validator=optional([ge(0), le(MAX_FRAMES)]))
     salt: bytes = field(default=b"", validator=max_len(16))

@@ -1,18 +1,18 @@
-"""Tables that travel behind a reply in pages: layouts, regions and places, digests.
+"""Tables that travel behind a reply in pages: layouts, regions and places, plain values, digests.
 
-A page holds a bounded number of rows, as columns, so that packing, sending or reading one never holds the interpreter
-for long. A page that does not have exactly the declared columns and types is a `ProtocolError`.
+All but the digests are columns by name (`tensorfork.wire.pages`). What lacks a column, or has values that cannot be, is
+a `ProtocolError`.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, TypeVar
+from itertools import starmap
+from typing import Any
 
-import msgpack
 from attrs import fields
 
+from tensorfork.columns import naturals, objects_of, sizes, texts
 from tensorfork.errors import ProtocolError
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
@@ -21,67 +21,92 @@ from tensorfork.model.value_encoding import Encoded, are_encoded
 from tensorfork.model.values import MAX_VALUES
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
-from tensorfork.validators import is_text
-from tensorfork.wire.messages import MAX_TENSORS, Pages, WeightsVersion, Welcome, unpack
-
-PAGE = 500
-"""Rows in one page: packed in well under a millisecond."""
+from tensorfork.wire.messages import MAX_TENSORS, Pages, WeightsVersion, Welcome
+from tensorfork.wire.pages import Column, pack_page, paged, read_pages
 
 _DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 
-T = TypeVar("T")
+
+# Layouts.
 
 
 def pack_layout(layout: ModelLayout) -> tuple[Pages, list[bytes]]:
     """A layout as pages, and how many there are of each kind."""
-    tensors, storages = _pack_tensors(layout.tensors), _pack_storages(layout.storages)
-    left_out = [msgpack.packb([page]) for page in _paged(layout.left_out)]
+    tensors, storages = (
+        list(map(_pack_tensors, paged(layout.tensors))),
+        list(map(_pack_storages, paged(layout.storages))),
+    )
+    left_out = [pack_page({"name": page}) for page in paged(layout.left_out)]
     return Pages(len(tensors), len(storages), len(left_out)), [*tensors, *storages, *left_out]
 
 
-def _pack_tensors(tensors: Sequence[TensorLayout]) -> list[bytes]:
-    return [
-        msgpack.packb(
-            [
-                [t.name for t in page],
-                [t.dtype for t in page],
-                [t.shape for t in page],
-                [t.stride for t in page],
-                [t.storage for t in page],
-                [t.offset for t in page],
-                [None if t.placement is None else [t.placement.shape, t.placement.how] for t in page],
-            ]
-        )
-        for page in _paged(tensors)
-    ]
+def _pack_tensors(tensors: Sequence[TensorLayout]) -> bytes:
+    columns: dict[str, Sequence[Any]] = {
+        "name": [one.name for one in tensors],
+        "dtype": [one.dtype for one in tensors],
+        "shape": [one.shape for one in tensors],
+        "stride": [one.stride for one in tensors],
+        "storage": [one.storage for one in tensors],
+        "offset": [one.offset for one in tensors],
+    }
+    if any(one.placement is not None for one in tensors):
+        placements = [one.placement for one in tensors]
+        columns["placement"] = [None if one is None else [one.shape, one.how] for one in placements]
+    return pack_page(columns)
 
 
-def _pack_storages(storages: Sequence[StorageLayout]) -> list[bytes]:
-    return [msgpack.packb([[s.nbytes for s in page], [s.device for s in page]]) for page in _paged(storages)]
+def _pack_storages(storages: Sequence[StorageLayout]) -> bytes:
+    return pack_page({"nbytes": [one.nbytes for one in storages], "device": [one.device for one in storages]})
+
+
+def _devices(column: list[Any]) -> list[str]:
+    if strange := [one for one in set(texts(column)) if not _DEVICE.fullmatch(one)]:
+        raise ValueError(f"{strange[0][:40]!r} is not a device that a seed can have")
+    return column
+
+
+def _placements(column: list[Any]) -> list[Placement | None]:
+    given = [one for one in column if one is not None]
+    if any(type(one) is not list or len(one) != 2 for one in given):
+        raise ValueError("a placement is no shape and text")
+    made = iter(list(starmap(Placement, zip(sizes([one[0] for one in given]), [one[1] for one in given], strict=True))))
+    return [None if one is None else next(made) for one in column]
+
+
+_TENSORS = (
+    Column("name", texts),
+    Column("dtype", texts),
+    Column("shape", sizes),
+    Column("stride", sizes),
+    Column("storage", naturals),
+    Column("offset", naturals),
+    Column("placement", _placements, default=None),
+)
+
+_STORAGES = Column("nbytes", naturals), Column("device", _devices)
+
+_NAMES = (Column("name", texts),)
 
 
 def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> ModelLayout:
-    """The layout that `pack_layout` packed. Raises `ProtocolError`."""
+    """The layout that `pack_layout` packed. Raises `ProtocolError`, also for more than the welcome announced."""
 
-    def tensor(name: Any, dtype: Any, shape: Any, stride: Any, storage: Any, offset: Any, part: Any) -> TensorLayout:
-        placement = None if part is None else Placement(_tuple(part[0]), part[1])
-        return TensorLayout(name, dtype, _tuple(shape), _tuple(stride), storage, offset, placement)
-
-    def storage(nbytes: Any, device: Any) -> StorageLayout:
-        if not isinstance(device, str) or not _DEVICE.fullmatch(device):
-            raise ValueError(f"{str(device)[:40]!r} is not a device that a seed can have")
-        return StorageLayout(nbytes, device)
+    def storages(nbytes: Sequence[int], device: Sequence[str]) -> list[StorageLayout]:
+        return objects_of(StorageLayout, nbytes=nbytes, device=device)
 
     with _protocol_errors("layout"):
         if len(frames) != pages.tensors + pages.storages + pages.left_out:
             raise ValueError(f"it has {len(frames)} pages, and others were announced")
         first_storage, first_left_out = pages.tensors, pages.tensors + pages.storages
         return ModelLayout(
-            tuple(_rows(frames[:first_storage], 7, tensor)),
-            tuple(_rows(frames[first_storage:first_left_out], 2, storage)),
-            tuple(_rows(frames[first_left_out:], 1, _text)),
+            tuple(read_pages(frames[:first_storage], _TENSORS, TensorLayout.of_columns, welcome.tensors)),
+            tuple(read_pages(frames[first_storage:first_left_out], _STORAGES, storages, welcome.storages)),
+            tuple(read_pages(frames[first_left_out:], _NAMES, iter, welcome.left_out)),
             *unpack_identity(welcome),
         )
+
+
+# What a welcome tells of a model.
 
 
 def pack_identity(identity: Identity | None) -> dict[str, Any] | None:
@@ -129,64 +154,98 @@ def unpack_version(version: WeightsVersion) -> Version:
         return Version(version.lineage, version.counter, version.label, version.content)
 
 
-def pack_places(regions: Sequence[RemoteRegion], places: Mapping[int, Place]) -> list[bytes]:
-    """Pages: first the number of region pages, then these, then the places of the storages in the regions."""
-    region_pages = [
-        msgpack.packb([[r.id for r in page], [r.nbytes for r in page], [r.device for r in page]])
-        for page in _paged(regions)
+# Regions and places.
+
+
+def pack_regions(regions: Sequence[RemoteRegion]) -> list[bytes]:
+    """Regions as pages."""
+    return [
+        pack_page(
+            {
+                "id": [one.id for one in page],
+                "nbytes": [one.nbytes for one in page],
+                "device": [one.device for one in page],
+            }
+        )
+        for page in paged(regions)
     ]
-    place_pages = [
-        msgpack.packb([[i for i, _ in page], [p.region for _, p in page], [p.offset for _, p in page]])
-        for page in _paged(list(places.items()))
+
+
+def pack_places(places: Mapping[int, Place]) -> list[bytes]:
+    """The places of storages as pages."""
+    return [
+        pack_page(
+            {
+                "storage": [storage for storage, _ in page],
+                "region": [place.region for _, place in page],
+                "offset": [place.offset for _, place in page],
+            }
+        )
+        for page in paged(places.items())
     ]
-    return [msgpack.packb(len(region_pages)), *region_pages, *place_pages]
+
+
+_REGIONS = Column("id", naturals), Column("nbytes", naturals), Column("device", texts)
+
+_PLACES = Column("storage", naturals), Column("region", naturals), Column("offset", naturals)
 
 
 def unpack_regions(pages: Sequence[bytes]) -> list[RemoteRegion]:
-    """The regions that `pack_places` packed; raises `ProtocolError`."""
+    """The regions that `pack_regions` packed; raises `ProtocolError`."""
 
-    def region(id: Any, nbytes: Any, device: Any) -> RemoteRegion:
-        return RemoteRegion(_natural(id), _natural(nbytes), _text(device))
+    def regions(id: Sequence[int], nbytes: Sequence[int], device: Sequence[str]) -> list[RemoteRegion]:
+        return objects_of(RemoteRegion, id=id, nbytes=nbytes, device=device)
 
     with _protocol_errors("table of regions"):
-        return list(_rows(pages[1 : 1 + _natural(unpack(pages[0]))], 3, region))
+        return list(read_pages(pages, _REGIONS, regions, MAX_TENSORS))
 
 
 def unpack_places(pages: Sequence[bytes]) -> dict[int, Place]:
     """The places that `pack_places` packed, by storage; raises `ProtocolError`."""
 
-    def place(storage: Any, region: Any, offset: Any) -> tuple[int, Place]:
-        return _natural(storage), Place(_natural(region), _natural(offset))
+    def places(storage: Sequence[int], region: Sequence[int], offset: Sequence[int]) -> "zip[tuple[int, Place]]":
+        return zip(storage, objects_of(Place, region=region, offset=offset), strict=True)
 
     with _protocol_errors("table of places"):
-        return dict(_rows(pages[1 + _natural(unpack(pages[0])) :], 3, place))
+        return dict(read_pages(pages, _PLACES, places, MAX_TENSORS))
+
+
+# Plain values.
 
 
 def pack_values(names: Sequence[str], values: Sequence[Encoded]) -> list[bytes]:
     """Plain values, encoded by `tensorfork.model.value_encoding`, as pages."""
-    slices = (slice(start, start + PAGE) for start in range(0, len(names), PAGE))
-    return [msgpack.packb([names[some], values[some]]) for some in slices]
+    return [
+        pack_page({"name": [name for name, _ in page], "value": [value for _, value in page]})
+        for page in paged(zip(names, values, strict=True))
+    ]
+
+
+def _encoded(column: list[Any]) -> list[Encoded]:
+    if not are_encoded(column):
+        raise ValueError("it has values that are none")
+    return column
+
+
+_VALUES = Column("name", texts), Column("value", _encoded)
 
 
 def unpack_values(pages: Sequence[bytes]) -> dict[str, Encoded]:
     """The values that `pack_values` packed, by name; raises `ProtocolError`."""
-    values: dict[str, Encoded] = {}
     with _protocol_errors("table of values"):
-        count = 0
-        for page in pages:
-            names, encoded = _columns(page, 2)
-            count += len(names)
-            if not all(map(is_text, names)) or not are_encoded(encoded):
-                raise ValueError("it has names or values that are none")
-            values.update(zip(names, encoded, strict=True))
-            if not len(values) == count <= MAX_VALUES:
-                raise ValueError(f"it has more than {MAX_VALUES:,} values, or two by one name")
+        rows = list(read_pages(pages, _VALUES, zip, MAX_VALUES))
+        values = dict(rows)
+        if len(values) != len(rows):
+            raise ValueError("it has two values by one name")
     return values
+
+
+# Digests.
 
 
 def pack_digests(values: Sequence[int]) -> list[bytes]:
     """Digests as frames."""
-    return [b"".join(value.to_bytes(8, "little") for value in page) for page in _paged(values)]
+    return [b"".join(value.to_bytes(8, "little") for value in page) for page in paged(values)]
 
 
 def unpack_digests(frames: Sequence[bytes], count: int) -> list[int]:
@@ -204,45 +263,3 @@ def _protocol_errors(what: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError) as error:
         raise ProtocolError(f"a malformed {what} came: {error}") from error
-
-
-def _paged(items: Iterable[T]) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while page := list(islice(iterator, PAGE)):
-        yield page
-
-
-def _rows(pages: Sequence[bytes], columns: int, make: Callable[..., T]) -> Iterator[T]:
-    total = 0
-    for page in pages:
-        table = _columns(page, columns)
-        total += len(table[0])
-        if total > MAX_TENSORS:
-            raise ValueError(f"it has more than {MAX_TENSORS:,} rows")
-        yield from map(make, *table)
-
-
-def _columns(page: bytes, columns: int) -> list[list[Any]]:
-    table = unpack(page)
-    if not isinstance(table, list) or len(table) != columns or len({len(column) for column in table}) != 1:
-        raise ValueError("its columns are not of one length")
-    return table
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    if type(value) is not list:
-        raise ValueError(f"{str(value)[:40]!r} is not a list")
-    return tuple(value)
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a natural number")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not is_text(value):
-        raise ValueError("not a short text")
-    text: str = value
-    return text

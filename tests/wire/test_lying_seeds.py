@@ -90,13 +90,26 @@ def as_a(kind: str, **more: Any) -> Callable[[list[bytes]], list[bytes]]:
     return change
 
 
-def page(index: int, column: int, row: int, value: Any) -> Callable[[list[bytes]], list[bytes]]:
+def page(index: int, column: str, row: int, value: Any) -> Callable[[list[bytes]], list[bytes]]:
     """The reply with one value of one of its tables changed."""
 
     def change(frames: list[bytes]) -> list[bytes]:
         table = msgpack.unpackb(frames[index])
         table[column][row] = value
-        return [*frames[:index], msgpack.packb(table), *frames[index + 1 :]]
+        frames[index] = msgpack.packb(table)
+        return frames
+
+    return change
+
+
+def without(index: int, column: str) -> Callable[[list[bytes]], list[bytes]]:
+    """The reply with one of its tables lacking a column."""
+
+    def change(frames: list[bytes]) -> list[bytes]:
+        table = msgpack.unpackb(frames[index])
+        del table[column]
+        frames[index] = msgpack.packb(table)
+        return frames
 
     return change
 
@@ -109,21 +122,24 @@ LIES = {
     "of having no transport": replaced("Welcome", body(transports={})),
     "of how many pages there are": replaced("Pages", body(tensors=1)),
     "by leaving pages out": replaced("Pages", lambda frames: frames[:2]),
+    "by leaving a column out": replaced("Pages", without(1, "stride")),
+    "by leaving a column of places out": replaced("Leased", without(3, "offset")),
+    "of how many tensors were left out": replaced("Welcome", body(left_out=HUGE)),
     "by sending pages twice": replaced("Pages", lambda frames: [*frames, *frames[1:]]),
-    "of a name": replaced("Pages", page(1, 0, 5, "another")),
-    "of a name that is there already": replaced("Pages", page(1, 0, 5, "layer.0.weight")),
-    "of a dtype": replaced("Pages", page(1, 1, 5, "float16")),
-    "of a dtype that does not exist": replaced("Pages", page(1, 1, 5, "float17")),
-    "of a shape": replaced("Pages", page(1, 2, 5, [99])),
-    "of a shape of huge size": replaced("Pages", page(1, 2, 5, [HUGE])),
-    "of a shape with many sizes": replaced("Pages", page(1, 2, 5, [1] * 1000)),
-    "of a shape that is negative": replaced("Pages", page(1, 2, 5, [-1])),
-    "of a shape that is no list": replaced("Pages", page(1, 2, 5, 100)),
-    "of a stride": replaced("Pages", page(1, 3, 5, [HUGE])),
-    "of an offset": replaced("Pages", page(1, 5, 5, 4)),
-    "of a storage": replaced("Pages", page(1, 4, 5, 70_000)),
-    "of a storage's size": replaced("Pages", page(3, 0, 5, 1 << 50)),
-    "of a storage's device": replaced("Pages", page(3, 1, 5, "nowhere:7")),
+    "of a name": replaced("Pages", page(1, "name", 5, "another")),
+    "of a name that is there already": replaced("Pages", page(1, "name", 5, "layer.0.weight")),
+    "of a dtype": replaced("Pages", page(1, "dtype", 5, "float16")),
+    "of a dtype that does not exist": replaced("Pages", page(1, "dtype", 5, "float17")),
+    "of a shape": replaced("Pages", page(1, "shape", 5, [99])),
+    "of a shape of huge size": replaced("Pages", page(1, "shape", 5, [HUGE])),
+    "of a shape with many sizes": replaced("Pages", page(1, "shape", 5, [1] * 1000)),
+    "of a shape that is negative": replaced("Pages", page(1, "shape", 5, [-1])),
+    "of a shape that is no list": replaced("Pages", page(1, "shape", 5, 100)),
+    "of a stride": replaced("Pages", page(1, "stride", 5, [HUGE])),
+    "of an offset": replaced("Pages", page(1, "offset", 5, 4)),
+    "of a storage": replaced("Pages", page(1, "storage", 5, 70_000)),
+    "of a storage's size": replaced("Pages", page(3, "nbytes", 5, 1 << 50)),
+    "of a storage's device": replaced("Pages", page(3, "device", 5, "nowhere:7")),
     "of its generation": replaced("Leased", body(generation=8)),
     "of an odd generation": replaced("Leased", body(generation=1)),
     "of a huge generation": replaced("Leased", body(generation=HUGE)),
@@ -136,12 +152,12 @@ LIES = {
     ),
     "by leasing nothing": replaced("Leased", lambda frames: frames[:1]),
     "by leasing half": replaced("Leased", lambda frames: frames[:-1]),
-    "of a place": replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, 64)(frames)),
-    "of a place beyond its region": replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, 1 << 40)(frames)),
-    "of a place beyond all numbers": replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, HUGE)(frames)),
-    "of a region that is not there": replaced("Leased", lambda frames: page(len(frames) - 1, 1, 5, 1 << 40)(frames)),
-    "of a region's size": replaced("Leased", page(2, 1, 5, 3)),
-    "of another storage's place": replaced("Leased", lambda frames: page(len(frames) - 1, 0, 5, 6)(frames)),
+    "of a place": replaced("Leased", page(-1, "offset", 5, 64)),
+    "of a place beyond its region": replaced("Leased", page(-1, "offset", 5, 1 << 40)),
+    "of a place beyond all numbers": replaced("Leased", page(-1, "offset", 5, HUGE)),
+    "of a region that is not there": replaced("Leased", page(-1, "region", 5, 1 << 40)),
+    "of a region's size": replaced("Leased", page(1, "nbytes", 5, 3)),
+    "of another storage's place": replaced("Leased", page(-1, "storage", 5, 6)),
     "of its digests' number": replaced("Digests", lambda frames: [*frames[:-1], frames[-1][:-8]]),
     "of a digest": replaced("Digests", lambda frames: [*frames[:-1], bytes(8) + frames[-1][8:]]),
     "of the digests' generation": replaced("Digests", body(generation=2)),
@@ -202,7 +218,7 @@ def test_no_transport_is_told_to_read_beyond_what_was_leased(
             monkeypatch.setattr(session, "pull", lambda *args: asked.append(args))
             return session
 
-    lie = replaced("Leased", lambda frames: page(len(frames) - 1, 2, 5, offset)(frames))
+    lie = replaced("Leased", page(-1, "offset", 5, offset))
     with (
         Liar(seed.address, lie) as address,
         pytest.raises(tensorfork.ProtocolError, match="does not lie within what was leased"),

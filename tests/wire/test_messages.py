@@ -47,7 +47,7 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     messages.TakeLease: st.builds(
         messages.TakeLease, TEXT, FACTS, st.floats(0, 86400), st.booleans(), st.none() | NUMBERS
     ),
-    messages.Leased: st.builds(messages.Leased, TOKENS, st.integers(0, 2**63), st.binary(), COUNTS, VERSIONS),
+    messages.Leased: st.builds(messages.Leased, TOKENS, st.integers(0, 2**63), st.binary(), COUNTS, COUNTS, VERSIONS),
     messages.Say: st.builds(messages.Say, TOKENS),
     messages.GetDigests: st.builds(messages.GetDigests, TOKENS),
     messages.Digests: st.builds(messages.Digests, st.integers(0, 2**63), COUNTS),
@@ -65,7 +65,7 @@ SAMPLES: dict[type[Any], Any] = {
     messages.GetLayout: messages.GetLayout(7),
     messages.Pages: messages.Pages(1, 1, 0),
     messages.TakeLease: messages.TakeLease("zeromq", {"devices": ["cpu"]}, 60.0, True, 7),
-    messages.Leased: messages.Leased(b"lease", 4, b"offer", 2, VERSION),
+    messages.Leased: messages.Leased(b"lease", 4, b"offer", 2, 1, VERSION),
     messages.Say: messages.Say(b"lease"),
     messages.GetDigests: messages.GetDigests(b"lease"),
     messages.Digests: messages.Digests(4, 1),
@@ -178,7 +178,8 @@ def test_a_body_that_is_not_the_message_s_fields_is_refused(body: Any) -> None:
         (messages.TakeLease, "transport", "x" * 4097),
         (messages.Leased, "lease", bytes(65)),
         (messages.Leased, "offer", bytes(messages.MAX_OFFER + 1)),
-        (messages.Leased, "pages", MAX_FRAMES + 1),
+        (messages.Leased, "regions", MAX_FRAMES + 1),
+        (messages.Leased, "places", -1),
         (messages.Say, "lease", bytes(65)),
         (messages.GetDigests, "lease", bytes(65)),
         (messages.Digests, "frames", MAX_FRAMES + 1),

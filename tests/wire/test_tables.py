@@ -1,6 +1,5 @@
 """Tables: layouts, regions, places and digests arrive as they were, and anything else is refused."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -21,7 +20,7 @@ from tensorfork import (
 )
 from tensorfork.placement import Placement
 from tensorfork.wire import messages, tables
-from tensorfork.wire.tables import PAGE
+from tensorfork.wire.pages import PAGE
 
 TEXT = st.text(max_size=40)
 
@@ -38,13 +37,15 @@ WELCOME = messages.Welcome(
     {"zeromq": messages.Offered({"a": [1]}, None)},
     0,
     messages.WeightsVersion("l", 0),
+    left_out=1,
 )
 
 
 def sent(layout: ModelLayout) -> ModelLayout:
     pages, frames = tables.pack_layout(layout)
     assert len(frames) == pages.tensors + pages.storages + pages.left_out
-    return tables.unpack_layout(pages, frames, WELCOME)
+    counts = {"tensors": len(layout.tensors), "storages": len(layout.storages), "left_out": len(layout.left_out)}
+    return tables.unpack_layout(pages, frames, evolve(WELCOME, **counts))
 
 
 def same(one: ModelLayout, other: ModelLayout) -> bool:
@@ -82,7 +83,7 @@ def test_a_layout_of_any_length_arrives_as_it_was_in_pages_of_bounded_length(cou
     layout = long(count)
     pages, frames = tables.pack_layout(layout)
     assert pages.tensors == pages.storages == -(-count // PAGE)
-    assert all(len(msgpack.unpackb(frame)[0]) <= PAGE for frame in frames)
+    assert all(len(column) <= PAGE for frame in frames for column in msgpack.unpackb(frame).values())
     assert same(sent(layout), layout)
 
 
@@ -91,16 +92,18 @@ def long(count: int) -> ModelLayout:
     return ModelLayout(tuple(tensors), tuple(StorageLayout(512, "cpu") for _ in range(count)))
 
 
-ROW = ["w", "float32", [2, 3], [3, 1], 0, 0, None]
+ROW: dict[str, Any] = {"name": "w", "dtype": "float32", "shape": [2, 3], "stride": [3, 1], "storage": 0, "offset": 0}
+STORAGE: dict[str, Any] = {"nbytes": 1000, "device": "cpu"}
 
 
-def columns(*rows: Sequence[Any]) -> bytes:
-    packed: bytes = msgpack.packb([list(column) for column in zip(*rows, strict=True)])
+def columns(*rows: dict[str, Any]) -> bytes:
+    """A page of these rows."""
+    packed: bytes = msgpack.packb({name: [row[name] for row in rows] for name in rows[0]})
     return packed
 
 
 def unpacked(tensors: bytes, storages: bytes | None = None, left_out: bytes | None = None) -> ModelLayout:
-    storages = columns([1000, "cpu"]) if storages is None else storages
+    storages = columns(STORAGE) if storages is None else storages
     frames = [tensors, storages] + ([] if left_out is None else [left_out])
     return tables.unpack_layout(messages.Pages(1, 1, len(frames) - 2), frames, WELCOME)
 
@@ -112,59 +115,112 @@ def test_the_table_that_the_tests_below_change_is_valid_unchanged() -> None:
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        (0, 7), (0, b"w"), (0, None), (0, "x" * 4097),
-        (1, 7), (1, "float3"), (1, b"float32"), (1, None),
-        (2, [2, -3]), (2, [2.0, 3]), (2, ["2", 3]), (2, 6), (2, None), (2, "23"), (2, b"\2\3"), (2, {"2": 3}), (2, [2]),
-        (2, [True, 3]), (2, [0] * 65),
-        (3, [3]), (3, [3, 1, 1]), (3, [3, -1]), (3, b"\3\1"), (3, [1000, 1]), (3, [2**62, 1]),
-        (4, 1), (4, -1), (4, 0.0), (4, None), (4, "0"), (4, False),
-        (5, -4), (5, 2), (5, 1000), (5, 2**63), (5, None), (5, 0.0), (5, True),
-        (6, 7), (6, []), (6, [[2, 3]]), (6, [[2, -3], "Shard(0)"]), (6, [[2, 3], 7]), (6, {"a": 1}), (6, "ab"),
+        *[("name", value) for value in (7, b"w", None, "x" * 4097)],
+        *[("dtype", value) for value in (7, "float3", b"float32", None)],
+        *[
+            ("shape", value)
+            for value in (
+                [2, -3], [2.0, 3], ["2", 3], 6, None, "23", b"\2\3", {"2": 3}, [2], [True, 3], [0] * 65, [2, None]
+            )
+        ],
+        *[("stride", value) for value in ([3], [3, 1, 1], [3, -1], b"\3\1", [1000, 1], [2**62, 1])],
+        *[("storage", value) for value in (1, -1, 0.0, None, "0", False)],
+        *[("offset", value) for value in (-4, 2, 1000, 2**63, None, 0.0, True)],
+        *[
+            ("placement", value)
+            for value in (7, [], [[2, 3]], [[2, -3], "Shard(0)"], [[2, 3], 7], {"a": 1}, "ab", [None, "ab"], [6, "ab"])
+        ],
     ],
     ids=repr,
 )  # fmt: skip
-def test_a_tensor_that_cannot_be_is_refused(column: int, value: Any) -> None:
-    row = list(ROW)
-    row[column] = value
+def test_a_tensor_that_cannot_be_is_refused(column: str, value: Any) -> None:
     with pytest.raises(ProtocolError, match="layout"):
-        unpacked(columns(row))
+        unpacked(columns(ROW | {column: value}))
+    with pytest.raises(ProtocolError, match="layout"):  # also where the others are as they should be
+        unpacked(columns({"placement": None} | ROW, {"placement": None} | ROW | {"name": "v", column: value}))
 
 
 @pytest.mark.parametrize(
-    "storage", [[-1, "cpu"], [1000.0, "cpu"], ["1000", "cpu"], [1000, "tpu:0"], [1000, "meta"], [1000, None], [100, 5]],
+    "storage",
+    [
+        {"nbytes": -1}, {"nbytes": 1000.0}, {"nbytes": "1000"}, {"device": "tpu:0"}, {"device": "meta"},
+        {"device": None}, {"nbytes": 10}, {"device": 5},
+    ],
     ids=repr,
 )  # fmt: skip
-def test_a_storage_that_cannot_be_is_refused(storage: list[Any]) -> None:
+def test_a_storage_that_cannot_be_is_refused(storage: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError, match="a malformed layout came"):
-        unpacked(columns(ROW), columns(storage))
+        unpacked(columns(ROW), columns(STORAGE | storage))
 
 
 @pytest.mark.parametrize(
     "page",
-    [b"", b"\xc1", b"\x00", b"\x90", msgpack.packb({"a": 1}), msgpack.packb([[1]] * 6), msgpack.packb([7] * 7),
-     msgpack.packb([["w"], ["float32"], [[2, 3]], [[3, 1]], [0], [0], []]), columns(ROW, ROW), columns([*ROW, 1]),
-     msgpack.packb(["w", "f", "s", "t", "o", "f", "p"])],
-)  # fmt: skip
-def test_a_page_that_is_not_a_table_of_that_many_columns_is_refused(page: bytes) -> None:
+    [
+        b"",
+        b"\xc1",
+        b"\x00",
+        b"\x90",
+        msgpack.packb({}),
+        msgpack.packb({"a": 1}),
+        msgpack.packb([["w"], ["float32"], [[2, 3]], [[3, 1]], [0], [0]]),
+        msgpack.packb(ROW),
+        msgpack.packb({name: [value] for name, value in ROW.items()} | {"placement": []}),
+        msgpack.packb({name: [value] for name, value in ROW.items()} | {"placement": {"a": 1}}),
+        msgpack.packb({name: [value] for name, value in ROW.items()} | {"offset": [0, 0]}),
+        columns(ROW, ROW),
+    ],
+)
+def test_a_page_that_is_not_a_table_of_these_columns_is_refused(page: bytes) -> None:
     with pytest.raises(ProtocolError):
         unpacked(page)
 
 
+@pytest.mark.parametrize("column", ROW)
+def test_a_page_without_a_column_that_is_needed_is_refused_by_name(column: str) -> None:
+    with pytest.raises(ProtocolError, match=f"a malformed layout came: a page lacks the column '{column}'"):
+        unpacked(columns({name: value for name, value in ROW.items() if name != column}))
+
+
+def test_columns_of_the_future_are_skipped_whatever_they_hold() -> None:
+    more = {"of the future": [{"a": 1}], "another": 7, "a third": [1, 2, 3]}
+    page = msgpack.packb({name: [value] for name, value in ROW.items()} | more)
+    storages = msgpack.packb({name: [value] for name, value in STORAGE.items()} | more)
+    left_out = msgpack.packb({"name": ["x"]})
+    later_left_out = msgpack.packb({"name": ["x"]} | more)
+    assert same(unpacked(page, storages, later_left_out), unpacked(columns(ROW), left_out=left_out))
+    regions, places = [RemoteRegion(0, 8, "cpu")], {0: Place(0, 4)}
+    packed = tables.pack_regions(regions), tables.pack_places(places), tables.pack_values(["a"], [1])
+    later = [[msgpack.packb(msgpack.unpackb(page) | more) for page in pages] for pages in packed]
+    assert tables.unpack_regions(later[0]) == regions
+    assert tables.unpack_places(later[1]) == places
+    assert tables.unpack_values(later[2]) == {"a": 1}
+
+
+def test_placements_travel_only_in_pages_that_have_any() -> None:
+    whole = long(2 * PAGE)
+    shard = evolve(whole.tensors[PAGE], placement=Placement((8, 8), "Shard(dim=0) 1/2"))
+    _, frames = tables.pack_layout(evolve(whole, tensors=(*whole.tensors[:PAGE], shard, *whole.tensors[PAGE + 1 :])))
+    assert ["placement" in msgpack.unpackb(frame) for frame in frames[:2]] == [False, True]
+
+
 def test_another_number_of_pages_than_announced_is_refused() -> None:
     with pytest.raises(ProtocolError, match="it has 2 pages, and others were announced"):
-        tables.unpack_layout(messages.Pages(1, 2, 0), [columns(ROW), columns([1000, "cpu"])], WELCOME)
+        tables.unpack_layout(messages.Pages(1, 2, 0), [columns(ROW), columns(STORAGE)], WELCOME)
 
 
-def test_more_rows_than_a_model_can_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_TENSORS", 1)
-    with pytest.raises(ProtocolError, match="more than 1 rows"):
-        unpacked(columns(ROW, ["v", *ROW[1:]]))
+@pytest.mark.parametrize("announced", ["tensors", "storages", "left_out"])
+def test_more_rows_than_the_welcome_announced_are_refused(announced: str) -> None:
+    frames = [columns(ROW, ROW | {"name": "v"}), columns(STORAGE, STORAGE), msgpack.packb({"name": ["x", "y"]})]
+    pages, welcome = messages.Pages(1, 1, 1), evolve(WELCOME, tensors=2, storages=2, left_out=2)
+    assert len(tables.unpack_layout(pages, frames, welcome).tensors) == 2
+    with pytest.raises(ProtocolError, match="it has more than 1 rows"):
+        tables.unpack_layout(pages, frames, evolve(welcome, **{announced: 1}))
 
 
 @pytest.mark.parametrize("name", [7, None, b"w", "x" * 4097, ["w"]], ids=lambda name: repr(name)[:20])
 def test_a_name_left_out_that_is_no_name_is_refused(name: Any) -> None:
     with pytest.raises(ProtocolError, match="a malformed layout came"):
-        unpacked(columns(ROW), left_out=msgpack.packb([[name]]))
+        unpacked(columns(ROW), left_out=msgpack.packb({"name": [name]}))
 
 
 # Identity and rank.
@@ -202,39 +258,42 @@ def test_regions_and_places_arrive_as_they_were(data: st.DataObject) -> None:
     natural = st.integers(0, 2**63)
     regions = data.draw(st.lists(st.builds(RemoteRegion, natural, natural, TEXT), max_size=5))
     places = data.draw(st.dictionaries(natural, st.builds(Place, natural, natural), max_size=5))
-    pages = tables.pack_places(regions, places)
-    assert (tables.unpack_regions(pages), tables.unpack_places(pages)) == (regions, places)
+    assert tables.unpack_regions(tables.pack_regions(regions)) == regions
+    assert tables.unpack_places(tables.pack_places(places)) == places
 
 
 @pytest.mark.parametrize("count", [0, PAGE, PAGE + 1, 20_000])
 def test_regions_and_places_of_any_number_arrive_as_they_were(count: int) -> None:
     regions = [RemoteRegion(i, 512, "cpu") for i in range(count)]
     places = {i: Place(i, 8) for i in range(count)}
-    pages = tables.pack_places(regions, places)
-    assert (tables.unpack_regions(pages), tables.unpack_places(pages)) == (regions, places)
+    assert tables.unpack_regions(tables.pack_regions(regions)) == regions
+    assert tables.unpack_places(tables.pack_places(places)) == places
+
+
+REGION: dict[str, Any] = {"id": 0, "nbytes": 512, "device": "cpu"}
+PLACE: dict[str, Any] = {"storage": 0, "region": 0, "offset": 0}
 
 
 @pytest.mark.parametrize(
-    "pages",
+    ("row", "change"),
     [
-        [],
-        [b""],
-        [msgpack.packb(-1)],
-        [msgpack.packb("1")],
-        [msgpack.packb(True)],
-        [msgpack.packb(1), columns([0, 512])],
-        [msgpack.packb(1), columns([0, -1, "cpu"])],
-        [msgpack.packb(1), columns([0, 512, 7])],
-        [msgpack.packb(1), columns([0.0, 512, "cpu"])],
-        [msgpack.packb(0), columns([0, 0, -1])],
-        [msgpack.packb(0), columns([0, None, 0])],
-        [msgpack.packb(0), columns(["0", 0, 0])],
-        [msgpack.packb(0), columns([[0], 0, 0])],
+        (REGION, {"nbytes": -1}),
+        (REGION, {"device": 7}),
+        (REGION, {"id": 0.0}),
+        (REGION, {"id": True}),
+        (PLACE, {"offset": -1}),
+        (PLACE, {"region": None}),
+        (PLACE, {"storage": "0"}),
+        (PLACE, {"storage": [0]}),
     ],
 )
-def test_a_table_of_regions_that_cannot_be_is_refused(pages: list[bytes]) -> None:
-    with pytest.raises(ProtocolError):
-        (tables.unpack_regions(pages), tables.unpack_places(pages))
+def test_a_region_or_a_place_that_cannot_be_is_refused(row: dict[str, Any], change: dict[str, Any]) -> None:
+    unpack = tables.unpack_regions if row is REGION else tables.unpack_places
+    unpack([columns(row)])
+    with pytest.raises(ProtocolError, match="a malformed table of"):
+        unpack([columns(row | change)])
+    with pytest.raises(ProtocolError, match="not msgpack"):
+        unpack([b""])
 
 
 @given(values=st.lists(st.integers(0, 2**64 - 1), max_size=30))
