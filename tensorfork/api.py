@@ -150,6 +150,7 @@ def fork_into(
     at_least: Version | int | None = None,
     arena: bool = True,
     cancel: Event | None = None,
+    trace: str | None = None,
     values: str | ValuePolicy = "report",
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
@@ -198,6 +199,8 @@ def fork_into(
             them are. Without, each storage is an allocation of its own: for models that free tensors one by one.
         cancel: an event that cancels the fork when another thread sets it; `ForkCancelled` is then raised, mostly
             within 0.3 seconds. It may also be one of multiprocessing's.
+        trace: the trace id by which the logs of both sides, the report and the errors name this fork: 32 hexadecimal
+            digits, as in a `traceparent` of W3C Trace Context. By default a random one.
         values: what to do about plain values beside the tensors (numbers, texts, ...) that are not the seed's:
             "report" has them in the report and logs them once; "strict" raises `ValueMismatch` before anything is
             copied; "ignore" does not compare. A `ValuePolicy` may also allow some, and take some over.
@@ -218,6 +221,7 @@ def fork_into(
             wait=wait,
             restarts=restarts,
             cancel=cancel,
+            trace=trace,
             device=device,
             arena=arena,
             verify=verify,
@@ -268,6 +272,7 @@ def fork(
     at_least: Version | int | None = None,
     arena: bool = True,
     cancel: Event | None = None,
+    trace: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Copy all tensors of the seed at `peer` into new memory on `device`, and return them by name.
 
@@ -281,6 +286,7 @@ def fork(
         wait=wait,
         restarts=restarts,
         cancel=cancel,
+        trace=trace,
         device=device,
         arena=arena,
         verify=verify,

@@ -42,7 +42,12 @@ class TensorForkError(Exception):
 
     All of them can be pickled and copied, with their attributes and notes; as with any exception, their cause and
     traceback stay behind.
+
+    Attributes:
+        trace: the trace id of the fork that failed, as 32 hexadecimal digits; None where none had begun.
     """
+
+    trace: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own way calls the class with `args`, which is the message alone and not what `__init__` takes.

@@ -112,6 +112,7 @@ class ForkReport:
         left_out_by_seed: tensors that the seed has and did not publish.
         version: which weights these are; its `content` is known where digests were compared.
         values: how the plain values beside the tensors compare; None where they were not compared.
+        trace: the fork's trace id, as 32 hexadecimal digits, which the seed's log names too.
     """
 
     peer: str
@@ -129,6 +130,7 @@ class ForkReport:
     left_out_by_seed: Sequence[str] = ()
     version: Version | None = None
     values: ValueReport | None = None
+    trace: str = ""
 
     @property
     def total(self) -> float:

@@ -73,6 +73,7 @@ def take_lease(
     *,
     digests: bool,
     values: OurValues | None,
+    trace: str,
     enter: Callable[[str], object],
 ) -> Iterator[Lease]:
     """Take a lease over a transport, and open a session under it; close both at the end.
@@ -95,6 +96,7 @@ def take_lease(
         digests,
         seed.welcome.publication,
         values is not None,
+        bytes.fromhex(trace),
     )
     meanwhile = None if values is None else values.read
     leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease", meanwhile)
@@ -127,9 +129,10 @@ def take_lease(
             )
         finally:
             enter("close")
-            _close(session, min(deadline, time.monotonic() + (CANCELLED_TIMEOUT if seed.cancelled else CLOSE_TIMEOUT)))
+            soon = time.monotonic() + (CANCELLED_TIMEOUT if seed.cancelled else CLOSE_TIMEOUT)
+            _close(session, min(deadline, soon), trace)
     finally:
-        _release(seed, leased.lease, deadline)
+        _release(seed, leased.lease, deadline, trace)
 
 
 def get_ready(lease: Lease, transport: Transport, seed: SeedConnection, deadline: float) -> None:
@@ -173,27 +176,28 @@ def _explained(seed: SeedConnection, id: bytes, deadline: float) -> Iterator[Non
         raise
 
 
-def _close(session: Session, deadline: float) -> None:
+def _close(session: Session, deadline: float, trace: str) -> None:
     """Close a session. If that fails it is logged only: the bytes have come, or another error says why not."""
     try:
         session.close(deadline)
     except Exception:
-        log.exception("a session was not closed")
+        log.exception("a session was not closed (trace %s)", trace)
 
 
 @contextmanager
-def lease_of_nothing(seed: SeedConnection, deadline: float) -> Iterator[messages.Leased]:
+def lease_of_nothing(seed: SeedConnection, deadline: float, trace: str) -> Iterator[messages.Leased]:
     """Take a lease over no transport, under which digests can be asked for; give it back at the end."""
     seconds = max(0.0, deadline - time.monotonic())
-    request = messages.TakeLease(messages.NO_TRANSPORT, {}, seconds, True, seed.welcome.publication)
+    publication, traced = seed.welcome.publication, bytes.fromhex(trace)
+    request = messages.TakeLease(messages.NO_TRANSPORT, {}, seconds, True, publication, trace=traced)
     leased, _ = seed.conversation.request(request, messages.Leased, deadline, "lease")
     try:
         yield leased
     finally:
-        _release(seed, leased.lease, deadline)
+        _release(seed, leased.lease, deadline, trace)
 
 
-def _release(seed: SeedConnection, id: bytes, deadline: float) -> None:
+def _release(seed: SeedConnection, id: bytes, deadline: float, trace: str) -> None:
     """Give a lease back. If that fails it is logged only: the seed ends the lease itself, when its time is over."""
     now, cancelled = time.monotonic(), seed.cancelled
     soon = now + CANCELLED_TIMEOUT if cancelled else min(max(deadline, now + 0.2), now + CLOSE_TIMEOUT)
@@ -201,4 +205,4 @@ def _release(seed: SeedConnection, id: bytes, deadline: float) -> None:
         with seed.conversation.leaving():
             seed.conversation.request(messages.CheckLease(id, True), messages.Checked, soon, "release")
     except TensorForkError as error:
-        log.info("a lease was not given back: %s", error)
+        log.info("lease %s was not given back (trace %s): %s", id.hex()[:8], trace, error)

@@ -7,6 +7,7 @@ from attrs import evolve
 from tensorfork.digest.record import Digests
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.lease import lease_of_nothing
+from tensorfork.fork.trace import trace_id, traced
 from tensorfork.fork.verification import ask_for_digests, check_definition
 from tensorfork.identity import Identity, Rank
 from tensorfork.interpreter import ending
@@ -21,15 +22,19 @@ def seed_digests(
 
     Raises `TensorForkError` as a fork does, and `ValueError` where the selection includes what the seed does not have.
     """
-    cancel = Event()
-    with ending.guarded(cancel.set), SeedConnection(peer, deadline, cancel) as seed:
+    cancel, trace = Event(), trace_id(None)
+    with (
+        traced(trace, "a request for digests", peer),
+        ending.guarded(cancel.set),
+        SeedConnection(peer, deadline, cancel) as seed,
+    ):
         seed.greet(deadline)
         seed.compare(identity, rank)
         check_definition(seed)
         layout = seed.layout(deadline)
         if unused := selection.unmatched([tensor.name for tensor in layout.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
-        with lease_of_nothing(seed, deadline) as lease:
+        with lease_of_nothing(seed, deadline, trace) as lease:
             found = ask_for_digests(lease.lease, lease.generation, seed, layout, deadline)
     digests = Digests.of(found, tables.unpack_version(lease.version), lease.generation)
     version = None if digests.version is None else evolve(digests.version, content=digests.content)

@@ -9,6 +9,7 @@ A failure before `pull` leaves the model untouched. From then on tensors that ha
 bytes; meta tensors stay meta until `install`, which gives memory to all of them or to none.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -40,6 +41,7 @@ from tensorfork.fork.destination import Destination, DestinationMemory
 from tensorfork.fork.lease import Lease, get_ready, take_lease
 from tensorfork.fork.seed_names import SeedNames
 from tensorfork.fork.terms import Terms
+from tensorfork.fork.trace import traced
 from tensorfork.fork.transport_choice import reason_against
 from tensorfork.fork.values import OurValues, log_differences
 from tensorfork.interpreter import ending
@@ -48,6 +50,8 @@ from tensorfork.lineage import Version
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
 from tensorfork.wire import tables
+
+log = logging.getLogger("tensorfork")
 
 SLEEP_POLL = 0.01, 0.5
 """Seconds between two questions whether a seed is still suspended or changing: at first, and at most."""
@@ -78,6 +82,13 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
         TensorForkError: docs/errors.md has each kind, and the state it leaves.
         ValueError: `peer` or the device cannot be used.
     """
+    with traced(terms.trace, "a fork", peer):
+        report, destination = _run(peer, filling, terms, watch)
+    log.info("%s (trace %s)", report, terms.trace)
+    return report, destination
+
+
+def _run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[ForkReport, Destination]:
     connect = partial(SeedConnection, peer, terms.deadline, terms.cancel, terms.wait_until, watch.enter)
     with ending.guarded(terms.cancel.set), _cancellable(peer, terms.cancel), connect() as seed:
         attempts = _Attempts(seed, filling, terms, watch)
@@ -230,7 +241,9 @@ class _Attempt:
         deadline = terms.deadline
         asked, values = terms.verify, self.values if self.values and self.values.policy.compares else None
         with (
-            take_lease(seed, transport, self.memory, deadline, digests=asked, values=values, enter=enter) as lease,
+            take_lease(
+                seed, transport, self.memory, deadline, digests=asked, values=values, trace=terms.trace, enter=enter
+            ) as lease,
             self._comparing(lease),
             self._tensors() as tensors,
         ):
@@ -261,6 +274,7 @@ class _Attempt:
             seconds={},
             verified=terms.verify,
             version=version,
+            trace=terms.trace,
         )
 
     @contextmanager

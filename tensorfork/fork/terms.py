@@ -10,6 +10,7 @@ import torch
 from attrs import field, frozen
 from attrs.validators import instance_of, optional
 
+from tensorfork.fork.trace import trace_id
 from tensorfork.fork.transport_choice import transports_to_try
 from tensorfork.identity import Identity, Rank
 from tensorfork.lineage import AtLeast, Wanted, check_wanted
@@ -79,6 +80,7 @@ class Terms:
 
     Attributes:
         transports: those to try, in order.
+        trace: the caller's trace id, or a random one.
         cancel: set once the caller's is, from any thread, or when the process ends.
     """
 
@@ -94,6 +96,7 @@ class Terms:
     rank: Rank | None = field(default=None, validator=optional(instance_of(Rank)))
     version: Wanted = None
     at_least: AtLeast = None
+    trace: str = field(default=None, converter=trace_id)
     transports: tuple[Transport, ...] = field(default="auto", converter=transports_to_try)
     deadline: float = field(init=False)
 

@@ -34,6 +34,7 @@ class Lease:
         checks: replies to requests to look at the tensors, for the lease's thread; None, the last, ends it.
         ended: set when the lease is to end.
         connected: whether its fork's connection is there.
+        trace: the fork's trace id, as hexadecimal digits; empty if it has none.
         digests: whether its fork has asked for digests, or said that it will.
         why: what the fork is told about the end.
     """
@@ -45,6 +46,7 @@ class Lease:
     generation: int
     expires: float
     channel: SeedChannel
+    trace: str = ""
     checks: "queue.SimpleQueue[SendReply | None]" = field(factory=queue.SimpleQueue)
     ended: threading.Event = field(factory=threading.Event)
     connected: bool = True
@@ -74,7 +76,8 @@ class Lease:
 
     def __str__(self) -> str:
         what = f"a fork over {self.transport}" if self.transport else "a process that asks for digests"
-        return f"{what} (lease {self.id.hex()[:8]})"
+        trace = f", trace {self.trace}" if self.trace else ""
+        return f"{what} (lease {self.id.hex()[:8]}{trace})"
 
 
 class LeaseTable:

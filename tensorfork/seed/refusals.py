@@ -26,8 +26,8 @@ def refusal(lease: Lease, error: Exception) -> messages.Refused:
     if isinstance(error, SeedMoved):
         return moved(error)
     if found := exhausted(error):
-        log.warning("a fork is refused: %s", found)
+        log.warning("%s is refused: %s", lease, found)
         return messages.Refused(messages.BUSY, f"the seed cannot serve another fork: {found}")
     if not isinstance(error, TensorForkError):
-        log.exception("the transport %s failed to export", lease.transport)
+        log.exception("the transport failed to export: %s is refused", lease)
     return messages.Refused(messages.UNAVAILABLE, f"the seed cannot export over {lease.transport}: {error}")

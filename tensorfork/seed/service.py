@@ -177,7 +177,7 @@ class SeedService:
                 if lease is None:
                     reply(messages.Ended(message.lease, self._leases.why_ended(message.lease)))
                 elif not lease.channel.deliver(payload):
-                    log.warning("a fork sends more messages than its transport reads; its lease is ended")
+                    log.warning("%s sends more messages than its transport reads; its lease is ended", lease)
                     lease.end(gone=True)
             case messages.GetDigests():
                 if lease := self._running_lease(message.lease, reply):
@@ -204,12 +204,14 @@ class SeedService:
         generation, publication = self.model.at_one_moment()
         if refused := self._reason_to_refuse(peer, request, generation, publication):
             self._leases.refused += 1
+            asked = request.transport, request.trace.hex()
+            log.info("a fork over %.60r is refused (trace %s): %s", *asked, refused.reason)
             reply(refused)
             return
         id = os.urandom(16)
         channel = SeedChannel(self._listener, peer, id)
         expires = time.monotonic() + request.seconds
-        lease = Lease(id, peer, request.transport, publication, generation, expires, channel)
+        lease = Lease(id, peer, request.transport, publication, generation, expires, channel, request.trace.hex())
         lease.digests = request.digests
         self._leases.add(lease)
         if request.digests:
@@ -286,6 +288,7 @@ class SeedService:
                 self._refuse(lease, error, reply)
                 return
             self._leases.granted += 1
+            log.info("%s begins", lease)
             reply(*leased)
             while (asked := lease.checks.get()) is not None:
                 self._check(lease, asked)
@@ -296,8 +299,7 @@ class SeedService:
             serving.join(CLOSE_TIMEOUT)
         finally:
             lease.end()
-            if reachable:
-                log.info("%s has ended; its reader can still reach the memory", lease)
+            log.info("%s: %s%s", lease, lease.why.reason, "; it can still reach the memory" * reachable)
             self._leases.remove(lease, reachable=reachable)
 
     def _leased(
@@ -348,10 +350,11 @@ class SeedService:
         try:
             export.serve(lease.channel)
         except PeerUnreachable as error:
-            log.info("a fork went away, or a transfer ended: %s", error)
+            if lease.why is not RELEASED:
+                log.info("%s went away, or a transfer ended: %s", lease, error)
             lease.end(self._why_failed(lease), gone=True)
         except Exception:
-            log.exception("serving a fork failed; its lease is ended")
+            log.exception("serving %s failed; its lease is ended", lease)
             lease.end(self._why_failed(lease), gone=True)
 
     def _why_failed(self, lease: Lease) -> messages.Refused:
@@ -379,5 +382,6 @@ class SeedService:
         return min((lease.expires for lease in leases if lease.expires > now), default=None)
 
     def _on_gone(self, peer: bytes) -> None:
-        for _ in self._leases.peer_gone(peer):
-            log.info("a fork has gone away; its lease is ended")
+        for lease in self._leases.peer_gone(peer):
+            if lease.why is not RELEASED:  # else its fork has just given it back
+                log.info("%s has gone away; its lease is ended", lease)

@@ -134,6 +134,8 @@ class TakeLease(Record):
     """What the fork's layout is of. Refused as `CHANGED` where the seed has published something else since."""
     values: bool = False
     """Whether to send the plain values beside the tensors."""
+    trace: bytes = field(default=b"", validator=max_len(16))
+    """The fork's trace id, for the logs."""
 
 
 @frozen(eq=False, repr=False)

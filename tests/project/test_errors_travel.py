@@ -82,7 +82,7 @@ VERSION = tensorfork.Version("0a1b", 3, "step-3", "ff00")
 VALUES = tensorfork.ValueReport(9, (tensorfork.DifferentValues("eps", ("norm.eps",), "1e-05", "1e-06"),), 2, ("a",))
 REPORT = tensorfork.ForkReport(
     "tcp://10.0.0.7:4180", "zeromq", "tcp", 3, 12, 4, {"transfer": 0.5}, True, 1, {"nccl": "no GPU"}, version=VERSION,
-    values=VALUES,
+    values=VALUES, trace="4bf92f3577b34da6a3ce929d0e0e4736",
 )  # fmt: skip
 POLICY = tensorfork.ValuePolicy("strict", expected="*.rank", take=["*.k_scale_float"])
 STATS = tensorfork.SeedStats(1, 2, 3, 4, 5)

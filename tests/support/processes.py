@@ -83,8 +83,9 @@ class Child:
 def serve(pipe: Connection, model: Callable[[], Any], limits: dict[int, int] | None = None) -> None:
     """Publish a model, send its address, then answer requests until the pipe is closed.
 
-    ("stats",) -> the seed's statistics; ("errors",) -> the errors that were logged; ("update", value) -> every tensor
-    is filled with that value under `updating`, and the new generation is sent; ("close",) -> the seed is closed.
+    ("stats",) -> the seed's statistics; ("errors",) -> the errors that were logged; ("log",) -> all that was logged,
+    from INFO on; ("update", value) -> every tensor is filled with that value under `updating`, and the new generation
+    is sent; ("close",) -> the seed is closed.
 
     `limits` are soft resource limits to set first, by `resource.RLIMIT_*`.
     """
@@ -95,13 +96,17 @@ def serve(pipe: Connection, model: Callable[[], Any], limits: dict[int, int] | N
 
     for which, soft in (limits or {}).items():
         resource.setrlimit(which, (soft, resource.getrlimit(which)[1]))
+    lines: list[str] = []
     errors: list[str] = []
 
-    class ErrorHandler(logging.Handler):
+    class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            errors.append(self.format(record))
+            lines.append(self.format(record))
+            if record.levelno >= logging.ERROR:
+                errors.append(lines[-1])
 
-    logging.getLogger("tensorfork").addHandler(ErrorHandler(logging.ERROR))
+    logging.getLogger("tensorfork").addHandler(Handler())
+    logging.getLogger("tensorfork").setLevel(logging.INFO)
     tensors = model()
     seed = tensorfork.publish(tensors)
     pipe.send(seed.address)
@@ -114,6 +119,8 @@ def serve(pipe: Connection, model: Callable[[], Any], limits: dict[int, int] | N
             pipe.send(seed.stats())
         elif request == "errors":
             pipe.send(list(errors))
+        elif request == "log":
+            pipe.send(list(lines))
         elif request == "update":
             with seed.updating():
                 for tensor in tensors.values():
