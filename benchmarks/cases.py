@@ -33,6 +33,15 @@ GENTLE_SETTINGS = (
     *(f"nccl,max_ctas={count}" for count in (1, 2, 4, 8, 16)),
     "nccl,rate_limit=25e9",
 )
+SEED_LIMITS = {
+    "cuda_ipc": ("100e9", "50e9"),
+    "transfer_engine:nvlink": ("100e9", "50e9"),
+    "nccl,max_ctas=4": ("50e9", "25e9"),
+    "nccl": ("25e9",),
+    "zeromq": ("2e9",),
+}
+"""Bytes a second of a seed, for all its forks."""
+CPU_SEED_LIMITS = {"zeromq": "200e6", "gloo": "200e6"}
 
 
 @dataclass(frozen=True)
@@ -152,9 +161,23 @@ def _disturbances() -> Iterator[Case]:
         run = partial(disturbance.case, load="gemm", shape="llama", transport=transport)
         group = "gpu-gentle" if transport in GENTLE_SETTINGS else "gpu-disturbance"
         yield Case(f"gpu-disturbance-{transport}", frozenset({"gpu", group}), run, 1)
+    yield from _limited_seeds(cpu)
     for transport in TRANSPORTS:
         run = partial(disturbance.case, load="llama", shape=None, transport=transport)
         yield Case(f"gpu-generating-{transport}", frozenset({"gpu", "gpu-generating"}), run, 1)
+
+
+def _limited_seeds(cpu: frozenset[str]) -> Iterator[Case]:
+    """The same, with the seed's own rate limit."""
+    for transport, rate in CPU_SEED_LIMITS.items():
+        options = {"shape": "256MiB/100", "transport": transport, "rate_limit": float(rate)}
+        run = partial(disturbance.case, load="loop", **options)
+        yield Case(f"cpu-limited-{transport}-{rate}", cpu | {"limited"}, run)
+    for transport, rates in SEED_LIMITS.items():
+        for rate in rates:
+            options = {"shape": "llama", "transport": transport, "rate_limit": float(rate)}
+            run = partial(disturbance.case, load="gemm", **options)
+            yield Case(f"gpu-limited-{transport}-{rate}", frozenset({"gpu", "gpu-limited", "limited"}), run, 1)
 
 
 def _process_settings() -> Iterator[Case]:

@@ -11,7 +11,8 @@ from benchmarks.process import Worker
 GOAL = 1.15
 """For the p99 during forks, to the p99 idle; on GPUs. There is none on a CPU, where steps and forks share the cores."""
 GENTLE_GOALS = {"nccl": 1.5}
-"""The same with a rate limit or another gentle setting; 1.10 for transports that are not named."""
+"""The same with a rate limit of the fork's or another gentle setting; 1.10 for transports that are not named, and where
+the limit is the seed's."""
 PERCENTILES = ("p50", "p99", "p99.9")
 Step = tuple[float, float]
 """When it began (`time.monotonic`), and how many ms it took."""
@@ -21,10 +22,18 @@ LEAD_SECONDS = 1.0
 """Seconds of forking before and after the steps that are timed."""
 
 
-def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transport: str) -> None:
+def case(
+    bench: Bench,
+    outcome: Outcome,
+    *,
+    load: str,
+    shape: str | None,
+    transport: str,
+    rate_limit: float | None = None,
+) -> None:
     """Steps of the load in the seed, by turns idle and during forks over the transport.
 
-    `shape` is the model that the seed publishes; None for the load's own.
+    `shape` is the model that the seed publishes; None for the load's own. `rate_limit` is the seed's, in bytes/s.
     """
     seed = bench.start("seed", bench.source, own_gpu=True)
     fork = bench.start("fork", bench.sink, own_gpu=True)
@@ -32,7 +41,7 @@ def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transp
     bench.ask(seed, "workload.prepare", timeout=START_TIMEOUT, load=load)
     if shape is not None:
         bench.ask(seed, "models.build", shape=bench.shape(shape), placement="placed", fill=True)
-    address = bench.ask(seed, "api.publish", transports=[transport])["address"]
+    address = bench.ask(seed, "api.publish", transports=[transport], rate_limit=rate_limit)["address"]
     first_fork = bench.ask(fork, "api.fork_new", address=address, transport=transport)
     seconds = bench.seconds / INTERVALS
     idle, during, forked = [_steps(bench, seed, seconds)], list[list[Step]](), list[dict[str, Any]]()
@@ -44,6 +53,7 @@ def case(bench: Bench, outcome: Outcome, *, load: str, shape: str | None, transp
         forked.append(bench.result(fork, seconds + bench.timeout))
         idle.append(_steps(bench, seed, seconds))
     outcome.detail |= {"transport": transport, "load": load, "first_fork": first_fork, "forks": forked}
+    outcome.detail["rate_limit"] = rate_limit
     windows = [window for one in forked for window in one["windows"]]
     during_transfers = [duration for steps in during for duration in overlapping(steps, windows)]
     outcome.detail["steps"] = {"idle": _all(idle), "forks": _all(during)}
@@ -80,7 +90,8 @@ def _percentiles(steps: Sequence[Step]) -> dict[str, float]:
 
 def _rows(outcome: Outcome, transport: str, *, judged: bool) -> None:
     name, _, options = transport.partition(",")
-    gentle_or_not = GENTLE_GOALS.get(name, 1.10) if options else GOAL
+    limited = outcome.detail["rate_limit"] is not None
+    gentle_or_not = 1.10 if limited else GENTLE_GOALS.get(name, 1.10) if options else GOAL
     steps, intervals, forked = (outcome.detail[what] for what in ("steps", "intervals", "forks"))
     for percentile in PERCENTILES:
         goal = gentle_or_not if percentile == "p99" and judged else None

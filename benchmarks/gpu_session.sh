@@ -4,7 +4,7 @@
 #
 #   benchmarks/gpu_session.sh OUT [PART...]
 #
-# Parts, in their order: tests first disturbance experts settings baselines arena generating gentle large. All but the
+# Parts, in their order: tests first disturbance experts settings baselines arena generating gentle limited large. All but the
 # last by default. OUT gets one JSON a part and one text, session.txt. SECONDS_EACH bounds a part (default 540); PYTHON is the
 # interpreter; ARGS are passed to every run of the benchmarks.
 set -u
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 out=${1:?folder for the results}
 shift
 parts=("${@:-}")
-[ -n "${parts[0]}" ] || parts=(tests first disturbance experts settings baselines arena generating gentle)
+[ -n "${parts[0]}" ] || parts=(tests first disturbance experts settings baselines arena generating gentle limited)
 python=${PYTHON:-python3}
 each=${SECONDS_EACH:-540}
 mkdir -p "$out"

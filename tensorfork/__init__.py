@@ -41,6 +41,7 @@ with _gc_paused():  # behind torch a collection is due, which would double the t
     from tensorfork.seed.handle import Seed
     from tensorfork.seed.leases import SeedStats
     from tensorfork.transports.base import Channel, Export, Facts, Session, Site, Transport
+    from tensorfork.transports.rate_limit import RateLimiter
     from tensorfork.version import __version__
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "Placement",
     "ProtocolError",
     "Rank",
+    "RateLimiter",
     "Region",
     "RemoteRegion",
     "ResourceExhausted",

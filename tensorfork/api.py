@@ -67,6 +67,7 @@ def publish(
     leases: int = 64,
     leases_per_connection: int = 4,
     stall: float = 15.0,
+    rate_limit: float | None = None,
 ) -> Seed:
     """Let other processes fork this model, from now until the seed is closed.
 
@@ -97,19 +98,21 @@ def publish(
         leases_per_connection: how many of them one connection may have.
         stall: seconds, 0.1 at least, in which a fork's process must give a sign of life. Its libzmq gives it, also
             while its interpreter is busy; a process that is stopped does not, and its leases end.
+        rate_limit: bytes a second of all forks together, over every transport. The seed sends no faster; forks that
+            read by themselves are told what each may read, and obey (docs/transports.md). By default there is no limit.
 
     Raises:
         TypeError: it is not a model, or an argument is of another type.
         ValueError: `include` names a tensor that the model does not have, or an address cannot be used.
         UnsupportedTensor: one of its tensors cannot be forked; the message names it.
-        TransportUnavailable: one of the transports named cannot work here.
+        TransportUnavailable: one of the transports named cannot work here, or cannot hold `rate_limit`.
         ResourceExhausted: this process has no memory, file descriptors or threads left for it.
         OSError: the address cannot be listened on.
     """
     bound, advertised = listening_address(bind, advertise)
     check_wanted(version, None)
     flag("stable", stable)
-    limits = Limits(leases=leases, leases_per_connection=leases_per_connection, stall=stall)
+    limits = Limits(leases=leases, leases_per_connection=leases_per_connection, stall=stall, rate_limit=rate_limit)
     copy_to = None if isinstance(snapshot, bool) else usable_device(snapshot, "snapshot")
     source = ModelSource(model, Selection(include, exclude), identity, rank)
     with gc_paused():
@@ -119,7 +122,7 @@ def publish(
     for device in gpus:
         torch.cuda.current_stream(device).synchronize()
     warm_up.begin(gpus)
-    offered = registry.offered(transports)
+    offered = registry.offered(transports, limited=limits.rate_limit is not None)
     first = version_of(found.tensors, version)
     with gc_paused():
         if snapshot is False:

@@ -113,6 +113,7 @@ class ForkReport:
         version: which weights these are; its `content` is known where digests were compared.
         values: how the plain values beside the tensors compare; None where they were not compared.
         trace: the fork's trace id, as 32 hexadecimal digits, which the seed's log names too.
+        rate_limit: bytes a second that the seed let all its forks have together; None if it has no limit.
     """
 
     peer: str
@@ -131,6 +132,7 @@ class ForkReport:
     version: Version | None = None
     values: ValueReport | None = None
     trace: str = ""
+    rate_limit: float | None = None
 
     @property
     def total(self) -> float:

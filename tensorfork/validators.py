@@ -136,6 +136,21 @@ def seconds(name: str, value: Any, *, zero: bool = False, most: float = DAY) -> 
     return number
 
 
+def bytes_a_second(name: str, value: Any) -> float:
+    """A rate that a caller gives. Raises `TypeError` for what is no number, `ValueError` unless it is finite and more
+    than 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number of bytes a second, not {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not 0.0 < number < math.inf:  # nan is neither
+        raise ValueError(f"{name} is in bytes a second, finite and more than 0; not {value}")
+    return number
+
+
 def natural_number(name: str, value: Any) -> int:
     """A count that a caller gives. Raises `TypeError` for what is no integer, `ValueError` for a negative one."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -43,7 +43,13 @@ def settings_allowed(state: WorkerState) -> bool:
     return process_settings_allowed()
 
 
-def publish(state: WorkerState, *, transports: list[str] | None = None, stable: bool = False) -> dict[str, Any]:
+def publish(
+    state: WorkerState,
+    *,
+    transports: list[str] | None = None,
+    stable: bool = False,
+    rate_limit: float | None = None,
+) -> dict[str, Any]:
     """Publish the model, after closing the seed if it is published already."""
     if state.seed is not None:
         state.seed.close()
@@ -52,7 +58,7 @@ def publish(state: WorkerState, *, transports: list[str] | None = None, stable: 
     state.sync()
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
-        state.seed = tensorfork.publish(state.model, transports=offered, stable=stable)
+        state.seed = tensorfork.publish(state.model, transports=offered, stable=stable, rate_limit=rate_limit)
     except tensorfork.TransportUnavailable as error:
         raise Skip(str(error)) from error
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start

@@ -50,6 +50,7 @@ class Lease:
         scratch: for strided tensors.
         version: which weights are leased.
         values: the seed's plain values; None if it has none, or was not asked.
+        rate_limit: the seed's for all its forks, in bytes a second; None if it has none.
     """
 
     id: bytes
@@ -62,6 +63,7 @@ class Lease:
     scratch: Scratch
     version: messages.WeightsVersion
     values: SeedValues | None
+    rate_limit: float | None
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def take_lease(
         place_pages = frames[leased.regions : leased.regions + leased.places]
         value_pages = frames[leased.regions + leased.places :]
         enter("open")
-        channel = ForkChannel(seed.conversation, leased.lease)
+        channel = ForkChannel(seed.conversation, leased.lease, leased.share)
         host = seed.conversation.resolved.host
         with _explained(seed, leased.lease, deadline), _opening(transport):
             session = transport.open(leased.offer, host, remote, regions, channel, deadline)
@@ -122,10 +124,11 @@ def take_lease(
                 sizes,
                 theirs,
                 ours,
-                transport.piece,
+                transport.piece if leased.share is None else transport.limited_piece(leased.share),
                 scratch,
                 leased.version,
                 None if leased.values is None else SeedValues(value_pages, leased.salt, leased.beyond),
+                leased.rate_limit,
             )
         finally:
             enter("close")

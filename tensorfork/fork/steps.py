@@ -275,6 +275,7 @@ class _Attempt:
             verified=terms.verify,
             version=version,
             trace=terms.trace,
+            rate_limit=lease.rate_limit,
         )
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Moving the bytes: what to copy under a lease, and the pull."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -63,6 +64,7 @@ def pull(
             raise
         arrived = arrivals.complete_tensors(pairs, lease.ours)
         why = str(error) if isinstance(error, TensorForkError) else f"the transport failed: {error!r}"
+        why += _of_limit(lease, arrivals.total, terms)
         raise TransferFailed(
             f"{why if why.startswith(seed.address) else f'{seed.address}: {why}'}; {len(arrived)} of "
             f"{len(pairs)} tensors had arrived. Try again, or another seed; do not use the model.",
@@ -70,6 +72,17 @@ def pull(
             undrained=getattr(error, "undrained", ()),
         ) from error
     return arrivals.total
+
+
+def _of_limit(lease: Lease, nbytes: int, terms: Terms) -> str:
+    """What the seed's rate limit has to do with a deadline that was missed."""
+    if lease.rate_limit is None or time.monotonic() < terms.deadline:
+        return ""
+    return (
+        f" (the seed has a rate limit, publish(rate_limit=), of {lease.rate_limit:,.0f} bytes a second for all its "
+        f"forks together: for {nbytes:,} bytes it takes {nbytes / lease.rate_limit:,.1f} s or more, and timeout= was "
+        f"{terms.timeout:g} s)"
+    )
 
 
 class CallbackRaised(Exception):

@@ -37,6 +37,8 @@ class Lease:
         trace: the fork's trace id, as hexadecimal digits; empty if it has none.
         digests: whether its fork has asked for digests, or said that it will.
         why: what the fork is told about the end.
+        share: bytes a second that its fork was told to read at most when it began; None where the seed holds its rate
+            limit itself, or has none.
     """
 
     id: bytes
@@ -52,6 +54,7 @@ class Lease:
     connected: bool = True
     digests: bool = False
     why: messages.Refused = ENDED
+    share: float | None = None
     _lock: threading.Lock = field(factory=threading.Lock)
 
     def ask(self, reply: SendReply) -> bool:
@@ -175,10 +178,13 @@ class LeaseTable:
 
 @frozen
 class SeedStats:
-    """What a seed has done: leases granted, refused, running now and expired, and times its digests were computed."""
+    """What a seed has done: leases granted, refused, running now and expired, and times its digests were computed;
+    and the bytes of its tensors that it has sent. What forks read by themselves it does not see.
+    """
 
     granted: int
     refused: int
     running: int
     expired: int
     digested: int
+    sent: int = 0

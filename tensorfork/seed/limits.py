@@ -4,7 +4,7 @@ from typing import Any
 
 from attrs import field, frozen
 
-from tensorfork.validators import positive_number, stall_seconds
+from tensorfork.validators import bytes_a_second, positive_number, stall_seconds
 
 
 def _leases(given: Any) -> int:
@@ -19,6 +19,10 @@ def _stall(given: Any) -> float:
     return stall_seconds("stall", given)
 
 
+def _rate_limit(given: Any) -> float | None:
+    return None if given is None else bytes_a_second("rate_limit", given)
+
+
 @frozen
 class Limits:
     """What a seed grants. `tensorfork.publish` describes each; raises its `TypeError` and `ValueError`.
@@ -29,11 +33,13 @@ class Limits:
         leases: at once, of all connections together.
         leases_per_connection: at once, of one connection; a fork has one connection, and one lease.
         stall: seconds without a sign of life after which a connection is ended, with its leases.
+        rate_limit: bytes a second of all leases together; None for no limit.
     """
 
     leases: int = field(default=64, converter=_leases)
     leases_per_connection: int = field(default=4, converter=_leases_per_connection)
     stall: float = field(default=15.0, converter=_stall)
+    rate_limit: float | None = field(default=None, converter=_rate_limit)
 
     def reason_against(self, in_all: int, of_connection: int) -> str | None:
         """Why no further lease is granted where there are so many; None if one is."""

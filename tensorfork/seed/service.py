@@ -28,6 +28,7 @@ from tensorfork.seed.limits import Limits
 from tensorfork.seed.no_transport import NoTransport
 from tensorfork.seed.publication import Publication
 from tensorfork.seed.published_model import PublishedModel
+from tensorfork.seed.rate_shares import RateShares
 from tensorfork.seed.refusals import ASLEEP, CHANGED, DRAINING, refusal
 from tensorfork.sockets.address import Address
 from tensorfork.transports.base import Export, Site, Transport
@@ -81,7 +82,8 @@ class SeedService:
         self._listener = Listener(bound, self._on_request, self._on_gone, limits.stall)
         host, port = advertised or (self._listener.address.host, None)
         self.address = Address(host, self._listener.address.port if port is None else port)
-        self._site = Site(bound.host, host)
+        self._rates = RateShares(limits.rate_limit, self._tell_share)
+        self._site = Site(bound.host, host, self._rates.limiter)
         self._listener.start(self._check_leases)
 
     @property
@@ -95,8 +97,8 @@ class SeedService:
 
     def stats(self) -> SeedStats:
         """See `Seed.stats`."""
-        leases = self._leases
-        return SeedStats(leases.granted, leases.refused, len(leases), leases.expired, self._digests.computed)
+        leases, sent = self._leases, self._rates.limiter.spent
+        return SeedStats(leases.granted, leases.refused, len(leases), leases.expired, self._digests.computed, sent)
 
     def close(self, deadline: float) -> None:
         """Stop answering, end all leases, and wait for their threads until the deadline."""
@@ -281,6 +283,7 @@ class SeedService:
             if export is None:
                 return
             try:
+                lease.share = self._rates.enter(lease, transport.rate_limited_by)
                 leased = self._leased(lease, transport, export, request)
                 serving = self._start_thread("tensorfork-serve", lambda: self._serve(export, lease))
             except Exception as error:
@@ -300,7 +303,11 @@ class SeedService:
         finally:
             lease.end()
             log.info("%s: %s%s", lease, lease.why.reason, "; it can still reach the memory" * reachable)
+            self._rates.leave(lease)
             self._leases.remove(lease, reachable=reachable)
+
+    def _tell_share(self, lease: Lease, share: float) -> None:
+        self._listener.send(lease.peer, messages.ChangeShare(lease.id, share))
 
     def _leased(
         self, lease: Lease, transport: Transport, export: Export, request: messages.TakeLease
@@ -315,6 +322,8 @@ class SeedService:
             regions=len(regions),
             places=len(places),
             version=tables.pack_version(self.version),
+            rate_limit=self._rates.rate,
+            share=lease.share,
         )
         if values is None:
             return leased, [*regions, *places]

@@ -12,9 +12,13 @@ class QueueChannel:
 
     `send` passes each message to the function given here or to `connect`, as a rule the other end's `deliver`. That
     puts it into a queue, from which `recv` takes it.
+
+    Attributes:
+        rate_limit: see `tensorfork.Channel`; None unless it is set.
     """
 
     def __init__(self, send: Callable[[bytes], None]) -> None:
+        self.rate_limit: float | None = None
         self._send = send
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended = False

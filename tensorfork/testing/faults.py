@@ -293,6 +293,7 @@ class FaultyTransport(Transport):
     def __init__(self, inner: Transport, fault: Fault, *, piece: int | None = None, memory: Reach = bytes_of) -> None:
         self.name = inner.name  # type: ignore[misc]  # the seed offers the inner transport by this name
         self.piece = inner.piece if piece is None else piece
+        self.rate_limited_by = inner.rate_limited_by  # type: ignore[misc]
         self._inner, self._fault, self._memory = inner, fault, memory
 
     def facts(self, regions: Sequence[Region]) -> Facts:

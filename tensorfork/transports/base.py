@@ -10,11 +10,12 @@ All deadlines here are moments of `time.monotonic()`, in seconds. All sizes are 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from threading import Event
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from attrs import frozen
+from attrs import field, frozen
 
 from tensorfork.regions import Copy, Place, Region, RemoteRegion
+from tensorfork.transports.rate_limit import RateLimiter, limited_piece
 
 Facts = Mapping[str, Any]
 """What one side can do, as values that msgpack carries: None, bool, int, float, str, bytes, lists and dicts of them."""
@@ -22,10 +23,18 @@ Facts = Mapping[str, Any]
 
 @frozen
 class Site:
-    """Where the seed is on the network: `bind`, the address to listen on; `host`, the name by which forks reach it."""
+    """What a seed has for all its leases, whatever their transports.
+
+    Attributes:
+        bind: the address to listen on.
+        host: the name by which forks reach it.
+        limiter: the seed's rate limit. Where the seed sends the bytes, a lease asks its `share` before each piece; one
+            without a limit counts them all the same.
+    """
 
     bind: str
     host: str
+    limiter: RateLimiter = field(factory=RateLimiter, eq=False, repr=False)
 
 
 class Channel(Protocol):
@@ -35,6 +44,14 @@ class Channel(Protocol):
     all that distinguishes them from a stranger's messages: nothing is encrypted or authenticated, so whoever can read
     the connection's packets can read the messages and forge others.
     """
+
+    @property
+    def rate_limit(self) -> float | None:
+        """On the fork, bytes a second that the seed has it read at most, over all its copies; None for no limit.
+
+        It changes while messages are received, as other leases begin and end: who reads by himself receives every 20 ms
+        or so, and obeys the new one from then on. For any thread.
+        """
 
     def send(self, message: bytes, deadline: float) -> None:
         """Send one message. Raises `PeerUnreachable` if the other side is gone."""
@@ -121,6 +138,10 @@ class Transport(ABC):
     piece: int = 64 << 20
     """The longest copy that `pull` is given, in bytes. Longer ones are cut, so that progress is reported and a transfer
     can be cancelled between the pieces."""
+    rate_limited_by: ClassVar[Literal["seed", "fork"] | None] = None
+    """Who holds the rate limit of a seed: the seed itself, where each `Export` asks `Site.limiter` before it sends; or
+    each fork, where each `Session` obeys `Channel.rate_limit`. A seed with a rate limit does not offer a transport over
+    which nobody does."""
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """What this side can do with this memory. The other side gets it as an argument of `why_not`.
@@ -141,6 +162,10 @@ class Transport(ABC):
 
         Called when the seed has closed or was suspended, or has published other memory. Leases on them are being ended.
         """
+
+    def limited_piece(self, rate: float) -> int:
+        """What `piece` is under a limit of so many bytes a second."""
+        return limited_piece(self.piece, rate)
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """The regions that the transport prefers, and the place in them at which each of the given ones begins.

@@ -50,10 +50,12 @@ def load(name: str) -> Transport:
     return transport
 
 
-def offered(wanted: Sequence[str | Transport] | None) -> dict[str, Transport]:
+def offered(wanted: Sequence[str | Transport] | None, *, limited: bool = False) -> dict[str, Transport]:
     """The transports that a seed offers, by name: those in `wanted`, or all if it is None.
 
-    Raises `TransportUnavailable` if one in `wanted` cannot be loaded, `TypeError` if it is a single name.
+    With `limited`, the seed has a rate limit, and those over which nobody holds it are not among them. Raises
+    `TransportUnavailable` if such a one is in `wanted`, or one that cannot be loaded; `TypeError` if it is a single
+    name.
     """
     if isinstance(wanted, str):
         raise TypeError(f"transports must be a sequence of names or transports; write [{wanted!r}]")
@@ -65,6 +67,13 @@ def offered(wanted: Sequence[str | Transport] | None) -> dict[str, Transport]:
             if wanted is not None:
                 raise
             continue  # of another package, and broken; whoever names it gets the error
+        if limited and transport.rate_limited_by is None:
+            if wanted is None:
+                continue
+            raise TransportUnavailable(
+                f"the transport {transport.name!r} cannot hold a seed's rate_limit= (Transport.rate_limited_by); leave "
+                "either out"
+            )
         transports[transport.name] = transport
     return transports
 

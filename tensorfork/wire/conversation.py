@@ -40,6 +40,8 @@ HELLO_NUMBER = 1
 """The number of the first request."""
 MAX_READ = 100
 """Messages that are looked at in a row for the answer to it."""
+MAX_SHARES = 16
+"""Leases of which it is remembered what their fork may read. A fork has one at a time."""
 ADVICE = "Check that the seed runs and that the address is the one it printed."
 
 MAX_FAILED_HANDSHAKES = 3
@@ -81,6 +83,7 @@ class Conversation:
         self._numbers = itertools.count(HELLO_NUMBER + 1)
         self._lock = threading.RLock()
         self._inboxes: dict[bytes, queue.SimpleQueue[bytes | messages.Ended]] = {}
+        self._shares: dict[bytes, float] = {}
         self.connected = False
         self._refused_connects = 0
         self._failed_handshakes = 0
@@ -175,10 +178,12 @@ class Conversation:
                 if inbox.empty():
                     frames = self._recv_frames(deadline, "channel")
                     _, message = self._decode(frames[0], "channel")
-                    if isinstance(message, messages.Say | messages.Ended):
-                        self._deliver(message, frames)
-                    elif isinstance(message, messages.Refused):
+                    if not self._deliver(message, frames) and isinstance(message, messages.Refused):
                         raise self._error_from(message, "channel")
+
+    def share(self, lease: bytes, granted: float | None) -> float | None:
+        """What a lease's fork may read now, in bytes a second; `granted` with the lease. For any thread."""
+        return self._shares.get(lease, granted)
 
     def check_cancelled(self, step: str) -> None:
         """Raise `ForkCancelled` once `cancel` is set. For any thread."""
@@ -204,9 +209,18 @@ class Conversation:
             self._socket.disable_monitor()
             self._context.destroy(linger=200)
 
-    def _deliver(self, message: messages.Say | messages.Ended, frames: Sequence[bytes]) -> None:
-        inbox = self._inboxes.setdefault(message.lease, queue.SimpleQueue())
-        inbox.put(message if isinstance(message, messages.Ended) else b"".join(frames[1:]))
+    def _deliver(self, message: Any, frames: Sequence[bytes]) -> bool:
+        """Keep what is said of a lease, unasked. False if it is nothing of the kind."""
+        if isinstance(message, messages.ChangeShare):
+            self._shares[message.lease] = message.share
+            while len(self._shares) > MAX_SHARES:
+                del self._shares[next(iter(self._shares))]
+        elif isinstance(message, messages.Say | messages.Ended):
+            inbox = self._inboxes.setdefault(message.lease, queue.SimpleQueue())
+            inbox.put(message if isinstance(message, messages.Ended) else b"".join(frames[1:]))
+        else:
+            return False
+        return True
 
     def _send_frames(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
         self._call_when(zmq.POLLOUT, lambda: self._socket.send_multipart(frames, zmq.NOBLOCK), deadline, step)
@@ -250,17 +264,13 @@ class Conversation:
     def _reply_in(self, frames: Sequence[bytes], number: int, expect: type[M], step: str) -> M | None:
         """The reply to the request of this number, if it is that. Raises as `request` does."""
         reply_number, reply = self._decode(frames[0], step)
-        if isinstance(reply, messages.Say | messages.Ended):
-            self._deliver(reply, frames)
-        elif reply_number != number:
-            return None  # to an earlier request, which was given up
-        elif isinstance(reply, messages.Refused):
+        if self._deliver(reply, frames) or reply_number != number:
+            return None  # what is said unasked, or the reply to an earlier request, which was given up
+        if isinstance(reply, messages.Refused):
             raise self._error_from(reply, step)
-        elif isinstance(reply, expect):
+        if isinstance(reply, expect):
             return reply
-        else:
-            raise ProtocolError(f"{self.peer}: a {type(reply).__name__} answered, at step {step}")
-        return None
+        raise ProtocolError(f"{self.peer}: a {type(reply).__name__} answered, at step {step}")
 
     def _handle_event(self, event: zmq.Event, step: str) -> None:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
@@ -310,11 +320,16 @@ def peer_address(text: Any) -> Address:
 
 class ForkChannel:
     """The fork's end of a lease's channel; a `tensorfork.transports.base.Channel`. To it, a fork that is cancelled has
-    ended its lease.
+    ended its lease. `share` is what was granted with the lease, in bytes a second.
     """
 
-    def __init__(self, conversation: Conversation, lease: bytes) -> None:
-        self._conversation, self._lease = conversation, lease
+    def __init__(self, conversation: Conversation, lease: bytes, share: float | None = None) -> None:
+        self._conversation, self._lease, self._share = conversation, lease, share
+
+    @property
+    def rate_limit(self) -> float | None:
+        """See `tensorfork.transports.base.Channel`."""
+        return self._conversation.share(self._lease, self._share)
 
     def send(self, message: bytes, deadline: float) -> None:
         """See `tensorfork.transports.base.Channel`."""

@@ -178,6 +178,8 @@ class SeedChannel:
     """The seed's end of a lease's channel; a `tensorfork.transports.base.Channel`."""
 
     MAX_UNREAD = 64
+    rate_limit = None
+    """It is the fork's end that is told one."""
 
     def __init__(self, listener: Listener, peer: bytes, lease: bytes) -> None:
         self._listener, self._peer, self._lease = listener, peer, lease

@@ -7,11 +7,12 @@ refused, and one that lacks a field, or has one of another type; fields that are
 added under the same version, and what needs another one: docs/decisions.md, "Additions to the wire".
 """
 
+import math
 from typing import Any, get_args
 
 import msgpack
 from attrs import field, frozen
-from attrs.validators import ge, le, max_len, optional
+from attrs.validators import ge, gt, le, lt, max_len, optional
 
 from tensorfork.errors import ProtocolError
 from tensorfork.validators import DAY, is_text
@@ -47,6 +48,8 @@ MAX_NAMES = 100
 _short: Any = max_len(4096)
 
 _count = [ge(0), le(MAX_TENSORS)]
+
+_rate = [gt(0.0), lt(math.inf)]  # nan is neither
 
 
 def _names(instance: object, attribute: Any, value: list[Any]) -> None:
@@ -145,6 +148,9 @@ class Leased(Record):
 
     `values` is None unless they were asked for and the seed has any. Their hashes are made with the salt. `beyond` is
     how many the seed has not looked at.
+
+    `rate_limit` is the seed's, in bytes a second, for all its leases together; None for no limit. `share` is what this
+    fork is to obey, where it reads by itself; `ChangeShare` changes it.
     """
 
     lease: bytes = field(validator=max_len(64))
@@ -156,6 +162,16 @@ class Leased(Record):
     values: int | None = field(default=None, validator=optional([ge(0), le(MAX_FRAMES)]))
     salt: bytes = field(default=b"", validator=max_len(16))
     beyond: int = field(default=0, validator=ge(0))
+    rate_limit: float | None = field(default=None, validator=optional(_rate))
+    share: float | None = field(default=None, validator=optional(_rate))
+
+
+@frozen(eq=False, repr=False)
+class ChangeShare(Record):
+    """Says that a fork, which reads by itself, is to read at most so many bytes a second from now on."""
+
+    lease: bytes = field(validator=max_len(64))
+    share: float = field(validator=_rate)
 
 
 @frozen(eq=False, repr=False)
@@ -232,7 +248,7 @@ VERSION_CODE, UNAVAILABLE, CHANGED, MOVED, ASLEEP, BUSY, UNKNOWN, MALFORMED = CO
 
 Request = Hello | GetLayout | TakeLease | Say | GetDigests | CheckLease
 
-Reply = Welcome | Pages | Leased | Say | Digests | Checked | Refused | Ended
+Reply = Welcome | Pages | Leased | ChangeShare | Say | Digests | Checked | Refused | Ended
 
 Message = Request | Reply
 

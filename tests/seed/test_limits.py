@@ -15,6 +15,7 @@ BAD = {
     "leases": [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("4", TypeError)],
     "leases_per_connection": [(0, ValueError), (-1, ValueError), (2.0, TypeError), (None, TypeError)],
     "stall": [*((one, ValueError) for one in (0, 0.05, -1, math.nan, math.inf, 86_401)), ("15", TypeError)],
+    "rate_limit": [*((one, ValueError) for one in (0, -1, math.nan, math.inf)), ("1e9", TypeError), (True, TypeError)],
 }
 
 

@@ -21,6 +21,7 @@ PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats
 FACTS = st.dictionaries(TEXT, st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner)))
 OFFERED = st.builds(messages.Offered, FACTS, st.none() | TEXT)
 NUMBERS = st.integers(0, 2**63)
+RATES = st.floats(1e-3, 1e15)
 VERSIONS = st.builds(messages.WeightsVersion, TEXT, NUMBERS, st.none() | TEXT, st.none() | TEXT)
 
 REFUSALS = st.builds(messages.Refused, st.sampled_from(messages.CODES), TEXT, st.lists(TEXT, max_size=3))
@@ -47,7 +48,18 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     messages.TakeLease: st.builds(
         messages.TakeLease, TEXT, FACTS, st.floats(0, 86400), st.booleans(), st.none() | NUMBERS
     ),
-    messages.Leased: st.builds(messages.Leased, TOKENS, st.integers(0, 2**63), st.binary(), COUNTS, COUNTS, VERSIONS),
+    messages.Leased: st.builds(
+        messages.Leased,
+        TOKENS,
+        st.integers(0, 2**63),
+        st.binary(),
+        COUNTS,
+        COUNTS,
+        VERSIONS,
+        rate_limit=st.none() | RATES,
+        share=st.none() | RATES,
+    ),
+    messages.ChangeShare: st.builds(messages.ChangeShare, TOKENS, RATES),
     messages.Say: st.builds(messages.Say, TOKENS),
     messages.GetDigests: st.builds(messages.GetDigests, TOKENS),
     messages.Digests: st.builds(messages.Digests, st.integers(0, 2**63), COUNTS),
@@ -66,6 +78,7 @@ SAMPLES: dict[type[Any], Any] = {
     messages.Pages: messages.Pages(1, 1, 0),
     messages.TakeLease: messages.TakeLease("zeromq", {"devices": ["cpu"]}, 60.0, True, 7),
     messages.Leased: messages.Leased(b"lease", 4, b"offer", 2, 1, VERSION),
+    messages.ChangeShare: messages.ChangeShare(b"lease", 1e9),
     messages.Say: messages.Say(b"lease"),
     messages.GetDigests: messages.GetDigests(b"lease"),
     messages.Digests: messages.Digests(4, 1),
@@ -131,8 +144,8 @@ def fits(annotation: Any, value: Any) -> bool:
         return type(value) is plain[name]
     if value is None:
         return "None" in str(annotation)
-    if "int" in str(annotation) or "list" in str(annotation):
-        return type(value) in (int, list) and type(value).__name__ in str(annotation)
+    if any(kind in str(annotation) for kind in ("int", "float", "list")):
+        return type(value) in (int, float, list) and type(value).__name__ in str(annotation)
     return type(value) is dict
 
 
@@ -180,6 +193,10 @@ def test_a_body_that_is_not_the_message_s_fields_is_refused(body: Any) -> None:
         (messages.Leased, "offer", bytes(messages.MAX_OFFER + 1)),
         (messages.Leased, "regions", MAX_FRAMES + 1),
         (messages.Leased, "places", -1),
+        *((messages.Leased, "rate_limit", rate) for rate in (0.0, -1.0, float("inf"), float("nan"))),
+        *((messages.Leased, "share", rate) for rate in (0.0, -1.0, float("inf"), float("nan"))),
+        *((messages.ChangeShare, "share", rate) for rate in (0.0, -1.0, float("inf"), float("nan"))),
+        (messages.ChangeShare, "lease", bytes(65)),
         (messages.Say, "lease", bytes(65)),
         (messages.GetDigests, "lease", bytes(65)),
         (messages.Digests, "frames", MAX_FRAMES + 1),

@@ -26,7 +26,8 @@ from tensorfork.regions import Place, Region, RemoteRegion, may_read
 from tensorfork.transports.base import Channel, Export, Facts, Site, Transport
 from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, RELEASED, STOP, write_offer
 from tensorfork.transports.cuda_ipc.session import SMALL_BATCH, IpcSession
-from tensorfork.transports.rate_limit import check_rate
+from tensorfork.transports.rate_limit import limited_piece
+from tensorfork.transports.rate_limit import rate_limit as checked
 
 START_TIMEOUT = 0.2
 """Seconds that the end of a lease waits for `serve` to begin, where it has not: without it the fork cannot be told."""
@@ -40,18 +41,19 @@ class CudaIpc(Transport):
     """CUDA IPC between two processes of one host, or within one process.
 
     Args:
-        rate_limit: bytes a second that a fork reads at most; by default as fast as the link allows. It acts on the
-            fork, so give it to `fork_into`; on a seed it has no effect, since forks read by themselves.
+        rate_limit: bytes a second that this fork reads at most; by default as fast as the link allows. Give it to
+            `fork_into`: on a seed it has no effect, since forks read by themselves. A seed's limit is
+            ``publish(rate_limit=)``; the smaller one counts.
     """
 
     name: ClassVar[str] = "cuda_ipc"
+    rate_limited_by = "fork"
     piece = 1 << 30
 
     def __init__(self, *, rate_limit: float | None = None) -> None:
-        check_rate(rate_limit)
-        self._rate_limit = rate_limit
-        if rate_limit is not None:
-            self.piece = SMALL_BATCH
+        self._rate_limit = checked(rate_limit)
+        if self._rate_limit is not None:
+            self.piece = self.limited_piece(self._rate_limit)
         self._published = PublishedAllocations()
         self._last_offer: tuple[Sequence[Region], Sequence[Allocation], bytes] | None = None
 
@@ -76,6 +78,10 @@ class CudaIpc(Transport):
             return None
         not_exportable = seed.get("closed")
         return None if not_exportable is None else str(not_exportable)
+
+    def limited_piece(self, rate: float) -> int:
+        """See `Transport.limited_piece`."""
+        return limited_piece(min(self.piece, SMALL_BATCH), rate)
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """See `Transport.cover`: a handle opens a whole allocation."""

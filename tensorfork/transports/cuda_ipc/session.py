@@ -1,7 +1,6 @@
 """The fork's side of a lease: it opens the seed's handles, and its own copy engines read."""
 
 import ctypes
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -15,17 +14,17 @@ from tensorfork.memory import cuda, streams
 from tensorfork.memory.copy_batch import copy_batch
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Session
-from tensorfork.transports.checks import LEASE_ENDED, LeaseEnd, check_bounds, check_going_on
+from tensorfork.transports.checks import LEASE_ENDED, LEASE_POLL_SECONDS, LeaseEnd, check_bounds, check_going_on
 from tensorfork.transports.cuda_ipc.handles import RemoteHandles
 from tensorfork.transports.cuda_ipc.offer import CPU_CHUNK, CPU_REQUEST, RELEASED, STOP, read_offer
-from tensorfork.transports.rate_limit import RateLimiter
+from tensorfork.transports.rate_limit import RateLimiter, smaller
 
 BATCH = 1 << 30
 """Bytes of copies, or a little more, that are enqueued together and share one event: an event between two copies costs
 the copy engine some 40 µs, measured on two H200."""
 SMALL_BATCH = 32 << 20
 """Bytes of a batch at least. A pull of less than 8 GiB has batches of an eighth of it, so that it too reports progress;
-one with a rate limit has batches of this size."""
+one with a rate limit has batches of this size, or smaller ones where the limit is low."""
 WINDOW = 3
 """Batches in flight on a device."""
 POLL_SECONDS = 50e-6
@@ -33,7 +32,7 @@ POLL_SECONDS = 50e-6
 
 
 class IpcSession(Session):
-    """One lease. `rate_limit` is in bytes a second."""
+    """One lease. `rate_limit`, in bytes a second, is the fork's own: it obeys the seed's, too."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class IpcSession(Session):
         same_process, allocations = read_offer(offer, remote)
         self.fabric = "same process" if same_process else "cuda ipc"
         self._channel, self._closed = channel, False
-        self._rate_limit, self._limiter = rate_limit, RateLimiter(rate_limit)
+        self._limiter = RateLimiter(lambda: smaller(rate_limit, channel.rate_limit))
         self._deadline, self._cancel = 0.0, Event()
         self._last_pull = False
         self._lease_end = LeaseEnd(channel)
@@ -82,7 +81,6 @@ class IpcSession(Session):
             stream.wait_stream(torch.cuda.current_stream(device))
             self._handles.request(dict.fromkeys((copies[i].region, device) for i in indices))
             queues.append(_CopyQueue(device, deque(indices), self._batch_size(sum(copies[i].nbytes for i in indices))))
-        self._limiter = RateLimiter(self._rate_limit, catch_up=math.inf, start=time.monotonic())
         self._deadline, self._cancel = deadline, cancel
         in_flight: deque[_InFlightBatch] = deque()
         unread = Counter(copy.region for copy in copies)
@@ -133,7 +131,7 @@ class IpcSession(Session):
         empty.
         """
         stream, window = self._streams[queue.device], WINDOW * len(self._streams)
-        while queue.copies and len(in_flight) < window and not self._limiter.wait(time.monotonic()):
+        while queue.copies and len(in_flight) < window and not self._limiter.wait():
             batch = self._next_batch(queue, copies, sum(other.device == queue.device for other in in_flight))
             if not batch:
                 break
@@ -143,7 +141,7 @@ class IpcSession(Session):
                 source = self._handles.address(copy.region, queue.device, self._deadline, self._check_going_on)
                 source += copy.offset
                 operations.append((self._regions[copy.into].address + copy.at, source, copy.nbytes))
-            self._limiter.spend(sum(nbytes for _, _, nbytes in operations), time.monotonic())
+            self._limiter.spend(sum(nbytes for _, _, nbytes in operations))
             with self._handles.paused():
                 copy_batch(stream, operations)
                 event = torch.cuda.Event()
@@ -174,7 +172,7 @@ class IpcSession(Session):
     def _batch_size(self, nbytes: int) -> int:
         """Bytes of a batch, for a pull of `nbytes` on a device."""
         size = min(BATCH, max(SMALL_BATCH, nbytes // 8))
-        return size if self._rate_limit is None else min(size, SMALL_BATCH)
+        return size if self._limiter.rate is None else self._limiter.piece(min(size, SMALL_BATCH))
 
     def _device_of(self, copy: Copy) -> int | None:
         """The ordinal of the GPU that a copy goes to; None for the CPU."""
@@ -192,6 +190,9 @@ class IpcSession(Session):
         for start in range(0, copy.nbytes, CPU_CHUNK):
             check_going_on(deadline, cancel)
             nbytes = min(CPU_CHUNK, copy.nbytes - start)
+            while seconds := self._limiter.try_spend(nbytes):
+                cancel.wait(min(seconds, LEASE_POLL_SECONDS))
+                check_going_on(deadline, cancel)
             self._channel.send(CPU_REQUEST.pack(copy.region, copy.offset + start, nbytes), deadline)
             answer = self._channel.recv(deadline)
             if answer == STOP:

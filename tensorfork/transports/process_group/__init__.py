@@ -26,16 +26,16 @@ from tensorfork.transports.process_group.nccl import ENVIRONMENT
 from tensorfork.transports.process_group.pair_group import CtaLimits, Settings
 from tensorfork.transports.process_group.region_tensors import merge_adjacent
 from tensorfork.transports.process_group.session import GroupSession
-from tensorfork.transports.rate_limit import RateLimiter, check_rate
+from tensorfork.transports.rate_limit import limited_piece
+from tensorfork.transports.rate_limit import rate_limit as checked
 
 __all__ = ["NCCL", "Gloo"]
-
-MAX_BATCH_SECONDS = 0.005
-"""Seconds that one batch may take at the rate limit; a burst is no longer."""
 
 
 class _GroupTransport(Transport):
     """What both transports have in common. See `NCCL` and `Gloo` for the arguments."""
+
+    rate_limited_by = "seed"
 
     def __init__(
         self,
@@ -46,16 +46,11 @@ class _GroupTransport(Transport):
         joining: float,
         stall: float,
     ) -> None:
-        check_rate(rate_limit)
         if not 0 < settings.small <= settings.bucket or settings.batch < 1:
             raise ValueError("sizes are in bytes, at least 1; small must be no more than bucket")
-        if rate_limit is not None:
-            batch = RateLimiter(rate_limit).piece(settings.batch, seconds=MAX_BATCH_SECONDS, least=256 << 10)
-            bucket = min(settings.bucket, batch)
-            settings = evolve(settings, batch=batch, bucket=bucket, small=min(settings.small, bucket))
-        self._settings = settings
-        self.piece = settings.batch
-        self._ports, self._rate_limit, self._joining, self._stall = ports, rate_limit, joining, stall
+        self._ports, self._rate_limit, self._joining, self._stall = ports, checked(rate_limit), joining, stall
+        self._settings = _limited(settings, self._rate_limit)
+        self.piece = self._settings.batch
 
     def cover(self, regions: Sequence[Region]) -> tuple[Sequence[Region], Sequence[Place]]:
         """See `Transport.cover`. Regions that touch are merged."""
@@ -64,7 +59,7 @@ class _GroupTransport(Transport):
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> GroupExport:
         """See `Transport.export`."""
         return GroupExport(
-            self._settings,
+            _limited(self._settings, site.limiter.rate),
             regions,
             site,
             ports=self._ports,
@@ -92,7 +87,7 @@ class Gloo(_GroupTransport):
 
     Args:
         ports: the range in which the seed's store listens; any free port by default. gloo's own ports are not in it.
-        rate_limit: bytes a second that the seed sends to one fork, at most.
+        rate_limit: bytes a second to one fork, at most; ``publish(rate_limit=)`` is for all together.
         joining: seconds that the two sides may take to find each other.
         parcel: bytes of one batch, which is sent and waited for as one; four are in flight at once.
         bucket: bytes of small copies that are packed into one batch.
@@ -125,7 +120,7 @@ class NCCL(_GroupTransport):
 
     Args:
         ports: the range in which the seed's store listens; any free port by default. NCCL's own ports are not in it.
-        rate_limit: bytes a second that the seed sends to one fork, at most.
+        rate_limit: bytes a second to one fork, at most; ``publish(rate_limit=)`` is for all together.
         max_ctas, min_ctas, cga_cluster_size: NCCL's limits for the footprint of its kernels (see
             `torch.distributed.ProcessGroupNCCL.Options`). The fork's take precedence over the seed's.
         joining: seconds that the two sides may take to find each other, and NCCL to create a communicator.
@@ -180,6 +175,13 @@ class NCCL(_GroupTransport):
             ours, theirs = (".".join(map(str, facts["version"])) for facts in (fork, seed))
             return f"NCCL is {ours} here and {theirs} at the seed, and its versions do not mix; use the same torch"
         return None
+
+
+def _limited(settings: Settings, rate: float | None) -> Settings:
+    """The settings, with batches that are short enough for a rate limit."""
+    batch = limited_piece(settings.batch, rate)
+    bucket = min(settings.bucket, batch)
+    return evolve(settings, batch=batch, bucket=bucket, small=min(settings.small, bucket))
 
 
 def _devices(regions: Sequence[Region]) -> list[str]:

@@ -23,9 +23,8 @@ from tensorfork.transports.process_group.messages import MAX_PAIRS, MessageChann
 from tensorfork.transports.process_group.pair_group import SEED, CtaLimits, PairGroup, Settings
 from tensorfork.transports.process_group.region_tensors import RegionTensors
 from tensorfork.transports.process_group.rendezvous import GroupStores, serve_store
-from tensorfork.transports.process_group.sender import CATCH_UP, BatchSender, check_lease
+from tensorfork.transports.process_group.sender import BatchSender, check_lease
 from tensorfork.transports.process_group.tasks import Watchdog, run_together
-from tensorfork.transports.rate_limit import RateLimiter
 
 log = logging.getLogger("tensorfork")
 
@@ -38,7 +37,7 @@ class GroupExport(Export):
         regions: the regions that are leased.
         site: where the seed listens.
         ports: the ports that the store may listen on, or None for any.
-        rate_limit: bytes a second, or None.
+        rate_limit: bytes a second for this lease, or None. It also asks for its share of the site's.
         joining: seconds that creating groups may take.
         stall: seconds after which a batch that still waits for the fork is aborted.
         deadline: when the lease ends.
@@ -59,7 +58,7 @@ class GroupExport(Export):
         self._regions = RegionTensors(regions)
         self._settings = evolve(settings, stable=self._regions.stable)
         self._site, self._deadline, self._joining, self._stall = site, deadline, joining, stall
-        self._limiter = RateLimiter(rate_limit, catch_up=CATCH_UP)
+        self._share = site.limiter.share(rate_limit)
         self._groups: list[PairGroup] = []
         self._pairs: list[tuple[str, str]] = []  # the devices of each group
         self._ended, self._serving = threading.Event(), threading.Lock()
@@ -88,6 +87,7 @@ class GroupExport(Export):
     def close(self, deadline: float) -> bool:
         """See `Export.close`."""
         self._ended.set()
+        self._share.close()
         self._abort()
         served = self._serving.acquire(timeout=max(0.1, deadline - time.monotonic()))
         if served:
@@ -143,7 +143,7 @@ class GroupExport(Export):
     def _send(self, last: bool, page: bytes, channel: MessageChannel) -> None:
         """Serve one pull, whose first page of batches is given."""
         with Watchdog(self._deadline, "the lease has ended", None, self._abort) as watchdog:
-            sender = BatchSender(channel, self._limiter, watchdog, self._ended, self._deadline, self._stall)
+            sender = BatchSender(channel, self._share, watchdog, self._ended, self._deadline, self._stall)
             sender.send(self._requested_batches(last, page, channel))
 
     def _requested_batches(

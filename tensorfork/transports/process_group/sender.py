@@ -11,12 +11,10 @@ from tensorfork.transports.process_group.batches import ByteRange
 from tensorfork.transports.process_group.messages import MessageChannel
 from tensorfork.transports.process_group.pair_group import MAX_IN_FLIGHT, PairGroup
 from tensorfork.transports.process_group.tasks import Watchdog
-from tensorfork.transports.rate_limit import RateLimiter
+from tensorfork.transports.rate_limit import Share
 
-CATCH_UP = 0.01
-"""Seconds lost by waking late that a rate limit makes up for."""
 REPORT_INTERVAL = 0.004
-"""Seconds between two reports to the fork that batches have left, on average: each costs the seed's interpreter some
+"""Seconds between two reports to the fork that batches have left, at least: each costs the seed's interpreter some
 0.1 ms."""
 
 
@@ -25,7 +23,7 @@ class BatchSender:
 
     Args:
         channel: where to report.
-        limiter: when the next bytes may leave.
+        share: the lease's part in the seed's rate limit, asked before each batch.
         watchdog: started with the first batch; its deadline moves with each batch that starts or ends.
         ended: set when the lease ends.
         deadline: when the lease ends by itself.
@@ -35,17 +33,17 @@ class BatchSender:
     def __init__(
         self,
         channel: MessageChannel,
-        limiter: RateLimiter,
+        share: Share,
         watchdog: Watchdog,
         ended: Event,
         deadline: float,
         stall: float,
     ) -> None:
-        self._channel, self._limiter, self._watchdog = channel, limiter, watchdog
+        self._channel, self._share, self._watchdog = channel, share, watchdog
         self._ended, self._deadline, self._stall = ended, deadline, stall
         self._in_flight: deque[tuple[PairGroup, Any]] = deque()
         self._sent = self._reported = 0
-        self._report_limiter = RateLimiter(1 / REPORT_INTERVAL, catch_up=CATCH_UP)
+        self._next_report = 0.0
 
     def send(self, batches: Iterable[tuple[PairGroup, bool, Sequence[ByteRange]]]) -> None:
         """Send these batches: for each its group, whether it is packed, and its ranges.
@@ -66,7 +64,7 @@ class BatchSender:
             self._report()
 
     def _wait_for_limiter(self, nbytes: int) -> None:
-        while (seconds := self._limiter.try_spend(nbytes)) > 0:
+        while (seconds := self._share.try_spend(nbytes)) > 0:
             if self._in_flight:  # there is time to wait for its end, and to report it
                 self._finish_oldest()
             else:
@@ -78,12 +76,12 @@ class BatchSender:
         group, operation = self._in_flight.popleft()
         group.finish(operation, self._check_lease)
         self._sent += 1
-        if self._report_limiter.try_spend(1) <= 0:
+        if time.monotonic() >= self._next_report:
             self._report()
 
     def _report(self) -> None:
         self._channel.send("sent", self._sent, deadline=self._deadline)
-        self._reported = self._sent
+        self._reported, self._next_report = self._sent, time.monotonic() + REPORT_INTERVAL
 
     def _postpone_abort(self) -> None:
         self._check_lease()

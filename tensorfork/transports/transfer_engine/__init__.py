@@ -15,7 +15,7 @@ from tensorfork.regions import Place, Region, RemoteRegion
 from tensorfork.sockets.address import local_address
 from tensorfork.transports.base import Channel, Facts, Site, Transport
 from tensorfork.transports.data_port import reach_data_port
-from tensorfork.transports.rate_limit import RateLimiter, check_rate
+from tensorfork.transports.rate_limit import rate_limit as checked
 from tensorfork.transports.transfer_engine import engine, fabrics, library
 from tensorfork.transports.transfer_engine.enclosing import enclosing_regions
 from tensorfork.transports.transfer_engine.engine import FABRICS, RemoteEngine
@@ -37,7 +37,8 @@ class TransferEngine(Transport):
     Args:
         fabric: "rdma", "nvlink" or "tcp", or several in order of preference. By default nvlink or rdma, whichever the
             two sides can use. tcp must be named on both sides, because nothing protects its ports.
-        rate_limit: bytes a second that a fork asks for at most, on average; no limit by default.
+        rate_limit: bytes a second that this fork reads at most; no limit by default. A seed's is
+            ``publish(rate_limit=)``; the smaller one counts.
         keep_registered: whether a seed's memory stays registered from its first lease until the seed is closed, so that
             later leases begin at once, or only during a lease. By default it stays registered for rdma, where
             registering takes seconds, and for nvlink, where a step of the seed waits milliseconds for it and
@@ -48,6 +49,7 @@ class TransferEngine(Transport):
     """
 
     name: ClassVar[str] = "transfer_engine"
+    rate_limited_by = "fork"
 
     def __init__(
         self,
@@ -62,14 +64,15 @@ class TransferEngine(Transport):
         for one in names:
             if one not in FABRICS:
                 raise ValueError(f"{one!r} is not a fabric of transfer_engine; those are {', '.join(FABRICS)}")
-        check_rate(rate_limit)
         if piece is not None and piece < 1 << 20:
             raise ValueError(f"piece must be 1 MiB or more, not {piece} bytes")
         if isinstance(nics, str):
             raise TypeError(f"nics must be a sequence of names; write [{nics!r}]")
         self._fabrics, self._nics = names, tuple(nics)
-        self._rate, self._keep_registered = rate_limit, keep_registered
-        self.piece = RateLimiter(rate_limit).piece(piece or ((32 << 20) if names == ("tcp",) else (256 << 20)))
+        self._rate, self._keep_registered = checked(rate_limit), keep_registered
+        self.piece = piece or ((32 << 20) if names == ("tcp",) else (256 << 20))
+        if self._rate is not None:
+            self.piece = self.limited_piece(self._rate)
         self._published = PublishedAllocations()
         self._cache = RegistrationCache()
         weakref.finalize(self, self._cache.forget).atexit = False

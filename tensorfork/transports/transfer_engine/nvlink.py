@@ -40,15 +40,15 @@ class NvlinkReader:
         engine: reads.
         address: of the peer, by `Engine.address_of`.
         gpus: the devices that are read into.
-        rate: bytes a second; None for no limit.
+        limiter: asked before each read.
         still_leased: called now and then; raises `TransferFailed` once the seed has ended the lease.
     """
 
     def __init__(
-        self, engine: Engine, address: str, gpus: Sequence[str], rate: float | None, still_leased: Callable[[], None]
+        self, engine: Engine, address: str, gpus: Sequence[str], limiter: RateLimiter, still_leased: Callable[[], None]
     ) -> None:
         self._still_leased = still_leased
-        self._engine, self._address, self._gpus, self._rate = engine, address, gpus, rate
+        self._engine, self._address, self._gpus, self._limiter = engine, address, gpus, limiter
         self._first_contact = not engine.has_contacted(address)
         self._stop_opening = Event()
 
@@ -83,8 +83,9 @@ class NvlinkReader:
 
         When this returns or raises, its threads have ended and nothing is written any more.
         """
-        count = FIRST_CONTACT_THREADS if self._first_contact and not self._rate else 1
-        batches = deque(in_batches(reads, WINDOWS["nvlink"], self._rate, count * BATCHES_PER_THREAD))
+        limited = self._limiter.rate is not None
+        count = FIRST_CONTACT_THREADS if self._first_contact and not limited else 1
+        batches = deque(in_batches(reads, WINDOWS["nvlink"], limited, count * BATCHES_PER_THREAD))
         expected = len(batches)
         pending = PendingCopies(copies, reads, done)
         results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
@@ -125,7 +126,6 @@ class NvlinkReader:
         self, batches: deque[list[Read]], deadline: float, report: Callable[[_Result], None], stop: Event
     ) -> None:
         """One thread: read batches until none is left, and report each. An error is reported, and stops all threads."""
-        limiter = RateLimiter(self._rate)
         try:
             while batches:
                 try:
@@ -133,12 +133,11 @@ class NvlinkReader:
                 except IndexError:  # another thread took it
                     return
                 set_thread_device(batch[0].device)
-                while early := limiter.wait(time.monotonic()):
-                    if stop.wait(early):
+                while early := self._limiter.try_spend(sum(read.nbytes for read in batch)):
+                    if stop.wait(min(early, DEADLINE_INTERVAL)):  # the seed may change the limit meanwhile
                         return
                 if stop.is_set():
                     return
-                limiter.spend(sum(read.nbytes for read in batch), time.monotonic())
                 addresses = [(read.into, read.source, read.nbytes) for read in batch]
                 self._engine.read_batch(self._address, addresses, batch[0].device, deadline, stop)
                 report(batch)

@@ -81,12 +81,12 @@ class PendingCopies:
             self._done(copy)
 
 
-def in_batches(reads: Sequence[Read], window: Window, rate: float | None, count: int) -> Iterator[list[Read]]:
-    """About `count` batches, each of reads into one device. With a rate limit, each batch is a single read."""
+def in_batches(reads: Sequence[Read], window: Window, limited: bool, count: int) -> Iterator[list[Read]]:
+    """About `count` batches, each of reads into one device. With a rate limit (`limited`), each is a single read."""
     batch: list[Read] = []
     bytes_left, most = 0, min(window.nbytes, _batch_bytes(reads, count))
     for read in reads:
-        full = len(batch) == window.count or read.nbytes > bytes_left or rate is not None
+        full = len(batch) == window.count or read.nbytes > bytes_left or limited
         if batch and (full or read.device != batch[0].device):
             yield batch
             batch = []

@@ -11,6 +11,7 @@ from tensorfork.errors import LeaseEnded, PeerUnreachable, TransferFailed, Trans
 from tensorfork.regions import Copy, Region, RemoteRegion
 from tensorfork.transports.base import Channel, Session
 from tensorfork.transports.checks import LeaseEnd, check_bounds, check_going_on
+from tensorfork.transports.rate_limit import RateLimiter, smaller
 from tensorfork.transports.transfer_engine.engine import Engine
 from tensorfork.transports.transfer_engine.export import READS_DONE, OfferedRegion
 from tensorfork.transports.transfer_engine.handshake import Handshake
@@ -41,7 +42,7 @@ class EngineSession(Session):
         regions: ours, which are read into.
         channel: to the seed.
         piece: bytes of one read, at most.
-        rate: bytes a second; None for no limit.
+        rate: the fork's own limit, in bytes a second; None for none. It obeys the seed's, too.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class EngineSession(Session):
         self._gpus = sorted({region.device for region in regions} - {"cpu"})
         self._piece = piece
         still_leased = LeaseEnd(channel).check
-        self._nvlink = NvlinkReader(engine, address, self._gpus, rate, still_leased)
-        self._windowed = WindowedReader(engine, address, self._gpus, rate, still_leased)
+        limiter = RateLimiter(lambda: smaller(rate, channel.rate_limit))
+        self._nvlink = NvlinkReader(engine, address, self._gpus, limiter, still_leased)
+        self._windowed = WindowedReader(engine, address, self._gpus, limiter, still_leased)
         self._registration: Registration | None = None
         self._handshake: Handshake | None = None
         self._ready_called = self._closed = False

@@ -24,15 +24,15 @@ class WindowedReader:
         engine: reads.
         address: of the peer, by `Engine.address_of`.
         gpus: the GPUs that are read into.
-        rate: bytes a second; None for no limit.
+        limiter: asked before each read.
         still_leased: called now and then; raises `TransferFailed` once the seed has ended the lease.
     """
 
     def __init__(
-        self, engine: Engine, address: str, gpus: Sequence[str], rate: float | None, still_leased: Callable[[], None]
+        self, engine: Engine, address: str, gpus: Sequence[str], limiter: RateLimiter, still_leased: Callable[[], None]
     ) -> None:
         self._still_leased = still_leased
-        self._engine, self._address, self._gpus, self._rate = engine, address, gpus, rate
+        self._engine, self._address, self._gpus, self._limiter = engine, address, gpus, limiter
         self._window = WINDOWS[engine.fabric]
 
     def read(
@@ -49,7 +49,6 @@ class WindowedReader:
         `in_flight` has the reads that have started and are not over: none when this returns, but perhaps some when it
         raises. The caller must then `drain` them.
         """
-        limiter = RateLimiter(self._rate)
         to_start = deque(reads)
         pending = PendingCopies(copies, reads, done)
         bytes_in_flight = 0
@@ -59,7 +58,7 @@ class WindowedReader:
             arrived, failed = self._poll(in_flight)
             bytes_in_flight -= sum(read.nbytes for read in arrived)
             if not failed:
-                bytes_in_flight = self._fill_window(to_start, in_flight, bytes_in_flight, limiter, deadline, cancel)
+                bytes_in_flight = self._fill_window(to_start, in_flight, bytes_in_flight, deadline, cancel)
             if arrived and self._engine.fabric == "tcp":  # it reports reads before their copies to GPUs have ended
                 self._engine.synchronize(self._gpus)
             for read in arrived:
@@ -74,25 +73,23 @@ class WindowedReader:
             if in_flight and not arrived:
                 cancel.wait(self._window.poll_interval)
             elif not in_flight and to_start:
-                cancel.wait(min(0.1, max(self._window.poll_interval, limiter.wait(time.monotonic()))))
+                cancel.wait(min(0.1, max(self._window.poll_interval, self._limiter.wait())))
 
     def _fill_window(
         self,
         to_start: deque[Read],
         in_flight: deque[InFlightRead],
         bytes_in_flight: int,
-        limiter: RateLimiter,
         deadline: float,
         cancel: Event,
     ) -> int:
         """Start reads until the window is full or the rate limit is reached. Returns the bytes then in flight."""
         while to_start and len(in_flight) < self._window.count and bytes_in_flight < self._window.nbytes:
-            now = time.monotonic()
-            if limiter.wait(now) or now >= deadline:
+            if self._limiter.wait() or time.monotonic() >= deadline:
                 break
             read = to_start.popleft()
             bytes_in_flight += read.nbytes
-            limiter.spend(read.nbytes, now)
+            self._limiter.spend(read.nbytes)
             self._start(read, in_flight, deadline, cancel)
         return bytes_in_flight
 

@@ -39,6 +39,7 @@ class ZeroMQ(Transport):
     """
 
     name: ClassVar[str] = "zeromq"
+    rate_limited_by = "seed"
     piece = 16 << 20
 
     def __init__(self, *, connections: int | None = None, ports: range | None = None) -> None:
@@ -55,7 +56,7 @@ class ZeroMQ(Transport):
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> ZeroMQExport:
         """See `Transport.export`."""
         same_host = fork.get("host") == process.host_id()
-        return ZeroMQExport(regions, site.bind, self._ports, same_host=same_host)
+        return ZeroMQExport(regions, site, self._ports, same_host=same_host)
 
     def open(
         self,

@@ -18,7 +18,8 @@ from tensorfork.sockets.connection_guard import ConnectionGuard
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
 from tensorfork.sockets.zeromq import bind, new_context, new_socket, recv_arrived
-from tensorfork.transports.base import Channel, Export
+from tensorfork.transports.base import Channel, Export, Site
+from tensorfork.transports.rate_limit import limited_piece
 from tensorfork.transports.zeromq.buffers import PINNED_BUFFERS, AnswerBuffers
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
@@ -46,6 +47,8 @@ SEND_BUFFER = 384 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel's own choice is better."""
 
+GUARD_SECONDS = 0.1
+"""Seconds between two looks at the connections while the rate limit is waited for."""
 UNFINISHED = 256 << 10
 """Bytes of requests that one connection may have sent and that were not received yet. A fork has a window of them,
 25 KB, in flight."""
@@ -54,11 +57,12 @@ UNFINISHED = 256 << 10
 class ZeroMQExport(Export):
     """One lease: a ROUTER socket on a port of its own. The regions' memory is used until `close` returns True."""
 
-    def __init__(self, regions: Sequence[Region], host: str, ports: range | None, *, same_host: bool) -> None:
+    def __init__(self, regions: Sequence[Region], site: Site, ports: range | None, *, same_host: bool) -> None:
         self._token = secrets.token_bytes(16)
         self._closing, self._serve_lock = threading.Event(), threading.Lock()
         self._said_moved = False
         self._strangers: set[bytes] = set()
+        self._share = site.limiter.share()
         with ExitStack() as stack:  # what libzmq reads or writes ends after its context
             self._waker = Waker()
             stack.callback(self._waker.close)
@@ -78,9 +82,10 @@ class ZeroMQExport(Export):
             self._guard = ConnectionGuard(self._socket, unfinished=UNFINISHED)
             stack.callback(self._guard.close)
             self._sender = ZeroCopySender(self._socket, releases)
-            port = self._bind(host, ports)
+            port = self._bind(site.bind, ports)
             self._guard.watch(port)
-            self.offer = OFFER.pack(self._token, port, self._buffers.frame, self._buffers.alone)
+            frame = limited_piece(self._buffers.frame, site.limiter.rate)
+            self.offer = OFFER.pack(self._token, port, frame, self._buffers.alone)
             self._resources = stack.pop_all()
 
     def serve(self, channel: Channel) -> None:
@@ -102,6 +107,7 @@ class ZeroMQExport(Export):
         if self._closing.is_set():
             return True
         self._closing.set()
+        self._share.close()
         self._waker.wake()
         stopped = self._serve_lock.acquire(timeout=max(0.1, deadline - time.monotonic()))
         if stopped:
@@ -141,6 +147,9 @@ class ZeroMQExport(Export):
             return
         buffer, address = taken
         status, span = (OK, None) if number == GREETING and not ranges else self._read(ranges, address)
+        if span is not None and not self._wait_for_limit(span[1]):
+            self._buffers.give_back(buffer)
+            return
         try:
             self._socket.send(peer, _MORE)
         except zmq.ZMQError as error:  # the fork is gone, and nothing was sent
@@ -185,6 +194,14 @@ class ZeroMQExport(Export):
             self._said_moved = True
             return MOVED, None
         return OK, (into, sum(nbytes for _, _, nbytes in ranges))
+
+    def _wait_for_limit(self, nbytes: int) -> bool:
+        """Wait until the seed's rate limit lets so many bytes through. False when the lease ends first."""
+        while seconds := self._share.try_spend(nbytes):
+            if self._closing.wait(min(seconds, GUARD_SECONDS)):
+                return False
+            self._guard.look(time.monotonic())
+        return True
 
     def _next_buffer(self) -> tuple[int, int] | None:
         """The number and the address of a buffer, once libzmq has released one; None when the lease ends first."""

@@ -63,6 +63,7 @@ class Engine:
 class Channel:
     sent: list[bytes] = field(factory=list)
     stop: bool = False
+    rate_limit: float | None = None
 
     def send(self, message: bytes, deadline: float) -> None:
         self.sent.append(message)
