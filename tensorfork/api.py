@@ -40,8 +40,8 @@ from tensorfork.seed.limits import Limits
 from tensorfork.seed.publication import check_publishable
 from tensorfork.transports import registry
 from tensorfork.transports.base import Transport
-from tensorfork.validators import flag, seconds
-from tensorfork.wire.conversation import peer_address
+from tensorfork.validators import flag, seconds, stall_seconds
+from tensorfork.wire.conversation import STALL, peer_address
 
 TIMEOUT = 300.0
 """Seconds that a fork may take, by default."""
@@ -66,7 +66,7 @@ def publish(
     version: Version | str | None = None,
     leases: int = 64,
     leases_per_connection: int = 4,
-    stall: float = 15.0,
+    stall: float = STALL,
     rate_limit: float | None = None,
 ) -> Seed:
     """Let other processes fork this model, from now until the seed is closed.
@@ -154,6 +154,7 @@ def fork_into(
     arena: bool = True,
     cancel: Event | None = None,
     trace: str | None = None,
+    stall: float = STALL,
     values: str | ValuePolicy = "report",
 ) -> ForkReport:
     """Fill the model's tensors with those of the seed at `peer`, in place: same objects, same storages, same ties.
@@ -204,6 +205,8 @@ def fork_into(
             within 0.3 seconds. It may also be one of multiprocessing's.
         trace: the trace id by which the logs of both sides, the report and the errors name this fork: 32 hexadecimal
             digits, as in a `traceparent` of W3C Trace Context. By default a random one.
+        stall: seconds, 0.1 at least, in which the seed's process must give a sign of life. Its libzmq gives it, also
+            while its interpreter is busy; a process that is stopped does not. What fails then says so.
         values: what to do about plain values beside the tensors (numbers, texts, ...) that are not the seed's:
             "report" has them in the report and logs them once; "strict" raises `ValueMismatch` before anything is
             copied; "ignore" does not compare. A `ValuePolicy` may also allow some, and take some over.
@@ -222,6 +225,7 @@ def fork_into(
         terms = Terms(
             timeout=timeout,
             wait=wait,
+            stall=stall,
             restarts=restarts,
             cancel=cancel,
             trace=trace,
@@ -276,6 +280,7 @@ def fork(
     arena: bool = True,
     cancel: Event | None = None,
     trace: str | None = None,
+    stall: float = STALL,
 ) -> dict[str, torch.Tensor]:
     """Copy all tensors of the seed at `peer` into new memory on `device`, and return them by name.
 
@@ -287,6 +292,7 @@ def fork(
     terms = Terms(
         timeout=timeout,
         wait=wait,
+        stall=stall,
         restarts=restarts,
         cancel=cancel,
         trace=trace,
@@ -326,6 +332,7 @@ def digests(
     rank: Rank | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    stall: float = STALL,
 ) -> Digests:
     """The digest of every tensor of a seed, or of a model of this process, by name. Nothing is copied.
 
@@ -341,6 +348,7 @@ def digests(
         rank: which part of it; compared with the seed's.
         include: the tensors whose digests are wanted, by name or by pattern as in `fork_into`. By default all.
         exclude: the tensors to leave out, in the same form.
+        stall: as in `fork_into`, where a seed is asked.
 
     Raises:
         TensorForkError: as `fork_into`; where the seed's weights change meanwhile, `SeedChanged`.
@@ -350,7 +358,8 @@ def digests(
     selection = Selection(include, exclude)
     if isinstance(source, str):
         peer_address(source)
-        return seed_digests(source, time.monotonic() + seconds("timeout", timeout), identity, rank, selection)
+        deadline = time.monotonic() + seconds("timeout", timeout)
+        return seed_digests(source, deadline, stall_seconds("stall", stall), identity, rank, selection)
     if identity is not None or rank is not None:
         raise TypeError("identity= and rank= are compared with a seed's; a model has none")
     model = describe(source, selection)

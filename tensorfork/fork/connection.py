@@ -32,13 +32,16 @@ class SeedConnection:
         cancel: Event,
         wait_until: float = 0.0,
         enter: Callable[[str], object] = lambda phase: None,
+        *,
+        stall: float,
     ) -> None:
         """Reach the seed. Until the moment `wait_until`, try again when nobody answers: it may still be starting. The
-        name is looked up anew each time. `enter` is called with the name of each phase that begins.
+        name is looked up anew each time. `enter` is called with the name of each phase that begins. `stall` is the
+        conversation's.
 
         Raises `ValueError` for a bad address, `PeerUnreachable`, `ProtocolError` and `ForkCancelled`.
         """
-        self.address, self._cancel = address, cancel
+        self.address, self._cancel, self._stall = address, cancel, stall
         self.conversation, self.welcome = self._reach(peer_address(address), deadline, wait_until, enter)
         self._is_new = True
 
@@ -51,7 +54,7 @@ class SeedConnection:
             try:
                 addresses = look_up(peer, deadline, self._cancel)
                 enter("hello")
-                return greet(peer, addresses, deadline, self._cancel)
+                return greet(peer, addresses, deadline, self._cancel, self._stall)
             except PeerUnreachable as error:
                 if time.monotonic() + pause >= min(deadline, wait_until):
                     if pause > RETRY_PAUSE[0]:

@@ -159,12 +159,16 @@ def _opening(transport: Transport) -> Iterator[None]:
 
 @contextmanager
 def _explained(seed: SeedConnection, id: bytes, deadline: float) -> Iterator[None]:
-    """Inside, a transport that cannot be opened raises what the seed says of the lease, if it has ended it; and says if
-    other connections than ours reach other seeds.
+    """Inside, a transport that cannot be opened raises what the seed says of the lease, if it has ended it;
+    `PeerUnreachable` if the seed is gone; and says if other connections than ours reach other seeds.
     """
     try:
         yield
     except TransportUnavailable as error:
+        try:
+            seed.conversation.check_there("open")
+        except PeerUnreachable as lost:
+            raise lost from error
         soon = min(deadline, time.monotonic() + CLOSE_TIMEOUT)
         if not isinstance(error.__cause__, PeerUnreachable | TransferFailed) or time.monotonic() >= soon:
             raise

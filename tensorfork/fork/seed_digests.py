@@ -16,7 +16,7 @@ from tensorfork.wire import tables
 
 
 def seed_digests(
-    peer: str, deadline: float, identity: Identity | None, rank: Rank | None, selection: Selection
+    peer: str, deadline: float, stall: float, identity: Identity | None, rank: Rank | None, selection: Selection
 ) -> Digests:
     """Ask the seed at `peer`: hello, compare, layout, lease, digests. The lease is over no transport.
 
@@ -26,7 +26,7 @@ def seed_digests(
     with (
         traced(trace, "a request for digests", peer),
         ending.guarded(cancel.set),
-        SeedConnection(peer, deadline, cancel) as seed,
+        SeedConnection(peer, deadline, cancel, stall=stall) as seed,
     ):
         seed.greet(deadline)
         seed.compare(identity, rank)

@@ -89,7 +89,8 @@ def run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[Fo
 
 
 def _run(peer: str, filling: Filling, terms: Terms, watch: Stopwatch) -> tuple[ForkReport, Destination]:
-    connect = partial(SeedConnection, peer, terms.deadline, terms.cancel, terms.wait_until, watch.enter)
+    deadline, wait_until = terms.deadline, terms.wait_until
+    connect = partial(SeedConnection, peer, deadline, terms.cancel, wait_until, watch.enter, stall=terms.stall)
     with ending.guarded(terms.cancel.set), _cancellable(peer, terms.cancel), connect() as seed:
         attempts = _Attempts(seed, filling, terms, watch)
         try:

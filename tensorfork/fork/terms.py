@@ -16,7 +16,8 @@ from tensorfork.identity import Identity, Rank
 from tensorfork.lineage import AtLeast, Wanted, check_wanted
 from tensorfork.model.devices import usable_device
 from tensorfork.transports.base import Transport
-from tensorfork.validators import Field, flag, natural_number, seconds
+from tensorfork.validators import Field, flag, natural_number, seconds, stall_seconds
+from tensorfork.wire.conversation import STALL
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that have arrived and the bytes in all, on the thread that called `fork_into` or `fork`."""
@@ -32,6 +33,10 @@ def _timeout(given: Any) -> float:
 
 def _wait(given: Any) -> float:
     return seconds("wait", given, zero=True, most=math.inf)  # the timeout is its limit
+
+
+def _stall(given: Any) -> float:
+    return stall_seconds("stall", given)
 
 
 def _restarts(given: Any) -> int:
@@ -86,6 +91,7 @@ class Terms:
 
     timeout: float = field(converter=_timeout)
     wait: float = field(default=0.0, converter=_wait)
+    stall: float = field(default=STALL, converter=_stall)
     restarts: int = field(default=0, converter=_restarts)
     cancel: Event = field(default=None, converter=_event)
     device: torch.device | None = field(default=None, converter=usable_device)

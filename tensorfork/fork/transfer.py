@@ -9,6 +9,7 @@ from tensorfork.digest.arrivals import ArrivalDigests
 from tensorfork.errors import ProtocolError, TensorForkError, TransferFailed, TransportUnavailable, UnsupportedTensor
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.cut import Plan, complete, cut
+from tensorfork.fork.end_of_pull import EndOfPull
 from tensorfork.fork.lease import Lease
 from tensorfork.fork.pairs import Pair
 from tensorfork.fork.strided import pull_strided
@@ -41,21 +42,21 @@ def pull(
 
     `tensors` gives those that are filled; it may wait until they are made.
 
-    Whatever the transport raises becomes `TransferFailed`, with the names of the tensors that are complete; the others
-    hold old and new bytes. But `TransportUnavailable` stays, since another transport may do, and what `progress` raises
-    reaches the caller.
+    Ends early, too, when the seed's connection is lost. Whatever the transport raises becomes `TransferFailed`, with
+    the names of the tensors that are complete; the others hold old and new bytes. But `TransportUnavailable` stays,
+    since another transport may do, and what `progress` raises reaches the caller.
     """
-    arrivals = _Arrivals(plan, terms.progress, digests)
+    arrivals, end = _Arrivals(plan, terms.progress, digests), EndOfPull(terms.cancel, seed.conversation)
     try:
         arrivals.begin()
         if plan.copies:
             if not plan.strided:
                 lease.session.expect_last_pull()
-            lease.session.pull(plan.copies, terms.deadline, arrivals.add_copy, terms.cancel)
+            lease.session.pull(plan.copies, terms.deadline, arrivals.add_copy, end)
         arrivals.check_copies()
         for pair in plan.strided:
             tensor, deadline = tensors()[pair.name], terms.deadline
-            pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline, terms.cancel)
+            pull_strided(lease.session, pair, tensor, lease.theirs, lease.ours, lease.scratch, deadline, end)
             arrivals.add_strided(pair)
     except Exception as error:
         if error is arrivals.callback_error:
@@ -64,7 +65,7 @@ def pull(
             raise
         arrived = arrivals.complete_tensors(pairs, lease.ours)
         why = str(error) if isinstance(error, TensorForkError) else f"the transport failed: {error!r}"
-        why += _of_limit(lease, arrivals.total, terms)
+        why = str(end.lost) if end.lost is not None else why + _of_limit(lease, arrivals.total, terms)
         raise TransferFailed(
             f"{why if why.startswith(seed.address) else f'{seed.address}: {why}'}; {len(arrived)} of "
             f"{len(pairs)} tensors had arrived. Try again, or another seed; do not use the model.",

@@ -43,7 +43,9 @@ _TCP_INFO_SIZE = 256
 _ARRIVALS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
 """An arrival wakes up who waits for input, and is reported if something is ready by then: not the input, which libzmq
 has read meanwhile, but room to send."""
-_EVENTS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED | zmq.Event.CLOSED
+GUARDED_EVENTS = zmq.Event.ACCEPTED | zmq.Event.CONNECTED | zmq.Event.DISCONNECTED
+"""What the monitor of a guarded socket must report."""
+_BEGINNINGS = zmq.Event.ACCEPTED, zmq.Event.CONNECTED
 
 
 class _Connection:
@@ -60,25 +62,28 @@ class _Connection:
 
 
 class ConnectionGuard:
-    """Watches the connections of one socket that is bound to a TCP port. All calls are for the socket's own thread.
+    """Watches the connections of one socket that is bound or connected to a TCP port. All calls are for the socket's
+    own thread.
 
     Args:
-        bound: the socket, which is not bound yet; call `watch` once it is.
+        monitor: the socket's, of `GUARDED_EVENTS`. The socket is not bound yet; call `watch` once it is.
         unfinished: bytes that may have arrived on one connection beyond the messages that were received.
         in_all: the same for all connections together.
         on_gone: called with a routing id whose connection has ended, after the last message that came over it.
+        on_event: called with each event of the monitor; may raise.
     """
 
     def __init__(
         self,
-        bound: "zmq.Socket[bytes]",
+        monitor: "zmq.Socket[bytes]",
         *,
         unfinished: int = UNFINISHED,
         in_all: int = UNFINISHED_IN_ALL,
         on_gone: Callable[[bytes], object] = lambda peer: None,
+        on_event: Callable[[zmq.Event], object] = lambda event: None,
     ) -> None:
-        self._monitor = bound.get_monitor_socket(_EVENTS)
-        self._bound, self._unfinished, self._in_all, self._on_gone = bound, unfinished, in_all, on_gone
+        self._monitor, self._on_gone, self._on_zmq_event = monitor, on_gone, on_event
+        self._unfinished, self._in_all = unfinished, in_all
         self._epoll = select.epoll()
         self._spare = os.dup(self._epoll.fileno())
         """A descriptor of our own that a connection is duplicated to: so that works where none is left, too."""
@@ -86,12 +91,17 @@ class ConnectionGuard:
         self._gone: list[bytes] = []
         self._unfinished_in_all = 0
         self._port: int | None = None
+        self._is_bound = True
+        self._looked = time.monotonic()
+        self.silence = self.unwatched = 0.0
+        """Of the connection that ended last: seconds for which nothing had come, and for how many of them, the last
+        ones, nobody had looked."""
         self.ended = 0
         """Connections that were ended."""
 
-    def watch(self, port: int) -> None:
-        """Begin: the socket is bound to this port."""
-        self._port = port
+    def watch(self, port: int, *, bound: bool = True) -> None:
+        """Begin: the socket is bound to this port, or connected to this one of its peer's."""
+        self._port, self._is_bound = port, bound
 
     def register(self, poller: "zmq.Poller") -> None:
         """Have a poller wake up when `look` has something to do."""
@@ -99,19 +109,22 @@ class ConnectionGuard:
         poller.register(self._epoll.fileno(), zmq.POLLIN)
 
     def received(self, frames: Sequence["zmq.Frame"]) -> None:
-        """Account for a message that was received from the socket, of which the first frame is the routing id."""
+        """Account for a message that was received from the socket, of which the first frame is the routing id if it is
+        bound.
+        """
         try:
             number = frames[-1].get(zmq.SRCFD)
         except zmq.ZMQError:
             return
         now = time.monotonic()
         self._handle_events(now)  # the connection's beginning came before its message
-        connection, peer = self._connections.get(number), frames[0].bytes
-        if connection is None:
+        connection = self._connections.get(number)
+        peer, sent = (frames[0].bytes, frames[1:]) if self._is_bound else (None, frames)
+        if connection is not None:
+            connection.accounted += sum(_bytes_on_the_wire(len(frame)) for frame in sent)
+            connection.peer = peer
+        elif peer is not None:
             self._gone.append(peer)
-            return
-        connection.accounted += sum(_bytes_on_the_wire(len(frame)) for frame in frames[1:])
-        connection.peer, connection.heard = peer, now
 
     def look(self, now: float) -> None:
         """Look at the connections on which something arrived, and end those that have sent too much. Never waits."""
@@ -125,6 +138,7 @@ class ConnectionGuard:
         gone, self._gone = self._gone, []
         for peer in gone:
             self._on_gone(peer)
+        self._looked = now
 
     def end(self, peer: bytes) -> None:
         """End the connection of this routing id, if there is one. `on_gone` follows."""
@@ -133,10 +147,9 @@ class ConnectionGuard:
                 self._end_at(number, connection)
 
     def close(self) -> None:
-        """Stop watching. Call it before the socket is closed. A second call does nothing."""
+        """Stop watching, and close the monitor, which must have been disabled. A second call does nothing."""
         if self._epoll.closed:
             return
-        self._bound.disable_monitor()
         self._monitor.close(0)
         self._epoll.close()
         os.close(self._spare)
@@ -148,10 +161,14 @@ class ConnectionGuard:
             except zmq.Again:
                 return
             self._on_event(*event, now)
+            self._on_zmq_event(event[0])
 
     def _on_event(self, event: int, number: int, now: float) -> None:
-        self._forget(number)
-        if event != zmq.Event.ACCEPTED:
+        if event == zmq.Event.DISCONNECTED and number in self._connections:
+            self.silence, self.unwatched = now - self._connections[number].heard, now - self._looked
+        if event == zmq.Event.DISCONNECTED or event in _BEGINNINGS:
+            self._forget(number)
+        if event not in _BEGINNINGS:
             return
         with self._held(number, None) as held:
             if held is None:
@@ -170,6 +187,7 @@ class ConnectionGuard:
             if held is None:
                 self._forget(number)
                 return
+            connection.heard = now
             forgiven = int((now - connection.since) * _FORGIVEN)
             self._set(connection, max(0, _bytes_received(held) - connection.accounted - forgiven))
             if connection.unfinished > self._unfinished:
@@ -229,7 +247,7 @@ class ConnectionGuard:
 
     def _is_ours(self, held: socket.socket) -> bool:
         try:
-            return bool(held.getsockname()[1] == self._port)
+            return bool((held.getsockname() if self._is_bound else held.getpeername())[1] == self._port)
         except (OSError, IndexError):
             return False
 

@@ -63,7 +63,8 @@ class Channel(Protocol):
         """
 
     def check(self) -> None:
-        """Raise `LeaseEnded` if this side has ended the lease: on a fork that was cancelled. Never waits.
+        """Raise `LeaseEnded` if this side has ended the lease: on a fork that was cancelled, or whose seed is gone.
+        Never waits.
 
         For any thread, and for what waits in `Transport.open` or `Session.ready` for something else than a message:
         call it every 0.2 s or so.

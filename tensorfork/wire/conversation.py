@@ -22,8 +22,8 @@ from tensorfork.errors import (
     TensorForkError,
 )
 from tensorfork.sockets.address import Address
-from tensorfork.sockets.monitor import recv_event
-from tensorfork.sockets.zeromq import connect, new_context, new_socket, poll_timeout, recv_arrived
+from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
+from tensorfork.sockets.zeromq import connect, heartbeats, new_context, new_socket, poll_timeout, recv_arrived
 from tensorfork.wire import messages
 from tensorfork.wire.refusals import error_of
 
@@ -53,15 +53,21 @@ _MONITORED = (
     | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
     | zmq.Event.HANDSHAKE_FAILED_AUTH
     | zmq.Event.CONNECT_RETRIED
-    | zmq.Event.DISCONNECTED
+    | GUARDED_EVENTS
 )
+
+STALL = 15.0
+"""Seconds without a sign of life of the seed's process, by default, after which its connection counts as lost."""
+LOOK_SECONDS = 0.1
+"""Seconds between two looks at the connection, at least, while nothing is asked of the seed."""
 
 
 class Conversation:
     """The fork's end of the connection. One thread at a time sends requests; others may use the leases' channels.
 
     Once `cancel` is set, no request begins, and those that wait raise `ForkCancelled` within `POLL_MS`. Once the seed's
-    connection is seen to be gone, every request raises `PeerUnreachable` at once.
+    connection is seen to be gone, every request raises `PeerUnreachable` at once. It counts as gone, too, when nothing
+    has come from the seed's libzmq, which answers pings, for `stall` seconds.
 
     Attributes:
         peer: the seed's address, as it was given, for errors.
@@ -69,9 +75,11 @@ class Conversation:
         connected: whether the two ends have shaken hands.
     """
 
-    def __init__(self, peer: Address, resolved: Address, cancel: threading.Event | None = None) -> None:
+    def __init__(
+        self, peer: Address, resolved: Address, cancel: threading.Event | None = None, stall: float = STALL
+    ) -> None:
         """Begin to connect."""
-        self.peer, self.resolved = peer, resolved
+        self.peer, self.resolved, self._stall = peer, resolved, stall
         self._cancel = threading.Event() if cancel is None else cancel
         self._leaving = False
         self._context = new_context()
@@ -88,13 +96,16 @@ class Conversation:
         self._refused_connects = 0
         self._failed_handshakes = 0
         self._disconnect_follows = False
-        self._closed = self._lost = False
+        self._closed = False
+        self._lost, self._step, self._next_look = "", "hello", 0.0
 
     def _open_socket(self) -> None:
         self._socket = new_socket(self._context, zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
         self._socket.reconnect_ivl = RECONNECT_MS
         self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
-        self._monitor = self._socket.get_monitor_socket(_MONITORED)
+        heartbeats(self._socket, self._stall)
+        self._guard = ConnectionGuard(self._socket.get_monitor_socket(_MONITORED), on_event=self._handle_event)
+        self._guard.watch(self.resolved.port or 0, bound=False)
         connect(self._socket, self.resolved)
 
     def request(
@@ -127,7 +138,7 @@ class Conversation:
     def register(self, poller: zmq.Poller, *, to_send: bool) -> None:
         """Register what shows that `try_hello` can go on."""
         poller.register(self._socket, zmq.POLLIN | zmq.POLLOUT if to_send else zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
+        self._guard.register(poller)
 
     def try_send_hello(self, hello: messages.Hello) -> bool:
         """Send a hello, if that does not wait. Raises as `request` does."""
@@ -139,7 +150,7 @@ class Conversation:
 
     def try_recv_welcome(self) -> messages.Welcome | None:
         """The answer to it, if it has come. Raises as `request` does."""
-        for frames in recv_arrived(self._socket, MAX_READ):
+        for frames in recv_arrived(self._socket, MAX_READ, self._guard):
             if (reply := self._reply_in(frames, HELLO_NUMBER, messages.Welcome, "hello")) is not None:
                 return reply
         self._handle_events("hello")
@@ -190,6 +201,18 @@ class Conversation:
         if self._cancel.is_set() and not self._leaving:
             raise ForkCancelled(f"{self.peer}: the fork was cancelled (at step {step})")
 
+    def check_there(self, step: str) -> None:
+        """Raise `PeerUnreachable` if the seed's connection is gone. For any thread; looks every `LOOK_SECONDS`."""
+        if time.monotonic() >= self._next_look and not self._lost and self._lock.acquire(blocking=False):
+            try:
+                self._next_look = time.monotonic() + LOOK_SECONDS
+                if not self._closed:
+                    self._handle_events(step)
+            finally:
+                self._lock.release()
+        if self._lost:
+            self._check_open(step)
+
     @contextmanager
     def leaving(self) -> Iterator[None]:
         """Inside, `cancel` is ignored: for the last words on a lease, which give it back."""
@@ -206,7 +229,9 @@ class Conversation:
         """
         self._closed = True
         with self._lock:
-            self._socket.disable_monitor()
+            if not self._socket.closed:
+                self._socket.disable_monitor()
+                self._guard.close()
             self._context.destroy(linger=200)
 
     def _deliver(self, message: Any, frames: Sequence[bytes]) -> bool:
@@ -226,7 +251,12 @@ class Conversation:
         self._call_when(zmq.POLLOUT, lambda: self._socket.send_multipart(frames, zmq.NOBLOCK), deadline, step)
 
     def _recv_frames(self, deadline: float, step: str) -> list[bytes]:
-        return self._call_when(zmq.POLLIN, lambda: self._socket.recv_multipart(zmq.NOBLOCK), deadline, step)
+        return self._call_when(zmq.POLLIN, self._recv_one, deadline, step)
+
+    def _recv_one(self) -> list[bytes]:
+        for frames in recv_arrived(self._socket, 1, self._guard):
+            return frames
+        raise zmq.Again
 
     def _call_when(self, ready: int, call: Callable[[], T], deadline: float, step: str) -> T:
         """Call it as soon as the socket is ready for it."""
@@ -241,7 +271,7 @@ class Conversation:
         if self._closed:
             raise PeerUnreachable(f"{self.peer}: the conversation is over (at step {step})")
         if self._lost:
-            raise PeerUnreachable(f"{self.peer}: the seed closed the connection, or died (at step {step})")
+            raise PeerUnreachable(f"{self.peer}: {self._lost} (at step {step})")
 
     def _wait(self, ready: int, deadline: float, step: str) -> None:
         """Wait until the socket is ready or the connection has an event, for `POLL_MS` at most."""
@@ -251,15 +281,14 @@ class Conversation:
             raise PeerUnreachable(f"{self.peer}: {self.why_silent()} (at step {step}, by the deadline). {ADVICE}")
         poller = zmq.Poller()
         poller.register(self._socket, ready)
-        poller.register(self._monitor, zmq.POLLIN)
-        polled = dict(poller.poll(min(poll_timeout(deadline), POLL_MS)))
-        if self._monitor in polled:
-            self._handle_event(recv_event(self._monitor), step)
+        self._guard.register(poller)
+        poller.poll(min(poll_timeout(deadline), POLL_MS))
+        self._handle_events(step)
 
     def _handle_events(self, step: str) -> None:
         """Handle the events that have come."""
-        while self._monitor.poll(0):
-            self._handle_event(recv_event(self._monitor), step)
+        self._step = step
+        self._guard.look(time.monotonic())
 
     def _reply_in(self, frames: Sequence[bytes], number: int, expect: type[M], step: str) -> M | None:
         """The reply to the request of this number, if it is that. Raises as `request` does."""
@@ -272,12 +301,13 @@ class Conversation:
             return reply
         raise ProtocolError(f"{self.peer}: a {type(reply).__name__} answered, at step {step}")
 
-    def _handle_event(self, event: zmq.Event, step: str) -> None:
+    def _handle_event(self, event: zmq.Event) -> None:
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.connected = True
         elif event == zmq.Event.DISCONNECTED and self.connected:
-            self._lost = True  # the seed has ended our leases: nothing more can be asked, also if libzmq connects again
-            self._check_open(step)
+            # the seed has ended our leases: nothing more can be asked, also if libzmq connects again
+            self._lost = self._why_lost()
+            self._check_open(self._step)
         elif event == zmq.Event.CONNECT_RETRIED:
             self._refused_connects += 1
         elif event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
@@ -288,6 +318,16 @@ class Conversation:
             self._disconnect_follows = False  # libzmq connects again
         elif event in (zmq.Event.HANDSHAKE_FAILED_PROTOCOL, zmq.Event.DISCONNECTED):
             raise self._not_a_seed()  # after these, libzmq does not connect again
+
+    def _why_lost(self) -> str:
+        if self._guard.silence < self._stall / 2:  # a third of it passes between two pings
+            return "the seed closed the connection, or died"
+        if self._guard.unwatched < self._stall / 4:
+            return (
+                f"the seed gave no sign of life for {self._stall:g} s (stall=): its process is stopped, or the network "
+                "between is down"
+            )
+        return f"the seed closed the connection, died, or gave no sign of life for {self._stall:g} s (stall=)"
 
     def _not_a_seed(self) -> ProtocolError:
         return ProtocolError(
@@ -349,5 +389,6 @@ class ForkChannel:
         """See `tensorfork.transports.base.Channel`."""
         try:
             self._conversation.check_cancelled("open")
-        except ForkCancelled as error:
+            self._conversation.check_there("open")
+        except (ForkCancelled, PeerUnreachable) as error:
             raise LeaseEnded(str(error)) from error

@@ -17,7 +17,7 @@ import zmq
 
 from tensorfork.errors import LeaseEnded, PeerUnreachable, ProtocolError
 from tensorfork.sockets.address import Address
-from tensorfork.sockets.connection_guard import ConnectionGuard
+from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zeromq import bind, heartbeats, new_context, new_socket, poll_timeout, recv_arrived
 from tensorfork.wire import messages
@@ -66,8 +66,9 @@ class Listener:
             self._socket.copy_threshold = COPY_BELOW
             self._socket.router_mandatory = True
             heartbeats(self._socket, stall)
-            self._guard = ConnectionGuard(self._socket, on_gone=on_gone)
+            self._guard = ConnectionGuard(self._socket.get_monitor_socket(GUARDED_EVENTS), on_gone=on_gone)
             stack.callback(self._guard.close)
+            stack.callback(self._socket.disable_monitor)
             try:
                 self.address = bind(self._socket, address)
             except zmq.ZMQError as error:
@@ -169,6 +170,8 @@ class Listener:
                     self._on_gone(frames[0])
 
     def _release(self) -> None:
+        if not self._socket.closed:
+            self._socket.disable_monitor()
         self._guard.close()
         self._context.destroy(linger=0)
         self._waker.close()

@@ -26,8 +26,8 @@ class _Greeting:
     First a TCP connection, which tells why there is none; then ZeroMQ's handshake, then the hello.
     """
 
-    def __init__(self, peer: Address, address: Address, deadline: float, cancel: Event) -> None:
-        self._peer, self._end, self._cancel = peer, deadline, cancel
+    def __init__(self, peer: Address, address: Address, deadline: float, cancel: Event, stall: float) -> None:
+        self._peer, self._end, self._cancel, self._stall = peer, deadline, cancel, stall
         self._tcp: TCPAttempt | None = TCPAttempt(address, deadline)
         self._conversation: Conversation | None = None
         self._sent = False
@@ -47,7 +47,7 @@ class _Greeting:
             if address is None:
                 return None
             self._tcp = None
-            self._conversation = Conversation(self._peer, address, self._cancel)
+            self._conversation = Conversation(self._peer, address, self._cancel, self._stall)
             self.deadline = min(self._end, time.monotonic() + SILENCE)
         conversation = self._conversation
         assert conversation is not None
@@ -75,9 +75,10 @@ def look_up(peer: Address, deadline: float, cancel: Event) -> list[Address]:
 
 
 def greet(
-    peer: Address, addresses: list[Address], deadline: float, cancel: Event
+    peer: Address, addresses: list[Address], deadline: float, cancel: Event, stall: float
 ) -> tuple[Conversation, messages.Welcome]:
-    """The conversation with the first of the addresses that answers a hello, and its welcome.
+    """The conversation with the first of the addresses that answers a hello, and its welcome. `stall` is the
+    conversation's.
 
     A closed port costs no time, a silent host `SILENCE` seconds, a peer that only shakes hands `HELLO_TIMEOUT`.
 
@@ -88,7 +89,7 @@ def greet(
     """
 
     def begin(address: Address) -> _Greeting:
-        return _Greeting(peer, address, deadline, cancel)
+        return _Greeting(peer, address, deadline, cancel, stall)
 
     try:
         return race(addresses, begin, lambda: _check(peer, cancel, "hello"))

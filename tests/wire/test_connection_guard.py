@@ -11,7 +11,7 @@ import zmq
 from hostile import GREETING, MORE, READY, frame, hung_up
 from scarcity import descriptors
 
-from tensorfork.sockets.connection_guard import ConnectionGuard
+from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
 
 SECONDS = 20.0
 
@@ -22,7 +22,8 @@ class Guarded:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", limit: int) -> None:
         self.router = context.socket(zmq.ROUTER)
         self.gone: list[bytes] = []
-        self.guard = ConnectionGuard(self.router, unfinished=limit, in_all=10 * limit, on_gone=self.gone.append)
+        monitor = self.router.get_monitor_socket(GUARDED_EVENTS)
+        self.guard = ConnectionGuard(monitor, unfinished=limit, in_all=10 * limit, on_gone=self.gone.append)
         self.port = self.router.bind_to_random_port("tcp://127.0.0.1")
         self.guard.watch(self.port)
         self.peer = socket.create_connection(("127.0.0.1", self.port), SECONDS)
@@ -58,6 +59,7 @@ class Guarded:
     def close(self) -> None:
         self.peer.close()
         self.guard.close()
+        self.router.disable_monitor()
         self.router.close(0)
 
 

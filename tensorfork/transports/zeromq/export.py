@@ -14,7 +14,7 @@ from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
 from tensorfork.sockets.address import Address
-from tensorfork.sockets.connection_guard import ConnectionGuard
+from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
 from tensorfork.sockets.zeromq import bind, new_context, new_socket, recv_arrived
@@ -79,8 +79,9 @@ class ZeroMQExport(Export):
             self._socket.router_mandatory = True
             if same_host:
                 self._socket.sndbuf = SEND_BUFFER
-            self._guard = ConnectionGuard(self._socket, unfinished=UNFINISHED)
+            self._guard = ConnectionGuard(self._socket.get_monitor_socket(GUARDED_EVENTS), unfinished=UNFINISHED)
             stack.callback(self._guard.close)
+            stack.callback(self._socket.disable_monitor)
             self._sender = ZeroCopySender(self._socket, releases)
             port = self._bind(site.bind, ports)
             self._guard.watch(port)
