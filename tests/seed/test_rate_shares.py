@@ -3,10 +3,13 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from group_seeds import model as parts
+from group_seeds import published
 from one_sided import OneSided
 from seed_leases import SECONDS, connected, model, take, until
 
@@ -132,7 +135,7 @@ def test_the_bytes_of_leases_over_two_transports_come_from_one_budget() -> None:
     nbytes, rate = 4_000_000, 16e6
     with tensorfork.publish(weights(nbytes), transports=["gloo", "zeromq"], rate_limit=rate) as seed:
         started = time.monotonic()
-        together(*(lambda name=name: forked(seed.address, name, nbytes) for name in ("gloo", "zeromq")))  # type: ignore[misc]
+        together(*(partial(forked, seed.address, name, nbytes) for name in ("gloo", "zeromq")))
         seconds = time.monotonic() - started
         assert seed.stats().sent == 2 * nbytes
     assert 2 * nbytes <= rate * (seconds + CATCH_UP) + (512 << 10), "the sum is within the limit of one"
@@ -209,6 +212,25 @@ def test_a_fork_that_reads_by_itself_hears_of_its_share_while_it_reads() -> None
     assert seen[:2] == [rate, rate / 2]
     assert set(shares_of_second) <= {rate / 2, rate}
     assert shares_of_second[0] == rate / 2
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("transports", [["cuda_ipc"], ["nccl"], ["transfer_engine:nvlink"], ["cuda_ipc", "nccl"]])
+def test_forks_between_gpus_keep_within_the_limit_all_together(transports: list[str]) -> None:
+    sizes, rate = [200_000_000, 5_000, 50_000_000], 1e9
+    right, ours = parts("cuda:1", sizes, 7), [parts("cuda:1", sizes) for _ in transports]
+
+    def fork(into: dict[str, torch.Tensor], transport: str) -> None:
+        report = tensorfork.fork_into(into, address, transport=transport, timeout=3 * SECONDS)
+        assert report.rate_limit == rate
+        assert all(torch.equal(into[name], right[name]) for name in right)
+
+    with published(("", "cuda:0", sizes, 7), transports=transports, rate_limit=rate) as address:
+        started = time.monotonic()
+        together(*(partial(fork, into, transport) for into, transport in zip(ours, transports, strict=True)))
+        seconds = time.monotonic() - started
+    burst = len(transports) * (rate * CATCH_UP + (64 << 20))
+    assert len(transports) * sum(sizes) <= rate * seconds + burst
 
 
 def test_what_a_fork_is_told_of_leases_that_are_not_its_own_is_bounded() -> None:

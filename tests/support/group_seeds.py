@@ -42,10 +42,12 @@ Part = tuple[str, str, Sequence[int], int]
 """Part of a seed's model: a prefix for its names, a device, the tensors' sizes in bytes, and a random seed."""
 
 
-def publish_parts(pipe: Any, parts: Sequence[Part], transports: Sequence[tensorfork.Transport] | None) -> None:
+def publish_parts(
+    pipe: Any, parts: Sequence[Part], transports: Sequence[str | tensorfork.Transport] | None, options: dict[str, Any]
+) -> None:
     """Publish these parts as one model until told to end."""
     theirs = {prefix + name: tensor for prefix, *args in parts for name, tensor in model(*args).items()}
-    with tensorfork.publish(theirs, transports=transports) as seed:
+    with tensorfork.publish(theirs, transports=transports, **options) as seed:
         pipe.send(seed.address)
         try:
             pipe.recv()
@@ -54,9 +56,11 @@ def publish_parts(pipe: Any, parts: Sequence[Part], transports: Sequence[tensorf
 
 
 @contextmanager
-def published(*parts: Part, transports: Sequence[tensorfork.Transport] | None = None) -> Iterator[str]:
-    """The address of a seed in a process of its own, which NCCL needs."""
-    with Child(publish_parts, parts, transports) as child:
+def published(
+    *parts: Part, transports: Sequence[str | tensorfork.Transport] | None = None, **options: Any
+) -> Iterator[str]:
+    """The address of a seed in a process of its own, which NCCL needs. `options` are more arguments of `publish`."""
+    with Child(publish_parts, parts, transports, options) as child:
         yield child.recv()
 
 

@@ -16,6 +16,7 @@ from tensorfork.transports.cuda_ipc import IpcExport, offer
 from tensorfork.transports.cuda_ipc import session as session_module
 from tensorfork.transports.cuda_ipc.offer import CPU_REQUEST, RELEASED, STOP
 from tensorfork.transports.cuda_ipc.session import IpcSession
+from tensorfork.transports.rate_limit import LEAST_PIECE
 
 SOON = 20.0
 SOURCE = torch.arange(64, dtype=torch.uint8)
@@ -160,6 +161,42 @@ def reading(fork: QueueChannel) -> IpcSession:
     """A session of a fork whose seed is in this process, so that there are no handles to open."""
     packed = offer.write_offer([Region(0, 1000, 64, "cuda:0")], {})
     return IpcSession(packed, [RemoteRegion(0, 64, "cuda:0")], [Region(5, 9000, 64, "cuda:0")], fork, None)
+
+
+@pytest.mark.parametrize(("own", "seeds"), [(None, 1.0), (1.0, None), (1.0, 1e15), (1e15, 1.0)])
+def test_a_fork_reads_no_faster_than_its_limit_and_the_seeds(
+    own: float | None, seeds: float | None, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueued = list[int]()
+    monkeypatch.setattr(session_module, "copy_batch", lambda stream, copies: enqueued.append(len(copies)))
+    _, fork = channels()
+    fork.rate_limit = seeds
+    size = LEAST_PIECE  # a batch has one of them, and the second is due in days
+    packed = offer.write_offer([Region(0, 1000, 4 * size, "cuda:0")], {})
+    ours = [Region(5, 9000, 4 * size, "cuda:0")]
+    session = IpcSession(packed, [RemoteRegion(0, 4 * size, "cuda:0")], ours, fork, own)
+    copies = [Copy(0, 0, i * size, 5, i * size, size) for i in range(4)]
+    with pytest.raises(TransferFailed, match="deadline"):
+        session.pull(copies, time.monotonic() + 0.2, lambda _: None, threading.Event())
+    assert enqueued == [1]
+    fork.rate_limit = None
+    session.close(soon())
+
+
+def test_a_fork_reads_cpu_tensors_no_faster_than_its_limit_either() -> None:
+    into = torch.zeros(64, dtype=torch.uint8)
+    _, fork = channels()
+    fork.rate_limit = 0.001
+    ours = [Region(5, into.data_ptr(), 64, "cpu", into)]
+    packed = offer.write_offer([ON_CPU], {})
+    session = IpcSession(packed, [RemoteRegion(0, 64, "cpu")], ours, fork, None)
+    asked = list[bytes]()
+    fork.connect(lambda message: (asked.append(message), fork.deliver(bytes(8)))[0])
+    copies = [Copy(0, 0, i * 8, 5, i * 8, 8) for i in range(2)]
+    with pytest.raises(TransferFailed, match="deadline"):
+        session.pull(copies, time.monotonic() + 0.2, lambda _: None, threading.Event())
+    assert asked == [CPU_REQUEST.pack(0, 0, 8)]
+    session.close(soon())
 
 
 def test_a_fork_that_reads_stops_and_its_copies_have_ended_before_the_seed_hears_of_it(stream: Stream) -> None:

@@ -297,6 +297,28 @@ def test_with_a_rate_reads_are_made_one_at_a_time_and_a_cancel_does_not_wait_for
     assert not readers()
 
 
+def test_a_fork_obeys_the_seeds_limit_and_hears_of_a_larger_one_while_it_waits() -> None:
+    fake, channel, arrived = Engine(), Channel(rate_limit=MIB / 1000), list[int]()
+    made = opened(fake, channel)
+
+    def done(i: int) -> None:
+        arrived.append(i)
+        assert len(fake.reads) == 1 or channel.rate_limit == 1e15
+        channel.rate_limit = 1e15  # the second would have been due in a quarter of an hour
+
+    pull(made, done)
+    assert sorted(arrived) == list(range(COUNT))
+    assert len(fake.batches) == len(fake.reads) + 1, "one read at a time, behind the first contact"
+
+
+@pytest.mark.parametrize(("own", "seeds"), [(MIB / 1000, 1e15), (1e15, MIB / 1000)])
+def test_of_the_forks_limit_and_the_seeds_the_smaller_one_counts(own: float, seeds: float) -> None:
+    fake, cancel = Engine(), threading.Event()
+    with pytest.raises(TransferFailed, match="cancelled"):
+        pull(opened(fake, Channel(rate_limit=seeds), rate=own), lambda i: cancel.set(), cancel)
+    assert len(fake.reads) == 1
+
+
 def test_an_interrupt_while_a_thread_starts_leaves_no_thread_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, start = Engine(), threading.Thread.start
     made = opened(fake)
