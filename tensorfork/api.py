@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -33,6 +34,7 @@ from tensorfork.model.modes import in_normal_mode
 from tensorfork.model.selection import Patterns, Selection
 from tensorfork.model.snapshot import snapshot as take_snapshot
 from tensorfork.model.value_policy import ValuePolicy
+from tensorfork.patience import Check
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.seed.address import listening_address
 from tensorfork.seed.handle import Seed
@@ -245,15 +247,15 @@ def fork_into(
         if verify:
             warm_up.begin({tensor.device for tensor in ours.tensors.values()} | terms.named_devices)
 
-        def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
+        def allocate(theirs: ModelLayout, enter: Callable[[str], object], check: Check) -> DestinationMemory:
             enter("match")
-            pairs = match(theirs, ours.layout, names.renamed)
+            pairs = match(theirs, ours.layout, names.renamed, check)
             enter("allocate")
             return destination.memory_for(pairs, theirs, ours, terms.device, arena=arena)
 
         with exclusive_fill(ours):
             our_values = OurValues.of(ours.visited, policy, name_of)
-            filling = Filling(allocate, lambda memory: destination.tensors_of_model(ours, memory), names, our_values)
+            filling = Filling(allocate, partial(destination.tensors_of_model, ours), names, our_values)
             report, _ = steps.run(peer, filling, terms, watch)
             remember_version(ours.tensors, report.version)
         return evolve(report, left_out=tuple(dict.fromkeys([*ours.layout.left_out, *report.left_out])))
@@ -309,7 +311,7 @@ def fork(
     if verify:
         warm_up.begin(terms.named_devices)
 
-    def allocate(theirs: ModelLayout, enter: Callable[[str], object]) -> DestinationMemory:
+    def allocate(theirs: ModelLayout, enter: Callable[[str], object], check: Check) -> DestinationMemory:
         if unused := selection.unmatched([tensor.name for tensor in theirs.tensors]):
             raise ValueError(f"include={unused[0]!r} means no tensor of the seed")
         enter("allocate")

@@ -16,6 +16,7 @@ from attrs import evolve, field, fields_dict, frozen
 from tensorfork.columns import objects_of
 from tensorfork.errors import UnsupportedTensor
 from tensorfork.identity import Identity, Rank
+from tensorfork.patience import Check, looking, unchecked
 from tensorfork.placement import Placement
 from tensorfork.validators import is_natural, is_naturals, is_text, natural_field, naturals_field, text_field
 
@@ -54,6 +55,8 @@ class TensorLayout:
     """How many elements it has."""
     is_dense: bool = field(init=False, eq=False, repr=False)
     """Whether its elements fill its extent without gaps or overlaps: contiguous, transposed or permuted."""
+    span: int = field(init=False, eq=False, repr=False)
+    """Elements from its first to its last, with the gaps between them."""
 
     def __attrs_post_init__(self) -> None:
         # one function instead of a validator for each field: a fork makes three of these for each of its tensors
@@ -69,8 +72,10 @@ class TensorLayout:
             and (self.placement is None or type(self.placement) is Placement)
         ):
             self._raise_invalid()
-        object.__setattr__(self, "numel", _product(shape))
-        object.__setattr__(self, "is_dense", is_dense(shape, stride))
+        numel, dense, span = _form(shape, stride)
+        object.__setattr__(self, "numel", numel)
+        object.__setattr__(self, "is_dense", dense)
+        object.__setattr__(self, "span", span)
 
     def _raise_invalid(self) -> None:
         attributes = fields_dict(TensorLayout)
@@ -98,12 +103,12 @@ class TensorLayout:
     ) -> "list[TensorLayout]":
         """Many tensors, of columns in which each value was checked by itself. Raises `ValueError`."""
         forms = list(zip(shape, stride, strict=True))
-        known: dict[Any, tuple[int, bool]] = {}
+        known: dict[Any, tuple[int, bool, int]] = {}
         for form in set(forms):
             if len(form[0]) != len(form[1]):
                 raise ValueError(f"a tensor has {len(form[0])} sizes and {len(form[1])} strides")
-            known[form] = _product(form[0]), is_dense(*form)
-        numel, dense = zip(*map(known.__getitem__, forms), strict=True) if forms else ((), ())
+            known[form] = _form(*form)
+        numel, dense, span = zip(*map(known.__getitem__, forms), strict=True) if forms else ((), (), ())
         return objects_of(
             cls,
             name=name,
@@ -115,6 +120,7 @@ class TensorLayout:
             placement=placement,
             numel=numel,
             is_dense=dense,
+            span=span,
         )
 
     @property
@@ -135,12 +141,7 @@ class TensorLayout:
     @property
     def extent(self) -> int:
         """Bytes from the first byte of its first element to the last byte of its last, with the gaps between them."""
-        if self.is_dense:
-            return self.nbytes
-        elements = 1
-        for size, step in zip(self.shape, self.stride, strict=True):
-            elements += (size - 1) * step
-        return elements * self.torch_dtype.itemsize
+        return self.span * self.torch_dtype.itemsize
 
     def difference(self, other: "TensorLayout") -> str | None:
         """How this tensor, the seed's, differs from the other, ours, in words; None if a fork can fill ours."""
@@ -216,12 +217,13 @@ class ModelLayout:
         """The name of the first tensor in each storage, by the storage's index."""
         return {tensor.storage: tensor.name for tensor in reversed(self.tensors)}
 
-    def only(self, takes: Callable[[str], bool]) -> tuple["ModelLayout", list[str]]:
+    def only(self, takes: Callable[[str], bool], check: Check = unchecked) -> tuple["ModelLayout", list[str]]:
         """The same layout with only the tensors whose names `takes` accepts, and the names of the others."""
-        taken = tuple(tensor for tensor in self.tensors if takes(tensor.name))
-        if len(taken) == len(self.tensors):
+        others = [tensor.name for tensor in looking(self.tensors, check) if not takes(tensor.name)]
+        if not others:
             return self, []
-        return evolve(self, tensors=taken), [tensor.name for tensor in self.tensors if not takes(tensor.name)]
+        left = frozenset(others)
+        return evolve(self, tensors=tuple(tensor for tensor in self.tensors if tensor.name not in left)), others
 
     def __repr__(self) -> str:
         devices = ", ".join(sorted({storage.device for storage in self.storages})) or "nowhere"
@@ -263,6 +265,17 @@ def plain_stride(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]
         if shape[i] == 1:
             plain[i] = plain[i + 1] * shape[i + 1] if i + 1 < len(shape) else 1
     return tuple(plain)
+
+
+def _form(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, bool, int]:
+    """How many elements there are with these sizes and strides, whether they are dense, and what they span."""
+    numel, dense = _product(shape), is_dense(shape, stride)
+    if dense:
+        return numel, dense, numel
+    span = 1
+    for size, step in zip(shape, stride, strict=True):
+        span += (size - 1) * step
+    return numel, dense, span
 
 
 def _product(sizes: Sequence[int]) -> int:

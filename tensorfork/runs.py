@@ -1,11 +1,19 @@
 """The runs, contiguous ranges of bytes, that a strided tensor's elements fill. Pure."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from tensorfork.layout import TensorLayout
 
 MAX_RUNS = 1024
 """A tensor of more runs than this is fetched with its gaps, and copied into place on our side (`fork.strided`)."""
+
+MAX_RUNS_OF_ALL = 1 << 17
+"""Runs of all tensors that have gaps, at most: some 40 MB of Python's objects."""
+
+
+def max_runs(gapped: int) -> int:
+    """How many runs each of so many tensors with gaps may have, to be fetched run by run."""
+    return min(MAX_RUNS, MAX_RUNS_OF_ALL // max(1, gapped))
 
 
 def union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -45,18 +53,16 @@ def grid_of(tensor: TensorLayout) -> tuple[int, list[tuple[int, int]]]:
 def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
     """The runs of a tensor's elements, as (offset from its first byte, bytes), merged where they touch.
 
-    If the grid has more than `limit` runs before merging, returns `limit` + 1 of these.
+    If the grid has more than `limit` points, returns `limit` + 1 of these.
     """
     if tensor.is_dense:
         return [(0, tensor.numel * tensor.torch_dtype.itemsize)] if tensor.numel else []
     length, steps = grid_of(tensor)
-    offsets: set[int] = set()
-    for offset in _offsets(steps):
-        offsets.add(offset)
-        if len(offsets) > limit:
-            return [(offset, length) for offset in sorted(offsets)]
+    offsets = sorted(_offsets(steps, limit + 1))
+    if len(offsets) > limit:
+        return [(offset, length) for offset in offsets]
     merged: list[tuple[int, int]] = []
-    for offset in sorted(offsets):
+    for offset in offsets:
         if merged and merged[-1][0] + merged[-1][1] >= offset:
             start = merged[-1][0]
             merged[-1] = (start, max(merged[-1][1], offset + length - start))
@@ -65,12 +71,12 @@ def runs_of(tensor: TensorLayout, limit: int) -> list[tuple[int, int]]:
     return merged
 
 
-def _offsets(steps: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """The offset of every point of a grid."""
-    if not steps:
-        yield 0
-        return
-    step, size = steps[0]
-    for i in range(size):
-        for inner in _offsets(steps[1:]):
-            yield i * step + inner
+def _offsets(steps: Sequence[tuple[int, int]], most: int) -> list[int]:
+    """The offset of every point of a grid, or of its first `most`."""
+    offsets = [0]
+    for step, size in reversed(steps):
+        if len(offsets) == most:
+            break
+        rows = min(size, most // len(offsets) + 1)
+        offsets = [i * step + inner for i in range(rows) for inner in offsets][:most]
+    return offsets

@@ -6,7 +6,14 @@ from threading import Event
 from types import TracebackType
 from typing import Self
 
-from tensorfork.errors import IdentityMismatch, PeerUnreachable, ProtocolError, TensorForkError, VersionMismatch
+from tensorfork.errors import (
+    ForkCancelled,
+    IdentityMismatch,
+    PeerUnreachable,
+    ProtocolError,
+    TensorForkError,
+    VersionMismatch,
+)
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import AtLeast, Version, Wanted, why_not_wanted
@@ -41,7 +48,7 @@ class SeedConnection:
 
         Raises `ValueError` for a bad address, `PeerUnreachable`, `ProtocolError` and `ForkCancelled`.
         """
-        self.address, self._cancel, self._stall = address, cancel, stall
+        self.address, self._cancel, self._stall, self._deadline = address, cancel, stall, deadline
         self.conversation, self.welcome = self._reach(peer_address(address), deadline, wait_until, enter)
         self._is_new = True
 
@@ -68,6 +75,19 @@ class SeedConnection:
     def cancelled(self) -> bool:
         """Whether the caller has cancelled the fork."""
         return self._cancel.is_set()
+
+    def check(self) -> None:
+        """Raise `ForkCancelled` once the fork is cancelled, and `PeerUnreachable` at its deadline: for what we compute
+        ourselves, of what the seed has announced.
+        """
+        if self._cancel.is_set():
+            raise ForkCancelled(f"{self.address}: the fork was cancelled")
+        if time.monotonic() >= self._deadline:
+            raise PeerUnreachable(
+                f"{self.address}: the fork's timeout passed while it worked through the seed's layout, of "
+                f"{self.welcome.tensors:,} tensors in {self.welcome.storages:,} storages. Allow more time, if that is "
+                "what the seed should have"
+            )
 
     def greet(self, deadline: float) -> None:
         """Ask for the seed's welcome anew, unless it has just come. Raises `PeerUnreachable`, also after
@@ -125,7 +145,7 @@ class SeedConnection:
         """
         request = messages.GetLayout(self.welcome.publication)
         pages, frames = self.conversation.request(request, messages.Pages, deadline, "layout")
-        layout = tables.unpack_layout(pages, frames, self.welcome)
+        layout = tables.unpack_layout(pages, frames, self.welcome, self.check)
         if len(layout.tensors) != self.welcome.tensors or layout.nbytes != self.welcome.nbytes:
             raise ProtocolError(f"{self.address}: the layout is not the one that its welcome announced")
         return layout

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from attrs import frozen
 
 from tensorfork.fork.pairs import Pair, Run, extent_of_pair, runs_of_pair
+from tensorfork.patience import Check, looking, unchecked
 from tensorfork.regions import Copy, Place
-from tensorfork.runs import MAX_RUNS, runs_of, union
+from tensorfork.runs import max_runs, runs_of, union
 
 
 @frozen
@@ -29,25 +30,32 @@ class Plan:
     strided: tuple[Pair, ...]
 
 
-def cut(pairs: Sequence[Pair], theirs: Mapping[int, Place], ours: Mapping[int, Place], piece: int) -> Plan:
+def cut(
+    pairs: Sequence[Pair],
+    theirs: Mapping[int, Place],
+    ours: Mapping[int, Place],
+    piece: int,
+    check: Check = unchecked,
+) -> Plan:
     """The plan that fills all pairs.
 
     `theirs` and `ours` are the storages' places in the transport's regions; `piece` is the longest copy, in bytes.
     """
     direct: list[Run] = []
     strided: list[Pair] = []
-    for pair in pairs:
-        pair_runs = runs_of_pair(pair, MAX_RUNS)
-        if len(pair_runs) <= MAX_RUNS:
+    limit = _run_limit(pairs)
+    for pair in looking(pairs, check):
+        pair_runs = runs_of_pair(pair, limit)
+        if len(pair_runs) <= limit:
             direct += pair_runs
         else:
             strided.append(pair)
     runs = _merge(direct)
     covered = _CoveredRanges(runs)
-    uncovered = [pair for pair in strided if not covered.contain(extent_of_pair(pair))]
+    uncovered = [pair for pair in looking(strided, check) if not covered.contain(extent_of_pair(pair))]
     first_of_ties = {_tie_key(pair): pair for pair in reversed(uncovered)}
     copies = (_copy(run, theirs[run.source], ours[run.storage]) for run in runs)
-    pieces = tuple(part for copy in _join(copies) for part in _pieces(copy, piece))
+    pieces = tuple(looking((part for copy in _join(copies) for part in _pieces(copy, piece)), check))
     return Plan(pieces, tuple(reversed(first_of_ties.values())))
 
 
@@ -57,7 +65,12 @@ def complete(pairs: Sequence[Pair], ours: Mapping[int, Place], done: Sequence[Co
     for copy in done:
         written[copy.into].append((copy.at, copy.at + copy.nbytes))
     arrived = {region: union(spans) for region, spans in written.items()}
-    return [pair.name for pair in pairs if _has_arrived(pair, ours, arrived)]
+    limit = _run_limit(pairs)
+    return [pair.name for pair in pairs if _has_arrived(pair, ours, arrived, limit)]
+
+
+def _run_limit(pairs: Sequence[Pair]) -> int:
+    return max_runs(sum(not pair.ours.is_dense for pair in pairs))
 
 
 def _tie_key(pair: Pair) -> tuple[object, ...]:
@@ -80,24 +93,28 @@ def _merge(runs: Sequence[Run]) -> list[Run]:
 
 
 class _CoveredRanges:
-    """The ranges of our storages that are copied, and from where."""
+    """The ranges of our storages that are copied, and from where. `runs` are sorted, and do not overlap."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._by_storage: dict[int, list[Run]] = defaultdict(list)
+        self._ranges: list[Run] = []
         for run in runs:
-            self._by_storage[run.storage].append(run)
+            last = self._ranges[-1] if self._ranges else None
+            if last and last.end == run.start and _origin(last) == _origin(run):
+                self._ranges[-1] = last._replace(end=run.end)
+            else:
+                self._ranges.append(run)
 
     def contain(self, run: Run) -> bool:
         """Whether every byte of the run is copied, from the run's own source."""
-        at, runs = run.start, self._by_storage[run.storage]
-        for i in range(max(0, bisect_right(runs, at, key=lambda one: one.start) - 1), len(runs)):
-            one = runs[i]
-            if not one.start <= at < one.end or (one.source, one.shift) != (run.source, run.shift):
-                return False
-            at = one.end
-            if at >= run.end:
-                return True
-        return False
+        at = bisect_right(self._ranges, (run.storage, run.start), key=lambda one: one[:2]) - 1
+        if at < 0:
+            return False
+        return _origin(self._ranges[at]) == _origin(run) and run.end <= self._ranges[at].end
+
+
+def _origin(run: Run) -> tuple[int, int, int]:
+    """Equal for runs of one storage of ours that come from the same bytes where they overlap."""
+    return run.storage, run.source, run.shift
 
 
 def _copy(run: Run, theirs: Place, ours: Place) -> Copy:
@@ -136,15 +153,17 @@ def _pieces(copy: Copy, piece: int) -> Iterator[Copy]:
         yield Copy(0, copy.region, copy.offset + start, copy.into, copy.at + start, nbytes)
 
 
-def _has_arrived(pair: Pair, ours: Mapping[int, Place], arrived: Mapping[int, Sequence[tuple[int, int]]]) -> bool:
+def _has_arrived(
+    pair: Pair, ours: Mapping[int, Place], arrived: Mapping[int, Sequence[tuple[int, int]]], limit: int
+) -> bool:
     """Whether every byte of our tensor lies within what has arrived, given as merged (start, end) by region."""
     if not pair.ours.numel:
         return True
     place = ours[pair.ours.storage]
     first = place.offset + pair.ours.offset
     spans = arrived.get(place.region, ())
-    runs = runs_of(pair.ours, MAX_RUNS)
-    if len(runs) > MAX_RUNS:
+    runs = runs_of(pair.ours, limit)
+    if len(runs) > limit:
         runs = [(0, pair.ours.extent)]
     return all(_contains(spans, first + at, first + at + nbytes) for at, nbytes in runs)
 

@@ -23,6 +23,7 @@ from tensorfork.model.describe import LocalModel
 from tensorfork.model.install import Installation, check_installable, like_original
 from tensorfork.model.modes import NormalMode
 from tensorfork.model.value_writes import ValueWrite
+from tensorfork.patience import Check, looking, unchecked
 from tensorfork.regions import Region
 
 _META = torch.device("meta")
@@ -148,7 +149,7 @@ class Destination:
             torch.autograd.graph.increment_version(filled)
 
 
-def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination:
+def tensors_of_model(ours: LocalModel, memory: DestinationMemory, check: Check = unchecked) -> Destination:
     """Our tensors, with a new tensor in the new storages for each that is still meta.
 
     Raises `UnsupportedTensor` for a wrapper that cannot be rebuilt around new inner tensors.
@@ -160,7 +161,7 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
     ready = dict(tensors)
     made: dict[int, tuple[str, torch.Tensor, torch.Tensor]] = {}
     with NormalMode():
-        for number, pair in enumerate(meta, 1):
+        for number, pair in enumerate(looking(meta, check), 1):
             if number % STEP == 0:
                 time.sleep(0)
             old = tensors[pair.name]
@@ -174,12 +175,12 @@ def tensors_of_model(ours: LocalModel, memory: DestinationMemory) -> Destination
     return Destination(ready, installation, wrappers)
 
 
-def tensors_of_copy(memory: DestinationMemory) -> Destination:
+def tensors_of_copy(memory: DestinationMemory, check: Check = unchecked) -> Destination:
     """A copy of all the seed's tensors. Tied tensors become one tensor under several names."""
     made: dict[tuple[Any, ...], torch.Tensor] = {}
     tensors = {}
     with NormalMode():
-        for number, tensor in enumerate((pair.theirs for pair in memory.pairs), 1):
+        for number, tensor in enumerate((pair.theirs for pair in looking(memory.pairs, check)), 1):
             if number % STEP == 0:
                 time.sleep(0)
             key = (tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride)

@@ -86,7 +86,7 @@ def take_lease(
     for it.
     """
     enter("lease")
-    scratch = Scratch.for_tensors(memory.gapped)
+    scratch = Scratch.for_tensors(memory.gapped, seed.check)
     storages = [*memory.regions, *scratch.regions]
     with _opening(transport):
         regions, places = transport.cover(storages)
@@ -105,7 +105,7 @@ def take_lease(
     try:
         if len(frames) != leased.regions + leased.places + (leased.values or 0):
             raise ProtocolError(f"{seed.address}: a lease came with other pages than it announced")
-        remote = tables.unpack_regions(frames[: leased.regions])
+        remote = tables.unpack_regions(frames[: leased.regions], seed.check)
         place_pages = frames[leased.regions : leased.regions + leased.places]
         value_pages = frames[leased.regions + leased.places :]
         enter("open")
@@ -114,7 +114,7 @@ def take_lease(
         with _explained(seed, leased.lease, deadline), _opening(transport):
             session = transport.open(leased.offer, host, remote, regions, channel, deadline)
         try:
-            theirs = tables.unpack_places(place_pages)
+            theirs = tables.unpack_places(place_pages, seed.check)
             ours = {storage.id: place for storage, place in zip(storages, places, strict=True)}
             sizes = {region.id: region.nbytes for region in remote}
             yield Lease(

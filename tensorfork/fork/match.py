@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 
 from attrs import evolve
 
@@ -9,12 +10,18 @@ from tensorfork.errors import LayoutMismatch
 from tensorfork.fork.pairs import Pair, Run, extent_of_pair, runs_of_pair
 from tensorfork.fork.suggested_rename import SuggestedRename, suggest_rename
 from tensorfork.layout import ModelLayout, TensorLayout
+from tensorfork.patience import Check, looking, unchecked
 
 MAX_RUNS_COMPARED = 1 << 18
-"""Runs of one tensor that are compared, at most, to tell whether interleaved tensors really overlap."""
+"""Runs of all tensors that are compared, at most, to tell whether interleaved ones really overlap."""
 
 
-def match(theirs: ModelLayout, ours: ModelLayout, renamed: Mapping[str, str] | None = None) -> list[Pair]:
+def match(
+    theirs: ModelLayout,
+    ours: ModelLayout,
+    renamed: Mapping[str, str] | None = None,
+    check: Check = unchecked,
+) -> list[Pair]:
     """Pair every tensor of ours with the seed's of the same name, or of the one that `renamed` has for ours.
 
     In the pairs both have our name: nothing behind this knows of another.
@@ -35,14 +42,14 @@ def match(theirs: ModelLayout, ours: ModelLayout, renamed: Mapping[str, str] | N
         matched = {name: tensor if name == tensor.name else evolve(tensor, name=name) for name, tensor in there.items()}
         wanted = frozenset(names.values())
     pairs = [Pair(tensor, our_tensors[name]) for name, tensor in matched.items()]
-    differences = [(pair, why) for pair in pairs if (why := pair.theirs.difference(pair.ours))]
-    mismatched = _mismatched(differences, pairs, ours)
+    differences = [(pair, why) for pair in looking(pairs, check) if (why := pair.theirs.difference(pair.ours))]
+    mismatched = _mismatched(differences, pairs, ours, check)
     differing = {name for name, _ in mismatched}
-    mismatched += _conflicts([pair for pair in pairs if pair.name not in differing])
+    mismatched += _conflicts([pair for pair in pairs if pair.name not in differing], check)
     missing = [name for name in our_tensors if name not in matched]
     unexpected = [name for name in their_tensors if name not in wanted]
     if missing or unexpected or mismatched:
-        suggested = None if renamed else _suggested(our_tensors, their_tensors, missing, unexpected)
+        suggested = None if renamed else _suggested(our_tensors, their_tensors, missing, unexpected, check)
         raise LayoutMismatch(
             missing=missing,
             unexpected=unexpected,
@@ -60,6 +67,7 @@ def _suggested(
     theirs: Mapping[str, TensorLayout],
     missing: Sequence[str],
     unexpected: Sequence[str],
+    check: Check,
 ) -> SuggestedRename | None:
     """The `rename=` for names that differ by wrappers alone, if there are such."""
 
@@ -67,26 +75,27 @@ def _suggested(
         one, two = ours[name], theirs[other]
         return (one.dtype, one.shape, one.placement) == (two.dtype, two.shape, two.placement)
 
-    return suggest_rename(ours, missing, unexpected, same)
+    return suggest_rename(ours, missing, unexpected, same, check)
 
 
 def _mismatched(
-    differences: Sequence[tuple[Pair, str]], pairs: Sequence[Pair], ours: ModelLayout
+    differences: Sequence[tuple[Pair, str]], pairs: Sequence[Pair], ours: ModelLayout, check: Check
 ) -> list[tuple[str, str]]:
     """The names of those among pairs that differ which cannot be filled, each with the reason in words."""
     on_meta = {i for i, storage in enumerate(ours.storages) if storage.device == "meta"}
     changed = {pair.ours.storage for pair, _ in differences} & on_meta
-    sharing: dict[int, list[Pair]] = defaultdict(list)
+    sharing: dict[int, dict[object, Pair]] = defaultdict(dict)
     for pair in pairs if changed else ():
         if pair.ours.storage in changed:
-            sharing[pair.ours.storage].append(pair)
+            sharing[pair.ours.storage].setdefault(_change(pair), pair)
     mismatched = []
-    for pair, why in differences:
+    for pair, why in looking(differences, check):
         if pair.ours.storage in on_meta and _differ_in_stride(pair) and pair.ours.placement is None:
-            others = [one for one in sharing[pair.ours.storage] if not _same_change(one, pair)]
-            if not others:
+            first_two = islice(sharing[pair.ours.storage].items(), 2)
+            other = next((one for change, one in first_two if change != _change(pair)), None)
+            if other is None:
                 continue
-            why += f"; it shares memory with {others[0].name} here, so it cannot take the seed's stride"
+            why += f"; it shares memory with {other.name} here, so it cannot take the seed's stride"
         mismatched.append((pair.name, why))
     return mismatched
 
@@ -96,41 +105,43 @@ def _differ_in_stride(pair: Pair) -> bool:
     return evolve(pair.ours, stride=pair.theirs.stride) == pair.theirs
 
 
-def _same_change(one: Pair, other: Pair) -> bool:
-    """Whether two of our tensors are the same elements in the same order, and will be so with the seed's strides."""
-    return _elements(one.ours) == _elements(other.ours) and one.theirs.stride == other.theirs.stride
+def _change(pair: Pair) -> tuple[object, ...]:
+    """Equal for tensors of ours that are the same elements in one order, and will be with the seed's strides."""
+    ours = pair.ours
+    return ours.storage, ours.offset, ours.dtype, ours.shape, ours.stride, pair.theirs.stride
 
 
-def _elements(tensor: TensorLayout) -> tuple[object, ...]:
-    return tensor.storage, tensor.offset, tensor.dtype, tensor.shape, tensor.stride
-
-
-def _conflicts(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+def _conflicts(pairs: Sequence[Pair], check: Check) -> list[tuple[str, str]]:
     """Tensors that share bytes here which are different bytes in the seed, each with the reason in words."""
     suspects: dict[str, Pair] = {}
     in_storage = Counter(pair.ours.storage for pair in pairs)
     pairs = [pair for pair in pairs if in_storage[pair.ours.storage] > 1]  # few, in most models
     by_name = {pair.name: pair for pair in pairs}
     order = {name: i for i, name in enumerate(by_name)}
-    for one, other in _clashes([extent_of_pair(pair) for pair in pairs if pair.ours.numel]):
+    for one, other in _clashes([extent_of_pair(pair) for pair in pairs if pair.ours.numel], check):
         suspects[one.name], suspects[other.name] = by_name[one.name], by_name[other.name]
     if not suspects:
         return []
-    exact = [run for pair in suspects.values() for run in runs_of_pair(pair, MAX_RUNS_COMPARED)]
-    clashing = [sorted((one.name, other.name), key=order.__getitem__) for one, other in _clashes(exact)]
-    return sorted(
-        {
-            later: f"shares memory with {earlier} here, and not so in the seed; untie them, or tie the seed's"
-            for earlier, later in clashing
-        }.items()
-    )
+    limit = MAX_RUNS_COMPARED // len(suspects)
+    exact = [run for pair in looking(suspects.values(), check) for run in runs_of_pair(pair, limit)]
+    shared: dict[str, str] = {}
+    for one, other in _clashes(exact, check):
+        earlier, later = sorted((one.name, other.name), key=order.__getitem__)
+        shared[later] = earlier
+    return [
+        (later, f"shares memory with {earlier} here, and not so in the seed; untie them, or tie the seed's")
+        for later, earlier in sorted(shared.items())
+    ]
 
 
-def _clashes(runs: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
-    """Pairs of runs that overlap in one of our storages and come from different bytes of the seed's."""
+def _clashes(runs: Sequence[Run], check: Check) -> Iterator[tuple[Run, Run]]:
+    """Pairs of runs that overlap in one of our storages and come from different bytes of the seed's.
+
+    As many steps as there are pairs that overlap: a seed may say that what is one tensor here is many there.
+    """
     open_runs: list[Run] = []
     # the order depends on nothing that the seed's allocator chose, so that the error is the same each time
-    for run in sorted(runs, key=lambda one: (one.storage, one.start, one.end, one.name)):
+    for run in looking(sorted(runs, key=lambda one: (one.storage, one.start, one.end, one.name)), check, 1):
         open_runs = [one for one in open_runs if one.storage == run.storage and one.end > run.start]
         for one in open_runs:
             if (one.source, one.shift) != (run.source, run.shift):

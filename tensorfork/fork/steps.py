@@ -47,6 +47,7 @@ from tensorfork.fork.values import OurValues, log_differences
 from tensorfork.interpreter import ending
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import Version
+from tensorfork.patience import Check
 from tensorfork.report import ForkReport, Stopwatch
 from tensorfork.transports.base import Transport
 from tensorfork.wire import tables
@@ -62,15 +63,15 @@ class Filling:
     """How the destination is made, in two steps.
 
     Attributes:
-        allocate: memory for the seed's tensors. It is told the layout, and calls its second argument with the phase
-            that begins.
-        tensors: the tensors in that memory.
+        allocate: memory for the seed's tensors. It is told the layout, calls its second argument with the phase that
+            begins, and its third every so often in loops over the layout.
+        tensors: the tensors in that memory. It calls its second argument every so often.
         names: what they are called in the seed.
         values: our plain values; None where we have none.
     """
 
-    allocate: Callable[[ModelLayout, Callable[[str], object]], DestinationMemory]
-    tensors: Callable[[DestinationMemory], Destination]
+    allocate: Callable[[ModelLayout, Callable[[str], object], Check], DestinationMemory]
+    tensors: Callable[[DestinationMemory, Check], Destination]
     names: SeedNames
     values: OurValues | None = None
 
@@ -192,12 +193,12 @@ class _Attempts:
         terms, filling = self.terms, self.filling
         self.watch.enter("layout")
         layout = self.seed.layout(terms.deadline)
-        selected, left_out = layout.only(filling.names.selects)
+        selected, left_out = layout.only(filling.names.selects, self.seed.check)
         self.left_out = tuple(map(filling.names.ours, left_out))
-        memory = filling.allocate(selected, self.watch.enter)
+        memory = filling.allocate(selected, self.watch.enter, self.seed.check)
         if terms.verify:
             warm_up.begin(memory.devices)
-        destination = cache(lambda: filling.tensors(memory))
+        destination = cache(lambda: filling.tensors(memory, self.seed.check))
         return _Attempt(self.seed, layout, memory, destination, filling.names, filling.values, terms, self.watch)
 
 

@@ -4,7 +4,7 @@ They are fetched with their gaps, slab by slab, into scratch of bounded size, an
 into place, so that the gaps in our memory stay as they are.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Event
 
 import torch
@@ -12,8 +12,9 @@ from attrs import frozen
 
 from tensorfork.fork.pairs import Pair
 from tensorfork.layout import TensorLayout
+from tensorfork.patience import Check, looking, unchecked
 from tensorfork.regions import Copy, Place, Region
-from tensorfork.runs import MAX_RUNS, grid_of, runs_of
+from tensorfork.runs import grid_of, max_runs, runs_of
 from tensorfork.transports.base import Session
 
 SCRATCH = 16 << 20
@@ -31,11 +32,12 @@ class Scratch:
     buffers: Mapping[torch.device, torch.Tensor]
 
     @classmethod
-    def for_tensors(cls, tensors: Iterable[tuple[TensorLayout, torch.device]]) -> "Scratch":
+    def for_tensors(cls, tensors: Sequence[tuple[TensorLayout, torch.device]], check: Check = unchecked) -> "Scratch":
         """Scratch for these tensors with gaps, each given with its device. Tensors of few runs need none."""
         sizes: dict[torch.device, int] = {}
-        for tensor, device in tensors:
-            if len(runs_of(tensor, MAX_RUNS)) > MAX_RUNS:
+        limit = max_runs(len(tensors))
+        for tensor, device in looking(tensors, check):
+            if len(runs_of(tensor, limit)) > limit:
                 sizes[device] = min(SCRATCH, max(sizes.get(device, 0), tensor.extent))
         return cls({on: torch.empty(nbytes, dtype=torch.uint8, device=on) for on, nbytes in sizes.items()})
 

@@ -9,10 +9,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 from attrs import frozen
 
 from tensorfork.fork.rename import namer
+from tensorfork.patience import Check, looking, unchecked
 
 KNOWN_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 """Parts of names that are wrappers wherever they stand, also where both sides have them."""
@@ -52,7 +54,11 @@ class SuggestedRename:
 
 
 def suggest_rename(
-    ours: Iterable[str], missing: Sequence[str], unexpected: Sequence[str], same: Callable[[str, str], bool]
+    ours: Iterable[str],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    same: Callable[[str, str], bool],
+    check: Check = unchecked,
 ) -> SuggestedRename | None:
     """A suggestion for as many of these names as differ by wrappers alone; None for none, or for too many names.
 
@@ -61,9 +67,11 @@ def suggest_rename(
         missing: those of them that the seed does not have.
         unexpected: the seed's that we do not have.
         same: whether a tensor of ours, by its name, is one of the seed's but for the name.
+        check: called every so often.
     """
     if not missing or not unexpected or len(missing) + len(unexpected) > MAX_NAMES:
         return None
+    missing, unexpected = _Watched(missing, check), _Watched(unexpected, check)
     here, there = _exclusive_parts(missing, unexpected), _exclusive_parts(unexpected, missing)
     pairs = _equal_without(missing, unexpected, here, there, same)
     parts_here = _parts_in(pairs, here)
@@ -71,8 +79,8 @@ def suggest_rename(
     absent, taken = frozenset(missing), frozenset(pairs.values())
     kept = [name for name in ours if name not in absent]
     front = _equal_but_for_front(
-        [name for name in missing if name not in pairs],
-        [name for name in unexpected if name not in taken],
+        _Watched([name for name in missing if name not in pairs], check),
+        _Watched([name for name in unexpected if name not in taken], check),
         same,
         may_replace=not pairs and not kept,
     )
@@ -83,8 +91,24 @@ def suggest_rename(
         parts_there += [after] * bool(after)
     if not pairs:
         return None
-    goal = _Goal(pairs, kept, [name for name in missing if name not in pairs])
+    goal = _Goal(pairs, kept, [name for name in missing if name not in pairs], check)
     return SuggestedRename(pairs, parts_here, parts_there, _argument(goal, parts_here, parts_there))
+
+
+class _Watched(Sequence[str]):
+    """Names, in which every loop looks whether it should go on."""
+
+    def __init__(self, names: Sequence[str], check: Check) -> None:
+        self._names, self._check = names, check
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._names[at]
+
+    def __iter__(self) -> Iterator[str]:
+        return looking(self._names, self._check, 16)
 
 
 # Pairs of names.
@@ -195,15 +219,18 @@ class _Goal:
         pairs: by our names, the seed's that they are to be.
         kept: our names that the seed has, which are to stay.
         others: our names that the seed does not have in any case.
+        check: called every so often.
     """
 
     pairs: Mapping[str, str]
     kept: Sequence[str]
     others: Sequence[str]
+    check: Check
 
     def reached_by(self, rename: Callable[[str], str]) -> bool:
         """Whether a function does that, and gives no two names one."""
-        if any(rename(name) != there for name, there in self.pairs.items()) or any(rename(n) != n for n in self.kept):
+        pairs = looking(self.pairs.items(), self.check)
+        if any(rename(name) != there for name, there in pairs) or any(rename(n) != n for n in self.kept):
             return False
         taken = {*self.pairs.values(), *self.kept}
         return len(taken | {rename(name) for name in self.others}) == len(taken) + len(self.others)

@@ -14,6 +14,7 @@ from tensorfork.fork.lease import Lease
 from tensorfork.fork.pairs import Pair
 from tensorfork.fork.strided import pull_strided
 from tensorfork.fork.terms import Progress, Terms
+from tensorfork.patience import looking
 from tensorfork.regions import Place
 
 
@@ -22,11 +23,11 @@ def make_plan(lease: Lease, pairs: Sequence[Pair], seed: SeedConnection) -> Plan
 
     So no transport is ever asked to read anything else.
     """
-    for tensor in (pair.theirs for pair in pairs if pair.theirs.numel):
+    for tensor in (pair.theirs for pair in looking(pairs, seed.check) if pair.theirs.numel):
         place = lease.theirs.get(tensor.storage)
         if place is None or place.offset + tensor.offset + tensor.extent > lease.sizes.get(place.region, 0):
             raise ProtocolError(f"{seed.address}: {tensor.name} does not lie within what was leased")
-    return cut(pairs, lease.theirs, lease.ours, lease.piece)
+    return cut(pairs, lease.theirs, lease.ours, lease.piece, seed.check)
 
 
 def pull(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 
+from tensorfork.patience import Check, looking
 from tensorfork.wire.messages import unpack
 
 PAGE = 500
@@ -46,13 +47,13 @@ def pack_page(columns: Mapping[str, Sequence[Any]]) -> bytes:
 
 
 def read_pages(
-    pages: Iterable[bytes], columns: Sequence[Column], make: Callable[..., Iterable[T]], most: int
+    pages: Iterable[bytes], columns: Sequence[Column], make: Callable[..., Iterable[T]], most: int, check: Check
 ) -> Iterator[T]:
     """What `make` makes of the columns of each page, in their order. Raises `ValueError` for more than `most` rows, and
-    for what is no page.
+    for what is no page. `check` is called before each page.
     """
     total = 0
-    for page in pages:
+    for page in looking(pages, check, 1):
         found = _read_page(page, columns)
         total += len(found[0])
         if total > most:

@@ -19,6 +19,7 @@ from tensorfork.layout import ModelLayout, StorageLayout, TensorLayout
 from tensorfork.lineage import Version
 from tensorfork.model.value_encoding import Encoded, are_encoded
 from tensorfork.model.values import MAX_VALUES
+from tensorfork.patience import Check, unchecked
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
 from tensorfork.wire.messages import MAX_TENSORS, Pages, WeightsVersion, Welcome
@@ -88,8 +89,11 @@ _STORAGES = Column("nbytes", naturals), Column("device", _devices)
 _NAMES = (Column("name", texts),)
 
 
-def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> ModelLayout:
-    """The layout that `pack_layout` packed. Raises `ProtocolError`, also for more than the welcome announced."""
+def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome, check: Check = unchecked) -> ModelLayout:
+    """The layout that `pack_layout` packed. Raises `ProtocolError`, also for more than the welcome announced.
+
+    This and the others that unpack call `check` before each page.
+    """
 
     def storages(nbytes: Sequence[int], device: Sequence[str]) -> list[StorageLayout]:
         return objects_of(StorageLayout, nbytes=nbytes, device=device)
@@ -99,9 +103,9 @@ def unpack_layout(pages: Pages, frames: Sequence[bytes], welcome: Welcome) -> Mo
             raise ValueError(f"it has {len(frames)} pages, and others were announced")
         first_storage, first_left_out = pages.tensors, pages.tensors + pages.storages
         return ModelLayout(
-            tuple(read_pages(frames[:first_storage], _TENSORS, TensorLayout.of_columns, welcome.tensors)),
-            tuple(read_pages(frames[first_storage:first_left_out], _STORAGES, storages, welcome.storages)),
-            tuple(read_pages(frames[first_left_out:], _NAMES, iter, welcome.left_out)),
+            tuple(read_pages(frames[:first_storage], _TENSORS, TensorLayout.of_columns, welcome.tensors, check)),
+            tuple(read_pages(frames[first_storage:first_left_out], _STORAGES, storages, welcome.storages, check)),
+            tuple(read_pages(frames[first_left_out:], _NAMES, iter, welcome.left_out, check)),
             *unpack_identity(welcome),
         )
 
@@ -190,24 +194,24 @@ _REGIONS = Column("id", naturals), Column("nbytes", naturals), Column("device", 
 _PLACES = Column("storage", naturals), Column("region", naturals), Column("offset", naturals)
 
 
-def unpack_regions(pages: Sequence[bytes]) -> list[RemoteRegion]:
+def unpack_regions(pages: Sequence[bytes], check: Check = unchecked) -> list[RemoteRegion]:
     """The regions that `pack_regions` packed; raises `ProtocolError`."""
 
     def regions(id: Sequence[int], nbytes: Sequence[int], device: Sequence[str]) -> list[RemoteRegion]:
         return objects_of(RemoteRegion, id=id, nbytes=nbytes, device=device)
 
     with _protocol_errors("table of regions"):
-        return list(read_pages(pages, _REGIONS, regions, MAX_TENSORS))
+        return list(read_pages(pages, _REGIONS, regions, MAX_TENSORS, check))
 
 
-def unpack_places(pages: Sequence[bytes]) -> dict[int, Place]:
+def unpack_places(pages: Sequence[bytes], check: Check = unchecked) -> dict[int, Place]:
     """The places that `pack_places` packed, by storage; raises `ProtocolError`."""
 
     def places(storage: Sequence[int], region: Sequence[int], offset: Sequence[int]) -> "zip[tuple[int, Place]]":
         return zip(storage, objects_of(Place, region=region, offset=offset), strict=True)
 
     with _protocol_errors("table of places"):
-        return dict(read_pages(pages, _PLACES, places, MAX_TENSORS))
+        return dict(read_pages(pages, _PLACES, places, MAX_TENSORS, check))
 
 
 # Plain values.
@@ -230,10 +234,10 @@ def _encoded(column: list[Any]) -> list[Encoded]:
 _VALUES = Column("name", texts), Column("value", _encoded)
 
 
-def unpack_values(pages: Sequence[bytes]) -> dict[str, Encoded]:
+def unpack_values(pages: Sequence[bytes], check: Check = unchecked) -> dict[str, Encoded]:
     """The values that `pack_values` packed, by name; raises `ProtocolError`."""
     with _protocol_errors("table of values"):
-        rows = list(read_pages(pages, _VALUES, zip, MAX_VALUES))
+        rows = list(read_pages(pages, _VALUES, zip, MAX_VALUES, check))
         values = dict(rows)
         if len(values) != len(rows):
             raise ValueError("it has two values by one name")
