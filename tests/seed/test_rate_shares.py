@@ -185,33 +185,39 @@ def test_a_fork_that_does_not_read_holds_up_nobody(stable: bool) -> None:
 
 
 def test_a_fork_that_reads_by_itself_hears_of_its_share_while_it_reads() -> None:
-    nbytes, rate, seen, two = 1 << 20, 64e6, list[float | None](), threading.Event()
+    nbytes, rate = 1 << 20, 64e6
+    seen, of_second = list[float | None](), list[float | None]()
+    begun, halved, alone = threading.Event(), threading.Event(), threading.Event()
 
     def first(share: float | None) -> None:
-        """Copies on until it has heard of the other's beginning, and then of its end."""
+        """Copies on, slowly, until it has heard of the other's beginning, and then of its end."""
         if not seen or seen[-1] != share:
             seen.append(share)
-        if len(seen) == 1:
-            started.set()
+        begun.set()
         if len(seen) == 2:
-            two.set()
+            halved.set()
+            assert alone.wait(SECONDS)
+        if len(seen) < 3:
+            time.sleep(0.001)
 
     def second(share: float | None) -> None:
-        assert two.wait(SECONDS), "the first goes on reading, and hears"
-        shares_of_second.append(share)
+        assert halved.wait(SECONDS), "the first goes on reading, and hears"
+        of_second.append(share)
 
-    started, shares_of_second, session = threading.Event(), list[float | None](), OneSided(first)
-    session.piece = 16  # so many copies that the first outlasts the second
+    reading = OneSided(first)
+    reading.piece = 64  # so many copies that the first outlasts the second
     with tensorfork.publish(weights(nbytes), transports=[OneSided()], rate_limit=rate) as seed:
 
         def fork_second() -> None:
-            assert started.wait(SECONDS)
+            assert begun.wait(SECONDS)
             forked(seed.address, OneSided(second), nbytes)
+            until(lambda: seed.stats().running == 1, "its lease ends")
+            alone.set()
 
-        together(lambda: forked(seed.address, session, nbytes), fork_second)
-    assert seen[:2] == [rate, rate / 2]
-    assert set(shares_of_second) <= {rate / 2, rate}
-    assert shares_of_second[0] == rate / 2
+        together(lambda: forked(seed.address, reading, nbytes), fork_second)
+        until(lambda: not seed._service._rates._leases, "nobody has a share any more")
+    assert seen == [rate, rate / 2, rate]
+    assert set(of_second) == {rate / 2}
 
 
 @pytest.mark.gpu(2)
