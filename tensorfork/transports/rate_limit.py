@@ -28,6 +28,8 @@ its first handle (10 ms), and so the longest stalls known in a pull; and so litt
 before a seed has taken many steps."""
 PIECE_SECONDS = 0.005
 """Seconds that one piece may take at the rate; a burst of a single one is no longer."""
+LONGEST_WAIT = 0.2
+"""Seconds after which whoever waits asks again, at most: the rate may have changed, or others may have left."""
 LEAST_PIECE = 256 << 10
 """Bytes of a piece that are not divided further, however low the rate."""
 
@@ -65,11 +67,11 @@ class RateLimiter:
         return self._ask_rate()
 
     def wait(self) -> float:
-        """Seconds until bytes may be sent; 0 for at once. Counts nothing: `spend` does."""
+        """The seconds after which to ask again; 0 if bytes may be sent now. Counts nothing: `spend` does."""
         with self._lock:
             now = self._now()
             self._want(now)
-            return self._seconds(now)
+            return min(self._seconds(now), LONGEST_WAIT)
 
     def spend(self, nbytes: int) -> None:
         """Count bytes that are sent now."""
@@ -84,7 +86,7 @@ class RateLimiter:
                 self._want(now)
             else:
                 self._take(nbytes, now)
-            return seconds
+            return min(seconds, LONGEST_WAIT)
 
     def share(self, rate: float | None = None) -> "Share":
         """A part in this limiter, for one lease. With `rate` it is limited to so many bytes a second besides."""
@@ -109,7 +111,7 @@ class RateLimiter:
             self._want(now)
             assert self._rate is not None
             before = sum(one.wanted for one in self._waiting if one.start < share.start)
-            return self._seconds(now) + before / self._rate
+            return min(self._seconds(now) + before / self._rate, LONGEST_WAIT)
 
     def _serve(self, now: float) -> None:
         """Let through what those who wait have asked for, as far as the rate allows: first who has had least."""
@@ -129,7 +131,7 @@ class RateLimiter:
             if share.granted:
                 self.spent -= share.last
                 share.spent -= share.last
-                self._next -= share.last / self._rate if self._rate else 0.0
+                self._next -= self._cost(share.last)
             share.wanted, share.granted = 0, False
 
     def _now(self) -> float:
@@ -144,6 +146,10 @@ class RateLimiter:
     def _seconds(self, now: float) -> float:
         return 0.0 if self._rate is None else max(0.0, self._next - now)
 
+    def _cost(self, nbytes: int) -> float:
+        """The seconds that bytes take at the rate; of an absurd rate a century, with which it can still be reckoned."""
+        return 0.0 if self._rate is None else min(nbytes / self._rate, 3e9)
+
     def _want(self, now: float) -> None:
         self._since = now if self._since is None else self._since
 
@@ -152,7 +158,7 @@ class RateLimiter:
         if self._rate is not None:
             if now - self._next > CATCH_UP:  # idle, except for the time in which somebody has wanted to send
                 self._next = max(now - CATCH_UP, now if self._since is None else self._since)
-            self._next += nbytes / self._rate
+            self._next += self._cost(nbytes)
         self._since = now if self._waiting else None
 
 

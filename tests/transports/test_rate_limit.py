@@ -14,7 +14,7 @@ from tensorfork.testing.faults import Fault
 from tensorfork.transports import registry
 from tensorfork.transports.cuda_ipc import CudaIpc
 from tensorfork.transports.process_group import NCCL, Gloo
-from tensorfork.transports.rate_limit import CATCH_UP, LEAST_PIECE, RateLimiter, Share, limited_piece
+from tensorfork.transports.rate_limit import CATCH_UP, LEAST_PIECE, LONGEST_WAIT, RateLimiter, Share, limited_piece
 from tensorfork.transports.transfer_engine import TransferEngine
 
 RATE = 1000.0
@@ -168,7 +168,7 @@ def test_each_is_told_to_wait_until_its_turn() -> None:
     shares = [limiter.share() for _ in range(3)]
     for share in shares:
         assert share.try_spend(100) == pytest.approx(0.0 if share is shares[0] else 0.1)
-    assert shares[0].try_spend(100) == pytest.approx(0.1 + 0.2)  # behind the two that have had nothing
+    assert shares[0].try_spend(10) == LONGEST_WAIT  # behind the two that have had nothing
     clock.now += 0.301
     assert [share.try_spend(100) == 0 for share in shares] == [False, True, False]
 
@@ -179,7 +179,7 @@ def test_time_lost_while_one_of_several_waits_is_made_up_for() -> None:
     one, other = limiter.share(), limiter.share()
     assert one.try_spend(100) == 0
     assert other.try_spend(100) == pytest.approx(0.1)
-    assert one.try_spend(200) == pytest.approx(0.2)
+    assert one.try_spend(200) == LONGEST_WAIT
     clock.now += 0.101
     assert other.try_spend(100) == 0
     clock.now += 3.0
@@ -212,7 +212,7 @@ def test_what_was_granted_and_not_fetched_is_given_back_when_the_lease_closes() 
     clock.now += 0.101
     assert other.try_spend(200) == 0  # it has had less
     clock.now += 0.201
-    assert other.try_spend(10) == pytest.approx(5.0, abs=0.01)  # which grants the first its 5,000 bytes
+    assert other.try_spend(10) == LONGEST_WAIT  # which grants the first its 5,000 bytes
     assert limiter.spent == 5_300
     one.close()
     assert limiter.spent == 300
@@ -243,13 +243,30 @@ def test_without_a_rate_nothing_waits_and_bytes_are_counted() -> None:
 def test_a_rate_that_changes_counts_from_then_on_also_for_what_is_waited_for() -> None:
     clock, rate = Clock(), [RATE]
     limiter = RateLimiter(lambda: rate[0], clock=clock)
-    limiter.spend(1000)
+    limiter.spend(10)
     rate[0] = 100.0
-    assert limiter.wait() == pytest.approx(10.0)
-    clock.now += 5.0
+    assert limiter.wait() == pytest.approx(0.1)
+    clock.now += 0.05
     rate[0] = 500.0
-    assert limiter.wait() == pytest.approx(1.0)
+    assert limiter.wait() == pytest.approx(0.01)
     assert limiter.rate == 500.0
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e-300, 5e-324])
+def test_however_low_the_rate_whoever_waits_asks_again_soon(rate: float) -> None:
+    limiter = RateLimiter(rate, clock=Clock())
+    share = limiter.share()
+    assert share.try_spend(1 << 30) == 0
+    waits = [limiter.wait(), limiter.try_spend(1), share.try_spend(1), limiter.share().try_spend(1)]
+    assert waits == [LONGEST_WAIT] * 4
+    limiter = RateLimiter(rate, clock=Clock())
+    first, granted, other = limiter.share(), limiter.share(), limiter.share()
+    limiter._waiting.append(granted)  # as if it had been granted while another asked
+    granted.wanted = 1 << 30
+    assert first.try_spend(1 << 30) == LONGEST_WAIT
+    granted.close()
+    first.close()
+    assert other.try_spend(1) == 0
 
 
 def test_a_piece_takes_no_longer_than_some_milliseconds_at_the_rate_but_is_not_divided_for_ever() -> None:
