@@ -4,8 +4,8 @@ Whoever is about to send or to read bytes asks first. The answer is 0, and the b
 after which to ask again. Nobody waits in here, so that those who ask go on noticing when their lease ends.
 
 **Lost time.** Time that is lost while bytes were to be sent, such as by waking late, is made up for at a higher rate:
-up to `CATCH_UP` seconds of it. Idle time is not. So in any `t` seconds at most ``rate * (t + CATCH_UP)`` bytes and one
-piece are let through.
+up to `CATCH_UP` seconds of it. Idle time is not. So in any `t` seconds at most ``rate * (t + CATCH_UP)`` bytes, and one
+piece for each who shares it, are let through.
 
 **Fairness.** Those who wait take turns by bytes (start-time fair queuing: Goyal, Vin, Cheng, 1996): of two leases that
 always have something to send each sends half, however long the pieces of either are. A lease that has nothing to send,
