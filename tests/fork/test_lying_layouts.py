@@ -1,5 +1,6 @@
 """Layouts that a lying seed could announce: each loop over one looks at the deadline, and what they cost is bounded."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,10 +11,11 @@ import tensorfork
 from tensorfork import ForkCancelled, ModelLayout, PeerUnreachable, Place, StorageLayout, TensorLayout
 from tensorfork.fork import connection
 from tensorfork.fork.cut import cut
-from tensorfork.fork.destination import memory_for_all, tensors_of_copy
+from tensorfork.fork.destination import memory_for, memory_for_all, tensors_of_copy, tensors_of_model
 from tensorfork.fork.match import match
 from tensorfork.fork.pairs import Pair
 from tensorfork.fork.strided import Scratch
+from tensorfork.model.describe import describe
 from tensorfork.model.selection import Selection
 from tensorfork.patience import STEP, looking
 from tensorfork.runs import MAX_RUNS, MAX_RUNS_OF_ALL, runs_of
@@ -21,7 +23,7 @@ from tensorfork.wire import messages, tables
 from tensorfork.wire.pages import PAGE
 
 SECONDS = 20.0
-MANY = 20 * STEP
+MANY = 6 * STEP
 CPU = torch.device("cpu")
 
 Publish = Callable[[Any], tensorfork.Seed]
@@ -65,6 +67,11 @@ def unpack(check: Any) -> object:
     return tables.unpack_layout(*tables.pack_layout(layout), welcome, check)
 
 
+def making_those_of_a_model(check: Any) -> object:
+    ours = describe({f"t{i}": torch.empty(4, dtype=torch.uint8, device="meta") for i in range(MANY)})
+    return tensors_of_model(ours, memory_for(match(SMALL, ours.layout), SMALL, ours, None), check)
+
+
 def same(i: int) -> tuple[int, int]:
     return 0, 0
 
@@ -74,44 +81,59 @@ def strides(step: int) -> dict[str, Any]:
 
 
 GAPPED = rows(MANY, shape=(MAX_RUNS * 2,), stride=(3,), at=same)
-LOOPS: dict[str, Callable[[Any], object]] = {
-    "unpacking": unpack,
-    "selecting": lambda check: rows(MANY).only(lambda name: True, check),
-    "comparing": lambda check: match(rows(MANY), rows(MANY), None, check),
-    "tensors that differ": lambda check: match(
-        rows(MANY, **strides(4)), rows(MANY, **strides(3), device="meta"), None, check
+FEW = STEP
+ALL = MANY // STEP + 1
+"""Looks of a loop over `MANY` items."""
+LOOPS: dict[str, tuple[Callable[[Any], object], int]] = {
+    "unpacking": (unpack, 21 + 2 + 1),  # the pages of tensors, storages and what is left out
+    "selecting": (lambda check: rows(MANY).only(lambda name: True, check), ALL),
+    "comparing": (lambda check: match(rows(MANY), rows(MANY), None, check), ALL + 1 + MANY + 1),
+    "tensors that differ": (
+        lambda check: match(rows(MANY, **strides(4)), rows(MANY, **strides(3), device="meta"), None, check),
+        ALL + ALL + MANY + 1,
     ),
-    "tensors that are one here and many there": lambda check: match(rows(MANY), rows(MANY, at=same), None, check),
-    "interleaved tensors that are one here": lambda check: match(
-        rows(9, shape=(1000,), stride=(3,)), rows(9, shape=(1000,), stride=(3,), at=same), None, check
+    "tensors that are one here and many there": (
+        lambda check: match(rows(FEW), rows(FEW, at=same), None, check),
+        2 + 1 + (FEW + 1) + 2 + (FEW + 1),
     ),
-    "a suggestion": lambda check: match(rows(MANY, "a.b{}.c"), rows(MANY, "w.a.b{}.c"), None, check),
-    "cutting": lambda check: cut([Pair(one, one) for one in rows(MANY).tensors], PLACES, PLACES, 1 << 20, check),
-    "cutting a few into many pieces": lambda check: cut(
-        [Pair(one, one) for one in rows(1, shape=(1 << 20,)).tensors], PLACES, PLACES, 16, check
+    "interleaved tensors that are one here": (
+        lambda check: match(
+            rows(9, shape=(300,), stride=(3,)), rows(9, shape=(300,), stride=(3,), at=same), None, check
+        ),
+        1 + 1 + 10 + 1 + 2701,
     ),
-    "scratch": lambda check: Scratch.for_tensors([(one, CPU) for one in GAPPED.tensors], check),
-    "making tensors": lambda check: tensors_of_copy(memory_for_all(SMALL, None), check),
+    "a suggestion": (lambda check: match(rows(FEW, "a.b{}.c"), rows(FEW, "w.a.b{}.c"), None, check), 10 * 17 + 7),
+    "cutting": (
+        lambda check: cut([Pair(one, one) for one in rows(MANY).tensors], PLACES, PLACES, 1 << 20, check),
+        ALL + 1 + ALL,
+    ),
+    "cutting tensors with gaps": (
+        lambda check: cut([Pair(one, one) for one in GAPPED.tensors], PLACES, PLACES, 1 << 20, check),
+        ALL + ALL + 1,
+    ),
+    "cutting a few into many pieces": (
+        lambda check: cut([Pair(one, one) for one in rows(1, shape=(1 << 18,)).tensors], PLACES, PLACES, 16, check),
+        1 + 1 + (1 << 14) // STEP + 1,
+    ),
+    "scratch": (lambda check: Scratch.for_tensors([(one, CPU) for one in GAPPED.tensors], check), ALL),
+    "making tensors": (lambda check: tensors_of_copy(memory_for_all(SMALL, None), check), ALL),
+    "making tensors of a model": (making_those_of_a_model, ALL),
 }
 PLACES = {0: Place(0, 0)}
 SMALL = ModelLayout(rows(MANY).tensors, (StorageLayout(64 * MANY, "cpu"),))
 
 
-BEFORE = {
-    "tensors that differ": 21,
-    "tensors that are one here and many there": 21,
-    "interleaved tensors that are one here": 20,
-}
-"""Looks of other loops that come before the one that is meant."""
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_loop_over_a_layout_looks_whether_it_should_go_on(loop: str) -> None:
-    for times in (0, 1, 10, 17 + BEFORE.get(loop, 0)):
-        deadline = Deadline(times)
+    """How often is counted, so that none of several loops is forgotten. Any look may end it."""
+    run, looks = LOOPS[loop]
+    whole = Deadline(1 << 60)
+    with contextlib.suppress(tensorfork.LayoutMismatch):
+        run(whole)
+    assert (1 << 60) - whole.left == looks
+    for times in (0, 1, looks // 2, looks - 1):
         with pytest.raises(Over):
-            LOOPS[loop](deadline)
-        assert deadline.left == -1
+            run(Deadline(times))
 
 
 def test_looking_is_before_the_first_item_and_after_every_step() -> None:
@@ -168,7 +190,7 @@ def test_a_deadline_that_is_past_is_an_error_that_names_the_layout(seed_of: Publ
     from threading import Event
 
     cancel = Event()
-    with connection.SeedConnection(seed_of(model()).address, time.monotonic() + SECONDS, cancel) as seed:
+    with connection.SeedConnection(seed_of(model()).address, time.monotonic() + SECONDS, cancel, stall=SECONDS) as seed:
         seed.check()
         seed._deadline = time.monotonic()
         with pytest.raises(PeerUnreachable, match="worked through the seed's layout, of 1 tensors in 1 storages"):
