@@ -30,11 +30,13 @@ docs/errors.md tells for each the state in which it leaves the model.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 _LISTED, _LONGEST_LINE = 20, 500
 """Lines of a message for each kind of difference, and characters of a line."""
 _EMPTY: Mapping[str, str] = {}
+Ranges: TypeAlias = Mapping[str, tuple[tuple[int, int], ...]]
+_NO_RANGES: Ranges = {}
 
 
 class TensorForkError(Exception):
@@ -252,11 +254,15 @@ class VerificationFailed(TensorForkError):
 
     Attributes:
         tensors: names of the tensors whose digests differ.
+        ranges: by the names of these, the ranges of bytes, as (begin, end), outside of which a tensor is the seed's.
+            They are pieces of 8 MiB, counted in the order in which the bytes lie in memory. A tensor of several pieces
+            is missing here where the seed could not be asked for their digests any more, or for as many.
     """
 
-    def __init__(self, message: str, *, tensors: Sequence[str]) -> None:
+    def __init__(self, message: str, *, tensors: Sequence[str], ranges: Ranges = _NO_RANGES) -> None:
         super().__init__(message)
         self.tensors = tuple(tensors)
+        self.ranges = dict(ranges)
 
 
 class SeedChanged(TensorForkError):

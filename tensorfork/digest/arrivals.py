@@ -17,6 +17,7 @@ from attrs import define
 
 from tensorfork.digest import warm_up
 from tensorfork.digest.batch import DigestBatch
+from tensorfork.digest.definition import Pieces
 from tensorfork.errors import ForkCancelled, TransferFailed
 from tensorfork.interpreter import ending
 from tensorfork.layout import TensorLayout
@@ -40,7 +41,7 @@ class _Part:
 
 
 class ArrivalDigests:
-    """The digests of tensors whose bytes are arriving. Call `arrived` for each copy, then `digests`, then `close`.
+    """The digests of tensors whose bytes are arriving. Call `arrived` for each copy, then `pieces`, then `close`.
 
     Args:
         tensors: gives those that are filled by `copies`, by name. The thread calls it, and waits until they are made.
@@ -48,8 +49,8 @@ class ArrivalDigests:
         devices: those that the tensors are on.
         ours: where each of these storages begins.
         copies: sorted by where they go (`into`, `at`).
-        cancel: set to stop; `digests` then raises `ForkCancelled`.
-        deadline: the fork's; `digests` raises `TransferFailed` then.
+        cancel: set to stop; `pieces` then raises `ForkCancelled`.
+        deadline: the fork's; `pieces` raises `TransferFailed` then.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ArrivalDigests:
         self._devices, self._deadline = devices, deadline
         self._cancel = threading.Event() if cancel is None else cancel
         self._arrived: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._digests: dict[str, int] = {}
+        self._pieces: dict[str, Pieces] = {}
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="tensorfork-verify", daemon=True)
@@ -77,17 +78,17 @@ class ArrivalDigests:
         """Record that copy i arrived."""
         self._arrived.put(i)
 
-    def digests(self) -> dict[str, int]:
-        """The digest of every tensor. Called once all bytes have arrived; raises what the thread met."""
+    def pieces(self) -> dict[str, Pieces]:
+        """The digests of every tensor's pieces. Called once all bytes have arrived; raises what the thread met."""
         self._join_thread()
         self._check_cancelled()
         if self._error is not None:
             raise self._error
-        at_end = {name: tensor for name, tensor in self._tensors().items() if name not in self._digests}
+        at_end = {name: tensor for name, tensor in self._tensors().items() if name not in self._pieces}
         with streams.on_side_streams({tensor.device for tensor in at_end.values()}):
-            self._digests |= DigestBatch.of(at_end).compute(self._stopped)
+            self._pieces |= DigestBatch.of(at_end).pieces(self._stopped)
         self._check_cancelled()
-        return self._digests
+        return self._pieces
 
     def close(self) -> None:
         """Stop the thread, whatever it has left to do."""
@@ -116,7 +117,7 @@ class ArrivalDigests:
         try:
             with ending.guarded(lambda: self._arrived.put(None)):
                 self._digest_parts()
-        except BaseException as error:  # raised by `digests`
+        except BaseException as error:  # raised by `pieces`
             self._error = error
 
     def _digest_parts(self) -> None:
@@ -128,7 +129,7 @@ class ArrivalDigests:
         with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
             while (i := self._arrived.get()) is not None and not self._stopped():
                 for at in _completed(parts, i):
-                    self._digests |= batches[at].compute(self._stopped)
+                    self._pieces |= batches[at].pieces(self._stopped)
 
 
 def _completed(parts: Sequence[_Part], i: int) -> Iterator[int]:

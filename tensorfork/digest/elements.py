@@ -1,6 +1,6 @@
 """A tensor's bytes in the order in which they lie in memory: as views where possible, otherwise copied in parts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -14,25 +14,34 @@ def as_bytes(tensor: torch.Tensor, start: int, shape: tuple[int, ...], stride: t
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), at, shape, stride)
 
 
-def copy_elements(scratch: torch.Tensor, parts: Iterable[torch.Tensor], row: int) -> Iterator[int]:
+def copy_elements(
+    scratch: torch.Tensor, parts: Iterable[torch.Tensor], row: int, piece: int
+) -> Iterator[tuple[int, int]]:
     """Copy these parts of a tensor, of at most half the scratch each, through the scratch, in order.
 
-    Yields, each time the scratch is full, the bytes at its beginning that the caller must use before it goes on: whole
-    rows of `row` bytes, but for the last time.
+    Yields stretches of it, as (start, nbytes) in bytes, that the caller must use before it goes on: whole rows of `row`
+    bytes, of which the first begins with the piece, but for the last stretch of a piece of `piece` bytes.
     """
-    used = itemsize = 0
+    used = itemsize = at = 0
     for part in parts:
         n, itemsize = part.numel(), part.element_size()
         view = scratch.view(part.dtype)
         if used + n > view.numel():
-            whole, rest = divmod(used * itemsize, row)
-            yield whole * row
-            scratch[:rest] = scratch[whole * row :][:rest]
-            used = rest // itemsize
+            done, filled = 0, used * itemsize
+            while (nbytes := min(filled - done, piece - at)) >= row or nbytes == piece - at:
+                if nbytes < piece - at:
+                    nbytes -= nbytes % row
+                yield done, nbytes
+                done, at = done + nbytes, (at + nbytes) % piece
+            scratch[: filled - done] = scratch[done:filled]
+            used = (filled - done) // itemsize
         view[used : used + n].view(part.shape).copy_(part)
         used += n
-    if used:
-        yield used * itemsize
+    done, filled = 0, used * itemsize
+    while done < filled:
+        nbytes = min(filled - done, piece - at)
+        yield done, nbytes
+        done, at = done + nbytes, 0
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,8 +70,24 @@ def read_once(tensor: torch.Tensor) -> torch.Tensor:
     """
     if is_dense(tensor):
         return tensor
+    dimensions = _read_once(tensor.shape, tensor.stride())
+    if prod(size for _, size in dimensions) == tensor.numel():
+        return tensor
+    return tensor.as_strided([size for _, size in dimensions], [step for step, _ in dimensions])
+
+
+def bytes_read_once(tensor: layout.TensorLayout) -> int:
+    """How many bytes a tensor of this layout has, as `read_once` reads it."""
+    if tensor.is_dense:
+        return tensor.nbytes
+    itemsize = tensor.nbytes // max(1, tensor.numel)
+    return prod(size for _, size in _read_once(tensor.shape, tensor.stride)) * itemsize
+
+
+def _read_once(shape: Sequence[int], stride: Sequence[int]) -> list[tuple[int, int]]:
+    """The dimensions that `read_once` makes, as (stride, size), by falling stride."""
     dimensions: list[tuple[int, int]] = []
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for step, size in sorted(zip(stride, shape, strict=True)):
         if size == 1 or step == 0:
             continue
         if dimensions and step % dimensions[-1][0] == 0 and step < dimensions[-1][0] * dimensions[-1][1]:
@@ -70,10 +95,7 @@ def read_once(tensor: torch.Tensor) -> torch.Tensor:
             dimensions[-1] = inner, count + step // inner * (size - 1)
         else:
             dimensions.append((step, size))
-    if prod(size for _, size in dimensions) == tensor.numel():
-        return tensor
-    dimensions.reverse()
-    return tensor.as_strided([size for _, size in dimensions], [step for step, _ in dimensions])
+    return dimensions[::-1]
 
 
 def slabs(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:

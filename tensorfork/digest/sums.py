@@ -1,6 +1,6 @@
-"""The sums that a digest is made of: of a segment's columns, of its columns at another width, of its rows.
+"""The sums that a digest is made of: of a piece's columns, of its columns at another width, of its rows.
 
-A segment's sums stand side by side in a row of a tensor, in that order. `definition` says what they are for, and why
+A piece's sums stand side by side in a row of a tensor, in that order. `definition` says what they are for, and why
 they have these widths.
 """
 
@@ -13,8 +13,8 @@ WIDTH, OTHER_WIDTH = 1021, 1031
 COLUMNS = WIDTH + OTHER_WIDTH
 
 
-class SegmentSums:
-    """Adds words to the sums of their segments.
+class PieceSums:
+    """Adds words to the sums of their pieces.
 
     Args:
         block: words that are summed at a time.
@@ -25,7 +25,7 @@ class SegmentSums:
         self._partials: _BlockPartials | None = None
 
     def add(self, x: torch.Tensor, at: int, sums: torch.Tensor) -> None:
-        """Add the words x [k, n], which begin at word `at` of their segments, to sums [k, sum].
+        """Add the words x [k, n], which begin at word `at` of their pieces, to sums [k, sum].
 
         `at` is a multiple of WIDTH, or x is one word. Sums of whole rows are set, not added to.
         """
@@ -54,7 +54,7 @@ class SegmentSums:
             _columns(sums, WIDTH, rest).add_(_columns(x, n - rest, rest))
 
     def _add_blocks(self, words: torch.Tensor, head: int, sums: torch.Tensor, row: int) -> None:
-        """Add the whole rows of either width of one segment, a block at a time.
+        """Add the whole rows of either width of one piece, a block at a time.
 
         All three families of sums of a block are computed while it is in the cache. Several blocks' sums of columns are
         kept separately, and then added together.
@@ -87,7 +87,7 @@ class _BlockPartials:
         row_sums: Sequence[torch.Tensor],
         sums: torch.Tensor,
     ) -> None:
-        """Add blocks [row, WIDTH] and others [row, OTHER_WIDTH] to one segment's sums; set those of the rows."""
+        """Add blocks [row, WIDTH] and others [row, OTHER_WIDTH] to one piece's sums; set those of the rows."""
         for block, other, rows, columns, other_columns in zip_longest(blocks, others, row_sums, *self._outs):
             if block is not None:
                 torch.sum(block, 1, out=rows)

@@ -15,8 +15,10 @@ from tensorfork.errors import (
     TransferFailed,
     VerificationFailed,
 )
+from tensorfork.fork import wrong_pieces
 from tensorfork.fork.connection import SeedConnection
 from tensorfork.fork.lease import Lease
+from tensorfork.fork.wrong_pieces import Wrong
 from tensorfork.layout import ModelLayout
 from tensorfork.wire import messages, tables
 
@@ -65,19 +67,26 @@ def compare_digests(
 
     `renamed` has the seed's names for those of ours that are called otherwise there. Returns the root over all the
     seed's digests, as hexadecimal digits. Raises `VerificationFailed` with the names, ours, of the tensors that differ,
-    and as `ask_for_digests` does.
+    and where in them, and as `ask_for_digests` does.
     """
     check_definition(seed)
-    ours = arrivals.digests()
+    pieces = arrivals.pieces()
     expected = ask_for_digests(lease.id, lease.generation, seed, layout, deadline)
-    wrong = [name for name, value in ours.items() if expected[renamed.get(name, name)] != value]
+    wrong = {
+        name: Wrong(renamed.get(name, name), found, expected[renamed.get(name, name)])
+        for name, found in pieces.items()
+        if expected[renamed.get(name, name)] != definition.root(found)
+    }
     if wrong:
-        shown = ", ".join(wrong[:20]) + (f" and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        ranges = wrong_pieces.find(wrong, lease, seed, layout, min(deadline, time.monotonic() + EXPLAIN_TIMEOUT))
+        shown = ", ".join(wrong_pieces.in_words(name, wrong[name], ranges) for name in list(wrong)[:20])
+        shown += f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise VerificationFailed(
-            f"{seed.address}: {len(wrong)} of {len(ours)} tensors are not what the seed holds: {shown}. Do not use the "
-            "model; fork again, and suspect the memory and the network between if it happens twice. A seed that "
+            f"{seed.address}: {len(wrong)} of {len(pieces)} tensors are not what the seed holds: {shown}. Do not use "
+            "the model; fork again, and suspect the memory and the network between if it happens twice. A seed that "
             "changes its weights outside of seed.updating() does this too.",
-            tensors=wrong,
+            tensors=list(wrong),
+            ranges=ranges,
         )
     return content_root(expected).hex()
 

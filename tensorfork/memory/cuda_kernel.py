@@ -56,10 +56,3 @@ class Kernel:
         with current_context(stream.device.index):
             code = driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream.cuda_stream, pointers, None)
         raise_on_error(code, "cuLaunchKernel")
-
-
-def fill_zeros(tensor: torch.Tensor, stream: "torch.cuda.Stream") -> None:
-    """Enqueue filling a dense tensor with zeros, without a kernel. Raises `DriverError`."""
-    with current_context(stream.device.index):
-        code = driver().cuMemsetD8Async(tensor.data_ptr(), 0, tensor.nbytes, stream.cuda_stream)
-    raise_on_error(code, "cuMemsetD8Async")

@@ -6,10 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from attrs import evolve
+from attrs import evolve, frozen
 
 from tensorfork.digest.batch import DigestBatch
 from tensorfork.digest.content import content_root
+from tensorfork.digest.definition import roots
 from tensorfork.digest.record import Digests
 from tensorfork.errors import SeedAsleep, SeedChanged, SeedMoved
 from tensorfork.exhaustion import resources
@@ -29,6 +30,28 @@ _POLL = 0.1
 """Seconds between two checks, while `record` waits, whether the seed was closed."""
 
 
+_Asked = messages.GetDigests | messages.GetPieces
+
+
+@frozen(eq=False, repr=False)
+class _Computed:
+    """The digests of a generation."""
+
+    generation: int
+    packed: list[bytes]
+    pieces: list[bytes]
+    """Those of each tensor's pieces."""
+    content: str
+
+    def answer(self, asked: _Asked) -> tuple[messages.Reply, Sequence[bytes]]:
+        """The reply, and the frames behind it."""
+        if isinstance(asked, messages.GetDigests):
+            return messages.Digests(self.generation, len(self.packed)), self.packed
+        if asked.tensors and asked.tensors[-1] >= len(self.pieces):
+            return messages.Refused(messages.MALFORMED, f"the seed has {len(self.pieces)} tensors"), ()
+        return messages.Pieces(self.generation), [self.pieces[i] for i in asked.tensors]
+
+
 class DigestCache:
     """The digests of all tensors of a model, at its current generation.
 
@@ -40,8 +63,8 @@ class DigestCache:
         self._callers = 0
         """Threads of this process that wait in `record`."""
         self._lock = threading.Lock()
-        self._waiting: list[tuple[int, SendReply]] = []
-        self._cached: tuple[int, list[bytes], str] | None = None
+        self._waiting: list[tuple[int, SendReply, _Asked]] = []
+        self._cached: _Computed | None = None
         self._batch: tuple[int, DigestBatch] | None = None
         """The number of the publication, and what was prepared for it."""
         self._running: threading.Thread | None = None
@@ -54,7 +77,7 @@ class DigestCache:
         Raises RuntimeError, Python's, where there is no thread for it; the next call tries again.
         """
         with self._lock:
-            known = self._cached is not None and self._cached[0] == self._model.generation
+            known = self._cached is not None and self._cached.generation == self._model.generation
             if self._running is None and not known and not self._cancel.is_set():
                 thread = threading.Thread(target=self._run, name="tensorfork-digest", daemon=True)
                 thread.start()
@@ -63,20 +86,20 @@ class DigestCache:
     def content(self, generation: int) -> str | None:
         """The root over a generation's digests, as hexadecimal digits; None unless they have been computed."""
         cached = self._cached
-        return cached[2] if cached is not None and cached[0] == generation else None
+        return cached.content if cached is not None and cached.generation == generation else None
 
-    def request(self, generation: int, reply: SendReply) -> None:
-        """Reply with the digests of a generation, now or when they are computed.
+    def request(self, generation: int, reply: SendReply, asked: _Asked) -> None:
+        """Reply with the digests of a generation that are asked for, now or when they are computed.
 
         The reply is `Refused` when the generation is over, or when they cannot be computed.
         """
         with self._lock:
             cached = self._cached
-            if cached is None or cached[0] != generation:
+            if cached is None or cached.generation != generation:
                 cached = None
-                self._waiting.append((generation, reply))
+                self._waiting.append((generation, reply, asked))
         if cached is not None:
-            reply(messages.Digests(cached[0], len(cached[1])), cached[1])
+            reply(*cached.answer(asked))
         elif generation != self._model.generation:
             self._reply_to_waiting()
         else:
@@ -117,7 +140,8 @@ class DigestCache:
     def _wait_for(self, generation: int, count: int) -> list[int]:
         """The digests of a generation, in the layout's order. Raises what a fork would get."""
         answers: queue.SimpleQueue[tuple[messages.Reply, Sequence[bytes]]] = queue.SimpleQueue()
-        self.request(generation, lambda answer, frames=(): answers.put((answer, frames)))
+        asked = messages.GetDigests(b"")
+        self.request(generation, lambda answer, frames=(): answers.put((answer, frames)), asked)
         while True:
             try:
                 answer, frames = answers.get(timeout=_POLL)
@@ -181,7 +205,7 @@ class DigestCache:
         batch, tensors, checked = self._batch[1], publication.tensors, not publication.stable
         with streams.on_side_streams({tensor.device for tensor in tensors.values()}):
             try:
-                found = batch.compute(self._cancelled_at(generation), gentle=True, checked_reads=checked)
+                found = batch.pieces(self._cancelled_at(generation), gentle=True, checked_reads=checked)
             except Exception:
                 publication.places.check_memory()  # which names the tensors
                 raise
@@ -189,8 +213,10 @@ class DigestCache:
             return
         publication.places.check_memory()
         if self._model.generation == generation:
-            packed = tables.pack_digests([found[name] for name in tensors])
-            self._cached = generation, packed, content_root(found).hex()
+            digests = roots(found)
+            packed = tables.pack_digests([digests[name] for name in tensors])
+            pieces = tables.pack_pieces(found[name] for name in tensors)
+            self._cached = _Computed(generation, packed, pieces, content_root(digests).hex())
             self.computed += 1
 
     def _reply_to_waiting(self, *, computation_ended: bool = False, failure: messages.Refused | None = None) -> bool:
@@ -201,16 +227,16 @@ class DigestCache:
         """
         with self._lock:
             cached, current = self._cached, self._model.generation
-            settled = failure is not None or (cached is not None and cached[0] == current)
+            settled = failure is not None or (cached is not None and cached.generation == current)
             settled = settled or not (self._callers or self._wanted())  # those that waited have gone
             still_waiting = [] if settled else [one for one in self._waiting if one[0] == current]
             ready = [one for one in self._waiting if one not in still_waiting]
             self._waiting = still_waiting
             if computation_ended and not still_waiting:
                 self._running = None
-        for generation, reply in ready:
-            if cached is not None and cached[0] == generation:
-                reply(messages.Digests(generation, len(cached[1])), cached[1])
+        for generation, reply, asked in ready:
+            if cached is not None and cached.generation == generation:
+                reply(*cached.answer(asked))
             elif generation != current or failure is None:
                 reply(self._why_over())
             else:

@@ -181,10 +181,10 @@ class SeedService:
                 elif not lease.channel.deliver(payload):
                     log.warning("%s sends more messages than its transport reads; its lease is ended", lease)
                     lease.end(gone=True)
-            case messages.GetDigests():
+            case messages.GetDigests() | messages.GetPieces():
                 if lease := self._running_lease(message.lease, reply):
                     lease.digests = True
-                    self._digests.request(lease.generation, reply)
+                    self._digests.request(lease.generation, reply, message)
             case messages.CheckLease():
                 if lease := self._running_lease(message.lease, reply):
                     if message.release:

@@ -8,6 +8,7 @@ added under the same version, and what needs another one: docs/decisions.md, "Ad
 """
 
 import math
+from itertools import pairwise
 from typing import Any, get_args
 
 import msgpack
@@ -15,7 +16,7 @@ from attrs import field, frozen
 from attrs.validators import ge, gt, le, lt, max_len, optional
 
 from tensorfork.errors import ProtocolError
-from tensorfork.validators import DAY, is_text
+from tensorfork.validators import DAY, is_natural, is_text
 from tensorfork.wire.records import Record, from_plain, to_plain
 
 MAGIC = "tensorfork"
@@ -45,6 +46,9 @@ NO_TRANSPORT = ""
 MAX_NAMES = 100
 """Names of tensors in a refusal."""
 
+MAX_PIECES_OF = 100
+"""Tensors of which the pieces are asked for at once."""
+
 _short: Any = max_len(4096)
 
 _count = [ge(0), le(MAX_TENSORS)]
@@ -55,6 +59,12 @@ _rate = [gt(0.0), lt(math.inf)]  # nan is neither
 def _names(instance: object, attribute: Any, value: list[Any]) -> None:
     if len(value) > MAX_NAMES or not all(map(is_text, value)):
         raise ValueError(f"{attribute.name} must be at most {MAX_NAMES} short texts")
+
+
+def _rising(instance: object, attribute: Any, value: list[Any]) -> None:
+    natural = len(value) <= MAX_PIECES_OF and all(map(is_natural, value))
+    if not natural or any(one >= other for one, other in pairwise(value)):
+        raise ValueError(f"{attribute.name} must be at most {MAX_PIECES_OF} natural numbers, each above the last one")
 
 
 @frozen(eq=False, repr=False)
@@ -197,6 +207,24 @@ class Digests(Record):
 
 
 @frozen(eq=False, repr=False)
+class GetPieces(Record):
+    """Asks for the digests of some tensors' pieces at the lease's generation. `Pieces` is the reply, once they are
+    computed: the root over a tensor's is its digest. Refused as `MALFORMED` where there is no such tensor.
+    """
+
+    lease: bytes = field(validator=max_len(64))
+    tensors: list[Any] = field(validator=_rising)
+    """Where they stand in the layout, rising: `MAX_PIECES_OF` at most."""
+
+
+@frozen(eq=False, repr=False)
+class Pieces(Record):
+    """The reply to `GetPieces`. A frame for each tensor follows, of 8-byte little-endian digests."""
+
+    generation: int
+
+
+@frozen(eq=False, repr=False)
 class CheckLease(Record):
     """Asks for the current generation; `release` ends the lease as well. The reply is `Checked`.
 
@@ -246,9 +274,9 @@ VERSION_CODE, UNAVAILABLE, CHANGED, MOVED, ASLEEP, BUSY, UNKNOWN, MALFORMED = CO
     "malformed",
 )
 
-Request = Hello | GetLayout | TakeLease | Say | GetDigests | CheckLease
+Request = Hello | GetLayout | TakeLease | Say | GetDigests | GetPieces | CheckLease
 
-Reply = Welcome | Pages | Leased | ChangeShare | Say | Digests | Checked | Refused | Ended
+Reply = Welcome | Pages | Leased | ChangeShare | Say | Digests | Pieces | Checked | Refused | Ended
 
 Message = Request | Reply
 

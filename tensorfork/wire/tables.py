@@ -256,8 +256,13 @@ def unpack_digests(frames: Sequence[bytes], count: int) -> list[int]:
     """The digests that `pack_digests` packed; raises `ProtocolError` unless there are `count`."""
     packed = b"".join(frames)
     if len(packed) != 8 * count:
-        raise ProtocolError(f"{len(packed)} bytes of digests came for {count} tensors")
+        raise ProtocolError(f"{len(packed)} bytes came for {count} digests")
     return [int.from_bytes(packed[i : i + 8], "little") for i in range(0, len(packed), 8)]
+
+
+def pack_pieces(pieces: Iterable[Sequence[int]]) -> list[bytes]:
+    """The digests of the pieces of each tensor, as a frame each, which `unpack_digests` reads."""
+    return [b"".join([piece.to_bytes(8, "little") for piece in one]) for one in pieces]
 
 
 @contextmanager

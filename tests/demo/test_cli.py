@@ -315,7 +315,7 @@ def test_the_digests_of_a_seed_are_printed_with_their_names_and_the_content() ->
     assert result.stdout.splitlines() == [
         f"{expected['a.weight']}  a.weight",
         f"{expected[list(tensors)[1]]}  'b\\n\\x1b[31m'",
-        f"{expected.content}  all content (sums3/2)",
+        f"{expected.content}  all content (sums4/1)",
     ]
     assert result.stderr == f"version {expected.version}, generation 0\n"
 

@@ -283,7 +283,7 @@ def test_digests_are_not_computed_to_the_end_for_a_fork_that_is_cancelled() -> N
     digests = ArrivalDigests(lambda: {"a": torch.ones(1000)}, [], set(), {}, [], cancel)
     cancel.set()
     with pytest.raises(tensorfork.ForkCancelled):
-        digests.digests()
+        digests.pieces()
     digests.close()
 
 

@@ -53,7 +53,7 @@ def test_they_are_the_same_of_a_seed_from_afar_in_its_process_and_of_its_model()
     assert list(found) == [tensor.name for tensor in seed.layout.tensors]
     assert len(found["0.weight"]) == 16
     assert found["tied"] == found["0.weight"] != found["0.bias"]
-    assert found.algorithm == "sums3/2"
+    assert found.algorithm == "sums4/1"
     assert repr(found) == f"<Digests of 8 tensors, content {found.content}, version {found.version}>"
 
 
@@ -169,7 +169,7 @@ def test_nobody_there_is_unreachable() -> None:
 def test_a_seed_of_another_definition_is_no_seed_to_ask(seed: tensorfork.Seed, monkeypatch: pytest.MonkeyPatch) -> None:
     welcome = SeedService._welcome
     monkeypatch.setattr(SeedService, "_welcome", lambda *args: evolve(welcome(*args), digest="sums9/1"))
-    with pytest.raises(tensorfork.ProtocolError, match="the seed's digests are 'sums9/1', ours 'sums3/2'"):
+    with pytest.raises(tensorfork.ProtocolError, match="the seed's digests are 'sums9/1', ours 'sums4/1'"):
         of(seed)
     assert seed.stats().granted == 0
 
@@ -247,16 +247,16 @@ class Computing:
 
     def then(self, happen: Any) -> Any:
         context = self._monkeypatch.context()
-        compute = digests_module.DigestBatch.compute
+        compute = digests_module.DigestBatch.pieces
 
-        def computing(batch: Any, *args: Any, **options: Any) -> dict[str, int]:
+        def computing(batch: Any, *args: Any, **options: Any) -> dict[str, Any]:
             found = compute(batch)
             happen()
             return found
 
         class Patched:
             def __enter__(self) -> None:
-                context.__enter__().setattr(digests_module.DigestBatch, "compute", computing)
+                context.__enter__().setattr(digests_module.DigestBatch, "pieces", computing)
 
             def __exit__(self, *error: Any) -> None:
                 context.__exit__(*error)

@@ -118,7 +118,7 @@ def test_every_accident_is_found_and_just_the_tensors_it_hit_are_named(
             tensorfork.fork_into(ours, seed, transport=transport, timeout=SECONDS)
         hit = wrong(ours, want)
         assert hit
-        assert set(caught.value.tensors) == hit
+        assert set(caught.value.tensors) == hit == set(caught.value.ranges)
         assert all(name in str(caught.value) for name in hit)
 
 

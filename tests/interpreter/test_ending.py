@@ -81,7 +81,7 @@ def test_what_does_not_stop_costs_the_exit_a_bounded_time(
 
 HEAD = """
 import sys, threading, torch, tensorfork
-from tensorfork.digest import definition
+from tensorfork.digest import torch_digests
 from tensorfork.model import snapshot
 model = {"long": torch.zeros(200 << 20), **{f"w{i}": torch.zeros(1 << 18) for i in range(20)}}
 under_way = threading.Event()
@@ -92,7 +92,7 @@ def announced(function):
         return function(*args, **kwargs)
     return call
 
-definition._digests = announced(definition._digests)
+torch_digests._compute = announced(torch_digests._compute)
 snapshot._fill = announced(snapshot._fill)
 
 def aside(function, *args, **kwargs):

@@ -13,6 +13,7 @@ from torch import nn
 
 import tensorfork
 from tensorfork.digest.batch import DigestBatch
+from tensorfork.digest.definition import Pieces
 from tensorfork.model import describe as describe_module
 from tensorfork.seed import look
 from tensorfork.transports.zeromq import ZeroMQ
@@ -258,15 +259,15 @@ def test_a_fork_that_begins_again_matches_what_is_published_then() -> None:
 
 def test_a_digest_of_memory_that_moved_meanwhile_is_never_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"a": torch.ones(100_000), "b": torch.ones(5)}
-    compute = DigestBatch.compute
+    pieces = DigestBatch.pieces
 
-    def moving(batch: DigestBatch, *args: object, **options: object) -> dict[str, int]:
-        found = compute(batch, *args, **options)  # type: ignore[arg-type]
+    def moving(batch: DigestBatch, *args: object, **options: object) -> dict[str, Pieces]:
+        found = pieces(batch, *args, **options)  # type: ignore[arg-type]
         if threading.current_thread().name == "tensorfork-digest":
             model["a"].data = torch.zeros(100_000)
         return found
 
-    monkeypatch.setattr(DigestBatch, "compute", moving)
+    monkeypatch.setattr(DigestBatch, "pieces", moving)
     with tensorfork.publish(model) as seed, connected(seed.address) as conversation:
         lease = take(conversation)
         request = messages.GetDigests(lease.lease)

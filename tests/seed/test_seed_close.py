@@ -6,13 +6,14 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from seed_leases import SECONDS, connected, model, soon, take, under_way
 
 import tensorfork
-from tensorfork.digest import definition
+from tensorfork.digest import torch_digests
 from tensorfork.wire import messages
 
 pytestmark = pytest.mark.slow
@@ -37,12 +38,12 @@ def test_no_thread_of_a_seed_is_left_when_it_is_closed() -> None:
 def test_closing_ends_the_digests_that_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     under_way = threading.Event()
 
-    def endless(tensors: object, check: Callable[[], None], checked: bool) -> dict[str, int]:
+    def endless(tensors: object, check: Callable[[], None], *others: object) -> dict[str, Any]:
         while True:
             under_way.set()
             check()
 
-    monkeypatch.setattr(definition, "_digests", endless)
+    monkeypatch.setattr(torch_digests, "_compute", endless)
     with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
         take(conversation, digests=True)
         assert under_way.wait(SECONDS)

@@ -37,15 +37,15 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Semaphore(0), threading.Semaphore(0)
-        compute = digests_module.DigestBatch.compute
+        compute = digests_module.DigestBatch.pieces
 
-        def stopping(checksums: Any, *args: Any, **options: Any) -> dict[str, int]:
+        def stopping(checksums: Any, *args: Any, **options: Any) -> dict[str, Any]:
             found = compute(checksums)
             self.reached.release()
             assert self.open.acquire(timeout=SECONDS)
             return found
 
-        monkeypatch.setattr(digests_module.DigestBatch, "compute", stopping)
+        monkeypatch.setattr(digests_module.DigestBatch, "pieces", stopping)
 
 
 def digests(conversation: Conversation, lease: messages.Leased) -> messages.Digests:
@@ -125,17 +125,17 @@ def test_a_lease_of_the_new_generation_gets_its_digests_though_those_of_the_old_
 def test_digests_that_cannot_be_computed_are_refused_and_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compute = digests_module.DigestBatch.compute
+    compute = digests_module.DigestBatch.pieces
     with tensorfork.publish(model()) as seed:
         with monkeypatch.context() as patch, connected(seed.address) as conversation:
 
             def fail(*args: Any, **options: Any) -> Any:
                 raise RuntimeError("out of memory")
 
-            patch.setattr(digests_module.DigestBatch, "compute", fail)
+            patch.setattr(digests_module.DigestBatch, "pieces", fail)
             with pytest.raises(tensorfork.PeerRefused, match="out of memory"):
                 digests(conversation, take(conversation))
-        assert digests_module.DigestBatch.compute is compute
+        assert digests_module.DigestBatch.pieces is compute
         tensorfork.fork(seed.address, timeout=SECONDS)
     assert "out of memory" in caplog.text
 

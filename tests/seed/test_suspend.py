@@ -158,7 +158,7 @@ def test_suspending_stops_the_computation_of_digests(seed: tensorfork.Seed, monk
         seen.append(cancelled())
         return {}
 
-    monkeypatch.setattr(DigestBatch, "compute", compute)
+    monkeypatch.setattr(DigestBatch, "pieces", compute)
     with connected(seed.address) as conversation:
         take(conversation, digests=True)
         assert computing.wait(SECONDS)

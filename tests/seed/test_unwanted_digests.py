@@ -10,7 +10,7 @@ import torch
 from seed_leases import SECONDS, connected, model, soon, take
 
 import tensorfork
-from tensorfork.digest import definition
+from tensorfork.digest import torch_digests
 from tensorfork.digest.arrivals import ArrivalDigests
 from tensorfork.model.describe import describe
 from tensorfork.wire import messages
@@ -23,10 +23,10 @@ class Endless:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.given_up = threading.Event(), threading.Event()
-        self.usual: Callable[..., dict[str, int]] = definition._digests
-        monkeypatch.setattr(definition, "_digests", self)
+        self.usual: Callable[..., dict[str, Any]] = torch_digests._compute
+        monkeypatch.setattr(torch_digests, "_compute", self)
 
-    def __call__(self, tensors: Any, check: Callable[[], None], checked: bool) -> dict[str, int]:
+    def __call__(self, tensors: Any, check: Callable[[], None], *others: object) -> dict[str, Any]:
         self.begun.set()
         try:
             while True:
@@ -46,7 +46,7 @@ def test_they_are_given_up_when_the_lease_that_wants_them_ends_and_computed_for_
             assert not endless.given_up.is_set()
             conversation.request(messages.CheckLease(lease.lease, True), messages.Checked, soon(), "release")
             assert endless.given_up.wait(SECONDS)
-        monkeypatch.setattr(definition, "_digests", endless.usual)
+        monkeypatch.setattr(torch_digests, "_compute", endless.usual)
         assert seed.digests().content == tensorfork.digests(model()).content
 
 
@@ -70,5 +70,5 @@ def test_a_forks_own_digests_end_at_its_deadline(monkeypatch: pytest.MonkeyPatch
     deadline = time.monotonic() + 0.2
     arrivals = ArrivalDigests(lambda: tensors, layouts, [torch.device("cpu")], {}, [], None, deadline)
     with pytest.raises(tensorfork.TransferFailed, match="not all digests were computed by the deadline") as caught:
-        arrivals.digests()
+        arrivals.pieces()
     assert set(caught.value.complete) == set(tensors)

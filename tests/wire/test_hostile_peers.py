@@ -78,6 +78,7 @@ requests = st.sampled_from(
         messages.TakeLease("no such transport", {"a": [1, None]}, 1.0, True),
         messages.Say(some_lease),
         messages.GetDigests(some_lease),
+        messages.GetPieces(some_lease, [0, 7]),
         messages.CheckLease(some_lease, True),
     ]
 )

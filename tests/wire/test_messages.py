@@ -63,6 +63,10 @@ MESSAGES: dict[type[Any], st.SearchStrategy[Any]] = {
     messages.Say: st.builds(messages.Say, TOKENS),
     messages.GetDigests: st.builds(messages.GetDigests, TOKENS),
     messages.Digests: st.builds(messages.Digests, st.integers(0, 2**63), COUNTS),
+    messages.GetPieces: st.builds(
+        messages.GetPieces, TOKENS, st.sets(NUMBERS, max_size=messages.MAX_PIECES_OF).map(sorted)
+    ),
+    messages.Pieces: st.builds(messages.Pieces, NUMBERS),
     messages.CheckLease: st.builds(messages.CheckLease, TOKENS, st.booleans()),
     messages.Checked: st.builds(messages.Checked, st.integers(0, 2**63)),
     messages.Refused: REFUSALS,
@@ -72,7 +76,7 @@ SAMPLES: dict[type[Any], Any] = {
     messages.Ended: messages.Ended(b"lease", messages.Refused("changed", "other tensors", ["a"])),
     messages.Hello: messages.Hello("0.1"),
     messages.Welcome: messages.Welcome(
-        "0.1", b"id", 3, 2, 1000, "sums3/2", {"zeromq": messages.Offered({"a": [1]}, None)}, 7, VERSION
+        "0.1", b"id", 3, 2, 1000, "sums4/1", {"zeromq": messages.Offered({"a": [1]}, None)}, 7, VERSION
     ),
     messages.GetLayout: messages.GetLayout(7),
     messages.Pages: messages.Pages(1, 1, 0),
@@ -82,6 +86,8 @@ SAMPLES: dict[type[Any], Any] = {
     messages.Say: messages.Say(b"lease"),
     messages.GetDigests: messages.GetDigests(b"lease"),
     messages.Digests: messages.Digests(4, 1),
+    messages.GetPieces: messages.GetPieces(b"lease", [0, 7]),
+    messages.Pieces: messages.Pieces(4),
     messages.CheckLease: messages.CheckLease(b"lease", False),
     messages.Checked: messages.Checked(4),
     messages.Refused: messages.Refused("moved", "two tensors moved", ["a", "b"]),
@@ -200,6 +206,12 @@ def test_a_body_that_is_not_the_message_s_fields_is_refused(body: Any) -> None:
         (messages.Say, "lease", bytes(65)),
         (messages.GetDigests, "lease", bytes(65)),
         (messages.Digests, "frames", MAX_FRAMES + 1),
+        (messages.GetPieces, "lease", bytes(65)),
+        (messages.GetPieces, "tensors", list(range(messages.MAX_PIECES_OF + 1))),
+        (messages.GetPieces, "tensors", [1, 0]),
+        (messages.GetPieces, "tensors", [0, 0]),
+        (messages.GetPieces, "tensors", [-1]),
+        (messages.GetPieces, "tensors", ["a"]),
         (messages.CheckLease, "lease", bytes(65)),
         (messages.Refused, "code", "x" * 4097),
         (messages.Refused, "reason", "x" * 65537),

@@ -33,7 +33,7 @@ WELCOME = messages.Welcome(
     3,
     2,
     1000,
-    "sums3/2",
+    "sums4/1",
     {"zeromq": messages.Offered({"a": [1]}, None)},
     0,
     messages.WeightsVersion("l", 0),
@@ -309,7 +309,7 @@ def test_many_digests_arrive_as_they_were_in_frames_of_bounded_length() -> None:
 
 @pytest.mark.parametrize("frames", [[], [bytes(8)], [bytes(24)], [bytes(15)], [bytes(16), b"x"]], ids=repr)
 def test_another_number_of_digests_is_refused(frames: list[bytes]) -> None:
-    with pytest.raises(ProtocolError, match="bytes of digests came for 2 tensors"):
+    with pytest.raises(ProtocolError, match="bytes came for 2 digests"):
         tables.unpack_digests(frames, 2)
 
 

@@ -1,7 +1,7 @@
-// The digest of `digest.py` on NVIDIA GPUs, all three families of sums in one reading of the memory. That file has the
-// definition; this is the same arithmetic. `python -m tensorfork.kernels.build` makes digest.ptx of it.
+// The digests of pieces on NVIDIA GPUs, all three families of sums in one reading of the memory. `digest/definition.py`
+// has the definition; this is the same arithmetic. `python -m tensorfork.digest.kernels.build` compiles it.
 //
-// A block of threads takes a segment at a time, and a few of its rows at a time: each thread adds the words of its
+// A block of threads takes a piece at a time, and a few of its rows at a time: each thread adds the words of its
 // columns, lanes exchange what makes up the sums of rows, and the same words are read again from the cache for the
 // columns of the other width.
 
@@ -13,9 +13,9 @@ constexpr u32 WARPS = THREADS / 32, CHUNK = ROWS * WIDTH, LANES = 32 / ROWS;  //
 constexpr u32 COLUMNS = (WIDTH + THREADS - 1) / THREADS, OTHERS = (OTHER_WIDTH + THREADS - 1) / THREADS;  // of a thread
 constexpr u64 GOLDEN = 0x9E3779B97F4A7C15, ODD = 0xBF58476D1CE4E5B9;
 
-struct Segment {
+struct Piece {
     u64 address;  // a multiple of 8
-    u32 nbytes, tensor, number, unused;
+    u64 nbytes;   // fewer than 2^32
 };
 
 __device__ u64 mix(u64 v) {
@@ -31,7 +31,7 @@ __device__ u64 fold(u64 sum, u32 slot) {
     return low * weight(2 * slot) + high * weight(2 * slot + 1);
 }
 
-// N words, from word `first` on and so many apart; zeros from word `end` on, and, unless `Whole`, from the segment's
+// N words, from word `first` on and so many apart; zeros from word `end` on, and, unless `Whole`, from the piece's
 // last byte on.
 template <bool Whole>
 __device__ void read(u64 (&v)[ROWS], const u64 *words, u32 nbytes, u32 first, u32 apart, u32 end) {
@@ -100,20 +100,19 @@ __device__ void add(const u64 *words, u32 nbytes, u32 row, Sums &sums, u64 (*row
     }
 }
 
-// Adds to found[tensor] what each segment makes of its tensor's digest. `memory` is address 0: what is reached from an
-// argument is known to be global memory.
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void digest(const Segment *segments, u32 count, u64 *found,
+// Sets found[i] to the digest of each piece. `memory` is address 0: what is reached from an argument is known to be
+// global memory.
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void digest(const Piece *pieces, u32 count, u64 *found,
                                                                 const char *memory) {
     __shared__ u64 rows[2][WARPS][ROWS], parts[WARPS];
     u32 t = threadIdx.x;
     for (u32 number = blockIdx.x; number < count; number += gridDim.x) {
-        Segment segment = segments[number];
-        const u64 *words = reinterpret_cast<const u64 *>(memory + segment.address);
+        const u64 *words = reinterpret_cast<const u64 *>(memory + pieces[number].address);
+        u32 nbytes = pieces[number].nbytes;
         Sums sums;
         u32 turn = 0, row = 0;
-        for (; (row + ROWS) * WIDTH * 8 <= segment.nbytes; row += ROWS)
-            add<true>(words, segment.nbytes, row, sums, rows[turn++ % 2]);
-        if (row * WIDTH * 8 < segment.nbytes) add<false>(words, segment.nbytes, row, sums, rows[turn++ % 2]);
+        for (; (row + ROWS) * WIDTH * 8 <= nbytes; row += ROWS) add<true>(words, nbytes, row, sums, rows[turn++ % 2]);
+        if (row * WIDTH * 8 < nbytes) add<false>(words, nbytes, row, sums, rows[turn++ % 2]);
 
         u64 value = sums.folded;
 #pragma unroll
@@ -127,7 +126,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void digest(const Segme
         __syncthreads();
         if (t == 0) {
             for (u32 warp = 1; warp < WARPS; warp++) value += parts[warp];
-            atomicAdd(&found[segment.tensor], mix(value) * weight(segment.number));
+            found[number] = value;
         }
         __syncthreads();
     }
