@@ -100,10 +100,10 @@ class _DeviceTuning:
 
 _TUNING = {
     "cpu": _DeviceTuning(31 * WIDTH, 110 * WIDTH, 31 * WIDTH, 31 * WIDTH, 31 * WIDTH, HostReads),
-    "cpu, checked": _DeviceTuning(31 * WIDTH, 256 * WIDTH, 31 * WIDTH, sys.maxsize, 31 * WIDTH, CheckedReads),
+    "cpu, checked": _DeviceTuning(31 * WIDTH, 257 * WIDTH, 31 * WIDTH, sys.maxsize, 31 * WIDTH, CheckedReads),
     "cuda": _DeviceTuning(PIECE // 8, PIECE // 8, PIECE // 8, 1 << 14, 320 << 10, TorchReads),
 }
-"""256 rows of words nearly fill a huge page."""
+"""A piece has 1028 rows of words, four times 257."""
 
 
 class _DeviceDigests:

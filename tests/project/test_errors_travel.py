@@ -28,7 +28,9 @@ EXAMPLES: dict[type[Exception], Callable[[], Exception]] = {
     tensorfork.ValueMismatch: lambda: tensorfork.ValueMismatch("another eps", names=["norm.eps"]),
     tensorfork.TransferFailed: lambda: tensorfork.TransferFailed("stopped", complete=["a"], undrained=[(4096, 8)]),
     tensorfork.ForkCancelled: lambda: tensorfork.ForkCancelled("stopped", complete=["a"], undrained=[(4096, 8)]),
-    tensorfork.VerificationFailed: lambda: tensorfork.VerificationFailed("wrong", tensors=["a", "b"]),
+    tensorfork.VerificationFailed: lambda: tensorfork.VerificationFailed(
+        "wrong", tensors=["a", "b"], ranges={"b": ((0, 7),)}
+    ),
     tensorfork.SeedMoved: lambda: tensorfork.SeedMoved("moved", tensors=["a"]),
     tensorfork.MemoryInUse: lambda: tensorfork.MemoryInUse("in use", users=["a fork"]),
     tensorfork.ResourceExhausted: lambda: tensorfork.ResourceExhausted("no more", resource="threads"),
