@@ -22,6 +22,7 @@ STREAM_NON_BLOCKING = 1
 
 _IPC_LAZY_PEER_ACCESS = 1
 _CAPTURE_RELAXED = 2
+_PORTABLE = 1
 _TO_HOST, _TO_DEVICE, _WITHIN_GPUS = "cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoDAsync_v2"
 
 
@@ -40,6 +41,7 @@ def driver() -> ctypes.CDLL:
         getattr(found, name).argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
     found.cuIpcOpenMemHandle_v2.argtypes = [ctypes.POINTER(ctypes.c_uint64), _IpcHandle, ctypes.c_uint]
     found.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_IpcHandle), ctypes.c_uint64]
+    found.cuMemHostRegister_v2.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
     found.cuIpcCloseMemHandle.argtypes = [ctypes.c_uint64]
     found.cuPointerGetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
     found.cuPointerGetAttributes.argtypes = [ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
@@ -106,6 +108,12 @@ def open_ipc_handle(handle: bytes) -> int:
 def close_ipc_handle(address: int) -> None:
     """Close what `open_ipc_handle` opened in the current context. Nothing may still be reading it."""
     raise_on_error(driver().cuIpcCloseMemHandle(address), "cuIpcCloseMemHandle")
+
+
+def pin(address: int, nbytes: int, device: int) -> None:
+    """Page-lock host memory, for copies from and to every GPU, until the process ends. Raises `DriverError`."""
+    with current_context(device), relaxed_capture():
+        raise_on_error(driver().cuMemHostRegister_v2(address, nbytes, _PORTABLE), "cuMemHostRegister")
 
 
 # The calls that copy name the direction. cuMemcpyAsync does not: it takes an address that is not mapped on a GPU for

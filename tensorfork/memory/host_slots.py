@@ -8,7 +8,8 @@ Why large ones: each answer wakes four threads, the seed's two and the fork's tw
 the fastest in nearly every sweep, those of 1 MiB a tenth slower, of 512 or 256 KiB about half as fast. Larger than
 2 MiB was no better, nor were more than two slots where a fork has one connection.
 
-The memory is there while a share is open, and what was never used of it takes none.
+The memory is there while a share is open, and what was never used of it takes none. Shares that GPUs copy from or into
+are pinned, once: then the memory stays.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ from contextlib import suppress
 from attrs import frozen
 
 from tensorfork.errors import TensorForkError
+from tensorfork.exhaustion import MEMORY, exhaustion
+from tensorfork.memory import cuda
 
 SHARES = ((2, 4, 2 << 20), (4, 2, 1 << 20), (8, 2, 256 << 10), (64, 2, 32 << 10))
 """How many shares there are of each kind, the slots of each, and the bytes of a slot; 32 MiB in all."""
@@ -59,10 +62,15 @@ class SlotPool:
         self._lock = threading.Lock()
         self._free = [list(reversed(range(count))) for count, _, _ in SHARES]
         self._memory: mmap.mmap | None = None
+        self._pinned: set[int] = set()
+        """The addresses of shares that are pinned. They stay so, and the memory mapped: to unpin waits for the GPU."""
         self._start = 0
 
-    def open_share(self) -> Share:
-        """A share with the largest slots that are left. Raises `NoShareLeft`."""
+    def open_share(self, pinned_for: str | None = None) -> Share:
+        """A share with the largest slots that are left, pinned if a GPU is named that copies from it or into it.
+
+        Raises `NoShareLeft`, and `ResourceExhausted` where the driver cannot pin it.
+        """
         with self._lock:
             start = 0
             for kind, (count, slots, nbytes) in enumerate(SHARES):
@@ -70,6 +78,8 @@ class SlotPool:
                     self._map()
                     number = self._free[kind].pop()
                     first = self._start + start + number * slots * nbytes
+                    if pinned_for is not None:
+                        self._pin(kind, number, first, slots * nbytes, pinned_for)
                     return Share(nbytes, [first + i * nbytes for i in range(slots)], kind, number, self)
                 start += count * slots * nbytes
         raise NoShareLeft(
@@ -80,11 +90,23 @@ class SlotPool:
         """Take a share back; see `Share.close`."""
         with self._lock:
             self._free[kind].append(number)
-            if self._memory is not None and all(
-                len(free) == count for free, (count, _, _) in zip(self._free, SHARES, strict=True)
+            if (
+                self._memory is not None
+                and not self._pinned
+                and all(len(free) == count for free, (count, _, _) in zip(self._free, SHARES, strict=True))
             ):
                 self._memory.close()
                 self._memory = None
+
+    def _pin(self, kind: int, number: int, first: int, nbytes: int, device: str) -> None:
+        if first in self._pinned:
+            return
+        try:
+            cuda.pin(first, nbytes, cuda.device_index(device))
+        except cuda.DriverError as error:
+            self._free[kind].append(number)
+            raise exhaustion(f"{nbytes:,} bytes of memory cannot be pinned ({error})", MEMORY) from error
+        self._pinned.add(first)
 
     def _map(self) -> None:
         """Map the memory if it is not mapped, in huge pages where the kernel has them: `host_reads` is faster then."""

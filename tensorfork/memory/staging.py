@@ -23,7 +23,6 @@ from tensorfork.regions import Region, contains, may_read
 class PinnedBuffer:
     """One range of pinned memory. Its event says when the last copy out of it to a GPU is done."""
 
-    tensor: torch.Tensor
     address: int
     view: memoryview
     event: "torch.cuda.Event | None" = field(default=None)
@@ -36,19 +35,11 @@ class PinnedBuffer:
 
 
 class PinnedRing:
-    """Pinned buffers that are used in turn, and a stream of its own for each GPU.
+    """Pinned buffers, as (address, bytes), that are used in turn, and a stream of its own for each GPU."""
 
-    Allocates everything when it is made. Where CUDA graphs may be captured meanwhile, make it on a thread that has
-    relaxed its capture mode (`cuda.relax_capture`).
-    """
-
-    def __init__(self, devices: Iterable[str], count: int, nbytes: int) -> None:
+    def __init__(self, devices: Iterable[str], buffers: Sequence[tuple[int, int]]) -> None:
         self._streams = {device: streams.acquire_stream(cuda.device_index(device)) for device in sorted(set(devices))}
-        self._buffers: deque[PinnedBuffer] = deque()
-        for _ in range(count):
-            tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-            address = tensor.data_ptr()
-            self._buffers.append(PinnedBuffer(tensor, address, view_at(address, nbytes)))
+        self._buffers = deque(PinnedBuffer(address, view_at(address, nbytes)) for address, nbytes in buffers)
 
     def next_buffer(self) -> PinnedBuffer:
         """The buffer that was used longest ago, once the GPU has read what was in it."""
@@ -97,14 +88,13 @@ class HostAccess:
 
     Args:
         regions: on the CPU, on GPUs, or both.
-        buffers: how many pinned buffers to allocate, if there are regions on GPUs.
-        nbytes: the size of each.
+        buffers: pinned memory, as (address, bytes), for `next_buffer`. It must outlive this.
     """
 
-    def __init__(self, regions: Sequence[Region], buffers: int, nbytes: int) -> None:
+    def __init__(self, regions: Sequence[Region], buffers: Sequence[tuple[int, int]] = ()) -> None:
         self._regions = {region.id: region for region in regions}
         gpus = {region.device for region in regions if region.device != "cpu"}
-        self._ring = PinnedRing(gpus, buffers, nbytes) if gpus else None
+        self._ring = PinnedRing(gpus, buffers) if gpus else None
 
     def contains(self, ranges: Sequence[tuple[int, int, int]], most: int) -> bool:
         """Whether all ranges lie within our regions, and have `most` bytes together at most."""
@@ -144,7 +134,7 @@ class HostAccess:
         return view_at(self._regions[id].address + offset, nbytes)
 
     def next_buffer(self) -> PinnedBuffer:
-        """See `PinnedRing.next_buffer`. There must be regions on GPUs."""
+        """See `PinnedRing.next_buffer`. There must be regions on GPUs, and buffers."""
         assert self._ring is not None
         return self._ring.next_buffer()
 

@@ -24,6 +24,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import zmq
 
@@ -45,6 +46,22 @@ _ARRIVALS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
 has read meanwhile, but room to send."""
 GUARDED_EVENTS = zmq.Event.ACCEPTED | zmq.Event.CONNECTED | zmq.Event.DISCONNECTED
 """What the monitor of a guarded socket must report."""
+
+
+class ConnectionKey(NamedTuple):
+    """A connection: the number of its descriptor, and its inode, which no other connection has."""
+
+    number: int
+    inode: int
+
+    def is_closed(self) -> bool:
+        """Whether its descriptor is closed."""
+        try:
+            return os.fstat(self.number).st_ino != self.inode
+        except OSError:
+            return True
+
+
 _BEGINNINGS = zmq.Event.ACCEPTED, zmq.Event.CONNECTED
 
 
@@ -126,6 +143,21 @@ class ConnectionGuard:
         elif peer is not None:
             self._gone.append(peer)
 
+    def connection_of(self, frames: Sequence["zmq.Frame"]) -> ConnectionKey | None:
+        """The connection that a message came over of which `received` was told; None if it has gone meanwhile."""
+        try:
+            number = frames[-1].get(zmq.SRCFD)
+        except zmq.ZMQError:
+            return None
+        connection = self._connections.get(number)
+        return None if connection is None else ConnectionKey(number, connection.inode)
+
+    def set_send_buffer(self, key: ConnectionKey, nbytes: int) -> None:
+        """Set the kernel's send buffer of a connection, unless it has gone."""
+        with self._held(*key) as held:
+            if held is not None:
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
+
     def look(self, now: float) -> None:
         """Look at the connections on which something arrived, and end those that have sent too much. Never waits."""
         self._handle_events(now)
@@ -147,10 +179,9 @@ class ConnectionGuard:
                 self._end_at(number, connection)
 
     def close(self) -> None:
-        """Stop watching, and close the monitor, which must have been disabled. A second call does nothing."""
+        """Stop watching. Call it before the monitor is closed. A second call does nothing."""
         if self._epoll.closed:
             return
-        self._monitor.close(0)
         self._epoll.close()
         os.close(self._spare)
 

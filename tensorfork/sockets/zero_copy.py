@@ -4,63 +4,103 @@ import ctypes
 import os
 import select
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
 
-NUMBERS = range(63)
+NUMBERS = range(62)
 """What a notice of release can be numbered with."""
+LOOK_AGAIN = 0.01
+"""Seconds between two looks whether a connection is closed of which no notice will come."""
 
 
 class Releases:
-    """Notices of memory that libzmq has released: an eventfd, in which each number has its bit."""
+    """Notices of memory that libzmq has released: an eventfd, in which each number has its bit.
+
+    Memory that was lent to a connection is free once its notice has come. Where the connection ended before the notice
+    could be sent behind the memory, it is free once the connection's descriptor is closed: what reads the memory,
+    libzmq's engine, is gone then. What libzmq may hold of it after that it drops without reading it.
+    """
 
     def __init__(self) -> None:
         self._file = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._without_notice: list[tuple[int, Callable[[], bool]]] = []
 
     def fileno(self) -> int:
         """The descriptor, to poll for reading."""
         return self._file
 
+    def tell(self, number: int) -> None:
+        """Say that the memory of a number is free. For any thread."""
+        os.eventfd_write(self._file, 1 << number)
+
+    def no_notice(self, number: int, is_closed: Callable[[], bool]) -> None:
+        """Say that no notice of a number will come, and what tells when its connection is closed. For any thread."""
+        self._without_notice.append((number, is_closed))
+        self.tell(NUMBERS.stop)
+
     def take(self) -> Sequence[int]:
-        """The numbers of what has been released since the last call."""
+        """The numbers of what has been released since the last call. For one thread."""
+        for one in [one for one in self._without_notice if one[1]()]:
+            self._without_notice.remove(one)
+            self.tell(one[0])
         try:
             bits = os.eventfd_read(self._file)
         except BlockingIOError:
             return ()
-        return [number for number in range(bits.bit_length()) if bits >> number & 1]
+        return [number for number in NUMBERS if bits >> number & 1]
+
+    def wait(self, stop: int | None, deadline: float) -> Sequence[int]:
+        """The numbers that have been released since the last call. If there are none, waits until there is one, until
+        the deadline, or until the descriptor `stop` can be read.
+        """
+        poll = select.poll()
+        poll.register(self._file, select.POLLIN)
+        if stop is not None:
+            poll.register(stop, select.POLLIN)
+        while not (released := self.take()):
+            left = deadline - time.monotonic()
+            if left <= 0 or any(file == stop for file, _ in poll.poll(self._milliseconds(left))):
+                break
+        return released
+
+    def _milliseconds(self, left: float) -> int:
+        return int(min(left, LOOK_AGAIN if self._without_notice else 60.0) * 1000) + 1
 
     def close(self) -> None:
-        """Close the descriptor. The contexts of all sockets that send to it must have ended."""
+        """Close the descriptor. Every number that was lent must have come back: libzmq would write to whatever has the
+        descriptor's number by then.
+        """
         os.close(self._file)
 
 
 class ZeroCopySender:
-    """Sends memory through a socket without copying it, and learns when libzmq has released it.
+    """Sends memory through a socket without copying it, and has libzmq tell when it has released it.
 
     libzmq releases what it sends to one peer in order. So an empty message behind the memory, whose release is told, is
-    the notice that the memory is free. libzmq then calls eventfd_write(3), which adds a bit to the eventfd of
-    `releases`: no Python runs for it, and neither the interpreter nor a thread is waited for. Where libzmq or that
-    function cannot be called directly, pyzmq's own way is taken. It wakes a thread for each frame, which costs more
-    than sending 64 KiB.
+    the notice that the memory is free: also where the peer goes, since the engine that sends is ended before what waits
+    behind it is dropped. libzmq then calls eventfd_write(3), which adds a bit to an eventfd: no Python runs for it, and
+    neither the interpreter nor a thread is waited for. Where libzmq or that function cannot be called directly, pyzmq's
+    own way is taken. It wakes a thread for each frame, which costs more than sending 64 KiB.
+
+    What waits for a peer that has gone is dropped only once everything that came from it has been received: whoever
+    lends memory must go on receiving.
 
     The notice is a message of its own. As the last frame of the message before it was tried: while such a message is
     half sent, libzmq 4.3.5 ends the process if its peer goes at the moment when the socket is closed.
     """
 
-    def __init__(self, socket: "zmq.Socket[bytes]", releases: Releases) -> None:
-        self._socket, self._handle, self._releases = socket, socket.underlying, releases
-        self._poll = select.poll()
-        self._poll.register(releases.fileno(), select.POLLIN)
+    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+        self._socket, self._handle = socket, socket.underlying
         self._message = (ctypes.c_uint64 * 8)()  # a zmq_msg_t, which has 64 bytes in zmq.h
         self._message_address = ctypes.addressof(self._message)
 
     def send(self, address: int, nbytes: int) -> None:
         """Send memory as the last frame of a message. Raises `zmq.ZMQError`.
 
-        libzmq may read it until `wait` returns the number of a notice that was sent after it to the same peer, or the
-        socket's context has ended.
+        libzmq may read it until a notice that was sent after it to the same peer has come.
         """
         if _native is None:
             memory = (ctypes.c_char * nbytes).from_address(address)
@@ -68,27 +108,19 @@ class ZeroCopySender:
         else:  # without a function to release the memory, libzmq takes it for constant
             self._send(address, nbytes, None, None)
 
-    def send_notice(self, number: int) -> None:
+    def send_notice(self, releases: Releases, number: int) -> None:
         """Send an empty frame, the last of its message, whose release is told. A number (one of `NUMBERS`) must not be
-        used again before `wait` has returned it. Raises `zmq.ZMQError`; the number may then never come.
+        used again before it has come back. Raises `zmq.ZMQError`; the number then never comes.
         """
         if _native is None:
-            notice = zmq.Frame(_Notice(self._releases.fileno(), number), copy=False, copy_threshold=0)
-            self._socket.send(notice, zmq.NOBLOCK, copy=False)
+            notice = _Notice(releases, number)
+            try:
+                self._socket.send(zmq.Frame(notice, copy=False, copy_threshold=0), zmq.NOBLOCK, copy=False)
+            except zmq.ZMQError:
+                notice.releases = None
+                raise
         else:  # libzmq calls eventfd_write(data, hint); of a frame of no bytes it reads nothing
-            self._send(self._releases.fileno(), 0, _native.eventfd_write, 1 << number)
-
-    def wait(self, stop: int) -> Sequence[int]:
-        """The numbers that libzmq has released since the last call. If there are none, waits until there is one, or the
-        descriptor `stop` can be read.
-
-        Where a peer goes that has not read everything, libzmq may keep the memory until the socket's context ends.
-        """
-        self._poll.register(stop, select.POLLIN)
-        while not (released := self._releases.take()):
-            if any(file == stop for file, _ in self._poll.poll()):
-                break
-        return released
+            self._send(releases.fileno(), 0, _native.eventfd_write, 1 << number)
 
     def _send(self, address: int, nbytes: int, function: Any, hint: int | None) -> None:
         assert _native is not None
@@ -103,12 +135,14 @@ _NOBLOCK = int(zmq.NOBLOCK)
 class _Notice(bytearray):
     """An empty frame's memory: pyzmq drops it once libzmq has released it."""
 
-    def __init__(self, file: int, number: int) -> None:
+    def __init__(self, releases: Releases, number: int) -> None:
         super().__init__()
-        self._file, self._number = file, number
+        self.releases: Releases | None = releases
+        self._number = number
 
     def __del__(self) -> None:
-        os.eventfd_write(self._file, 1 << self._number)
+        if self.releases is not None:
+            self.releases.tell(self._number)
 
 
 class _Native:

@@ -1,46 +1,12 @@
-"""ZeroMQ contexts and sockets with every limit set.
-
-libzmq's defaults assume peers that are trusted: a message of any size, 30 s for a handshake, waiting at close. Anybody
-may connect to a seed's port, so none of these is left at its default.
-"""
+"""Binding, connecting and receiving, with the sockets that `tensorfork.sockets.context` makes."""
 
 import time
 from collections.abc import Iterator
 
 import zmq
 
-from tensorfork.interpreter.limits import require_descriptors, require_threads
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.connection_guard import ConnectionGuard
-
-HANDSHAKE_MS = 5_000
-"""Milliseconds for ZeroMQ's handshake; then the connection is closed."""
-
-
-def new_context(io_threads: int = 1) -> "zmq.Context[zmq.Socket[bytes]]":
-    """A new context. Raises `ResourceExhausted` when this process has few file descriptors or threads left.
-
-    libzmq ends the process when it gets none.
-    """
-    require_descriptors()
-    require_threads(1 + io_threads)
-    return zmq.Context(io_threads)
-
-
-def new_socket(
-    context: "zmq.Context[zmq.Socket[bytes]]", kind: int, *, max_message: int, queue: int
-) -> "zmq.Socket[bytes]":
-    """A socket that receives frames of at most `max_message` bytes, and queues `queue` messages (0: without limit).
-
-    When it is closed, unsent messages are dropped.
-    """
-    socket = context.socket(kind)
-    socket.linger = 0
-    socket.maxmsgsize = max_message
-    socket.handshake_ivl = HANDSHAKE_MS
-    socket.sndhwm = socket.rcvhwm = queue
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    return socket
 
 
 def heartbeats(socket: "zmq.Socket[bytes]", stall: float) -> None:
@@ -73,7 +39,9 @@ def connect(socket: "zmq.Socket[bytes]", address: Address) -> None:
     socket.connect(str(address))
 
 
-def recv_arrived(socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard | None = None) -> Iterator[list[bytes]]:
+def recv_arrived(
+    socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard | None = None
+) -> "Iterator[list[zmq.Frame]]":
     """The messages that have arrived, at most so many, each as its frames; waits for none. A guard is told of each.
 
     A peer that vanished in the middle of a message counts as one, and is passed over. Raises `zmq.ZMQError` once the
@@ -90,7 +58,7 @@ def recv_arrived(socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard 
             continue
         if guard is not None:
             guard.received(frames)
-        yield [frame.bytes for frame in frames]
+        yield frames
 
 
 def poll_timeout(deadline: float) -> int:

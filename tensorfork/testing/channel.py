@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from tensorfork import LeaseEnded, PeerUnreachable
+from tensorfork.sockets.address import Address
 
 
 class QueueChannel:
@@ -20,6 +21,8 @@ class QueueChannel:
     def __init__(self, send: Callable[[bytes], None]) -> None:
         self.rate_limit: float | None = None
         self._send = send
+        self.seed = Address("127.0.0.1", None)
+        """See `tensorfork.Channel`; whoever grants the lease knows it."""
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended = False
 

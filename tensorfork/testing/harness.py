@@ -99,6 +99,7 @@ class Harness:
         assert transport.why_not(facts, seed.facts()) is None
         channel = QueueChannel(lambda _: None)
         granted = seed.grant_lease(facts, seconds, serve, channel)
+        channel.seed = granted.seed
         lease = LeaseUnderTest(
             self.suite.seconds, seed, granted, memory, expected, transport.piece, next(self._numbers)
         )

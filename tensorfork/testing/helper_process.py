@@ -253,6 +253,7 @@ class _HelperService:
         try:
             regions, places = self.transport.cover(self.memory.regions)
             channel = self.channels[_FORK_CHANNEL]
+            channel.seed = granted.seed
             session = self.transport.open(granted.offer, SITE.host, granted.remote, regions, channel, deadline)
             theirs, ours, step = granted.places[0], places[0], -(-nbytes // 64)
             copies = [

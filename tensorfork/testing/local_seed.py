@@ -6,9 +6,11 @@ import traceback
 from collections.abc import Sequence
 from typing import Protocol
 
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from tensorfork import Export, Facts, PeerUnreachable, Place, RemoteRegion, Site, Transport
+from tensorfork.sockets.address import Address
+from tensorfork.sockets.port import Port
 from tensorfork.testing.channel import QueueChannel
 from tensorfork.testing.guarded_memory import GuardedMemory
 
@@ -17,9 +19,10 @@ SITE = Site("127.0.0.1", "127.0.0.1")
 
 @frozen
 class GrantedLease:
-    """What a fork is told when it is granted a lease; `number` is the lease's at its seed."""
+    """What a fork is told when it is granted a lease; `number` is the lease's at its seed, `seed` the seed's port."""
 
     number: int
+    seed: Address
     offer: bytes
     remote: Sequence[RemoteRegion]
     places: Sequence[Place]
@@ -86,6 +89,8 @@ class LocalSeed:
         self._memory = GuardedMemory(device, sizes, number)
         self._memory.published = published
         self._served: dict[int, _ServedLease] = {}
+        self._port: Port | None = None
+        self._running = 0
 
     def facts(self) -> Facts:
         """See `SeedSide`."""
@@ -116,13 +121,17 @@ class LocalSeed:
     def grant_lease_on(self, channel: QueueChannel, fork: Facts, seconds: float, serve: bool) -> GrantedLease:
         """Grant a lease; `channel` is the seed's end of its channel, which the caller has connected."""
         regions, places = self._transport.cover(self._memory.regions)
-        export = self._transport.export(regions, SITE, fork, time.monotonic() + seconds)
+        if self._port is None:
+            self._port = Port(Address(SITE.bind, None))
+            self._port.start()
+        export = self._transport.export(regions, evolve(SITE, port=self._port), fork, time.monotonic() + seconds)
+        self._running += 1
         number = len(self._served)
         served = self._served[number] = _ServedLease(export, channel, None)
         remote = [RemoteRegion(region.id, region.nbytes, region.device) for region in regions]
         if serve:
             _start_serving(served)
-        return GrantedLease(number, bytes(export.offer), remote, list(places))
+        return GrantedLease(number, self._port.address, bytes(export.offer), remote, list(places))
 
     def end_lease(self, number: int, seconds: float) -> LeaseEnding:
         """See `SeedSide`."""
@@ -132,6 +141,10 @@ class LocalSeed:
         # A seed may be about to serve when the lease ends; `serve` must then return at once.
         thread = _start_serving(served) if served.thread is None else served.thread
         thread.join(seconds)
+        self._running -= 1
+        if not self._running and self._port is not None:
+            self._port.close(time.monotonic() + seconds)
+            self._port = None
         return LeaseEnding(closed, not thread.is_alive(), served.error)
 
 

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from attrs import field, frozen
 
 from tensorfork.regions import Copy, Place, Region, RemoteRegion
+from tensorfork.sockets.address import Address
+from tensorfork.sockets.port import Port
 from tensorfork.transports.rate_limit import RateLimiter, limited_piece
 
 Facts = Mapping[str, Any]
@@ -30,11 +32,15 @@ class Site:
         host: the name by which forks reach it.
         limiter: the seed's rate limit. Where the seed sends the bytes, a lease asks its `share` before each piece; one
             without a limit counts them all the same.
+        port: the seed's own port, which a transport may serve on as well; a fork's `open` is told where that is.
+        stall: seconds without a sign of life after which a fork counts as gone.
     """
 
     bind: str
     host: str
     limiter: RateLimiter = field(factory=RateLimiter, eq=False, repr=False)
+    port: Port | None = None
+    stall: float = 15.0
 
 
 class Channel(Protocol):
@@ -51,6 +57,12 @@ class Channel(Protocol):
 
         It changes while messages are received, as other leases begin and end: who reads by himself receives every 20 ms
         or so, and obeys the new one from then on. For any thread.
+        """
+
+    @property
+    def seed(self) -> Address:
+        """On the fork: the numeric address of the seed's port, at which it has answered. Other connections to the seed
+        go there: another address of the same name may be another seed.
         """
 
     def send(self, message: bytes, deadline: float) -> None:

@@ -23,7 +23,8 @@ from tensorfork.errors import (
 )
 from tensorfork.sockets.address import Address
 from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
-from tensorfork.sockets.zeromq import connect, heartbeats, new_context, new_socket, poll_timeout, recv_arrived
+from tensorfork.sockets.context import Sockets
+from tensorfork.sockets.zeromq import connect, heartbeats, poll_timeout, recv_arrived
 from tensorfork.wire import messages
 from tensorfork.wire.refusals import error_of
 
@@ -82,11 +83,11 @@ class Conversation:
         self.peer, self.resolved, self._stall = peer, resolved, stall
         self._cancel = threading.Event() if cancel is None else cancel
         self._leaving = False
-        self._context = new_context()
+        self._sockets = Sockets()
         try:
             self._open_socket()
         except BaseException:
-            self._context.destroy(linger=0)
+            self._sockets.close()
             raise
         self._numbers = itertools.count(HELLO_NUMBER + 1)
         self._lock = threading.RLock()
@@ -100,11 +101,11 @@ class Conversation:
         self._lost, self._step, self._next_look = "", "hello", 0.0
 
     def _open_socket(self) -> None:
-        self._socket = new_socket(self._context, zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
+        self._socket = self._sockets.new(zmq.DEALER, max_message=messages.MAX_REPLY, queue=0)
         self._socket.reconnect_ivl = RECONNECT_MS
         self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
         heartbeats(self._socket, self._stall)
-        self._guard = ConnectionGuard(self._socket.get_monitor_socket(_MONITORED), on_event=self._handle_event)
+        self._guard = ConnectionGuard(self._sockets.monitor(self._socket, _MONITORED), on_event=self._handle_event)
         self._guard.watch(self.resolved.port or 0, bound=False)
         connect(self._socket, self.resolved)
 
@@ -150,7 +151,8 @@ class Conversation:
 
     def try_recv_welcome(self) -> messages.Welcome | None:
         """The answer to it, if it has come. Raises as `request` does."""
-        for frames in recv_arrived(self._socket, MAX_READ, self._guard):
+        for received in recv_arrived(self._socket, MAX_READ, self._guard):
+            frames = [frame.bytes for frame in received]
             if (reply := self._reply_in(frames, HELLO_NUMBER, messages.Welcome, "hello")) is not None:
                 return reply
         self._handle_events("hello")
@@ -230,9 +232,8 @@ class Conversation:
         self._closed = True
         with self._lock:
             if not self._socket.closed:
-                self._socket.disable_monitor()
                 self._guard.close()
-            self._context.destroy(linger=200)
+            self._sockets.close(linger_ms=200)
 
     def _deliver(self, message: Any, frames: Sequence[bytes]) -> bool:
         """Keep what is said of a lease, unasked. False if it is nothing of the kind."""
@@ -255,7 +256,7 @@ class Conversation:
 
     def _recv_one(self) -> list[bytes]:
         for frames in recv_arrived(self._socket, 1, self._guard):
-            return frames
+            return [frame.bytes for frame in frames]
         raise zmq.Again
 
     def _call_when(self, ready: int, call: Callable[[], T], deadline: float, step: str) -> T:

@@ -7,9 +7,14 @@ from typing import Any
 import msgpack
 import zmq
 
+from tensorfork.sockets.port import TO_TOKEN
+
 
 class Liar:
-    """A proxy: forwards requests as they are, and each reply as `lie` returns it, as many times as `times` says."""
+    """A proxy: forwards requests as they are, and each reply as `lie` returns it, as many times as `times` says.
+
+    What a transport sends over the same port is forwarded as it is.
+    """
 
     def __init__(
         self,
@@ -19,10 +24,9 @@ class Liar:
     ) -> None:
         self._times = times
         self._context: zmq.Context[Any] = zmq.Context()
-        self._front, self._back = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
+        self._front, self._behind = self._context.socket(zmq.ROUTER), address
         self._lie, self._ended = lie, threading.Event()
         self.address = f"tcp://127.0.0.1:{self._front.bind_to_random_port('tcp://127.0.0.1')}"
-        self._back.connect(address)
         self._thread = threading.Thread(target=self._run)
 
     def __enter__(self) -> str:
@@ -35,19 +39,26 @@ class Liar:
         self._context.destroy(linger=0)
 
     def _run(self) -> None:
-        poller, peer = zmq.Poller(), b""
+        poller, backs = zmq.Poller(), dict[bytes, "zmq.Socket[bytes]"]()
+        lied_to = set[bytes]()
         poller.register(self._front, zmq.POLLIN)
-        poller.register(self._back, zmq.POLLIN)
         while not self._ended.is_set():
             ready = dict(poller.poll(20))
             if self._front in ready:
                 peer, *frames = self._front.recv_multipart()
-                self._back.send_multipart(frames)
-            if self._back in ready:
-                frames = self._lie(self._back.recv_multipart())
-                if frames is not None:
-                    for _ in range(self._times(frames)):
-                        self._front.send_multipart([peer, *frames])
+                if peer not in backs:
+                    backs[peer] = self._context.socket(zmq.DEALER)
+                    backs[peer].connect(self._behind)
+                    poller.register(backs[peer], zmq.POLLIN)
+                    if not frames[0].startswith(TO_TOKEN):
+                        lied_to.add(peer)
+                backs[peer].send_multipart(frames)
+            for peer, back in backs.items():
+                if back in ready:
+                    frames = back.recv_multipart()
+                    told = self._lie(frames) if peer in lied_to else frames
+                    for _ in range(0 if told is None else self._times(told) if peer in lied_to else 1):
+                        self._front.send_multipart([peer, *told])
 
 
 def kind_of(frames: list[bytes]) -> str:

@@ -22,8 +22,8 @@ class Guarded:
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", limit: int) -> None:
         self.router = context.socket(zmq.ROUTER)
         self.gone: list[bytes] = []
-        monitor = self.router.get_monitor_socket(GUARDED_EVENTS)
-        self.guard = ConnectionGuard(monitor, unfinished=limit, in_all=10 * limit, on_gone=self.gone.append)
+        self.monitor = self.router.get_monitor_socket(GUARDED_EVENTS)
+        self.guard = ConnectionGuard(self.monitor, unfinished=limit, in_all=10 * limit, on_gone=self.gone.append)
         self.port = self.router.bind_to_random_port("tcp://127.0.0.1")
         self.guard.watch(self.port)
         self.peer = socket.create_connection(("127.0.0.1", self.port), SECONDS)
@@ -60,6 +60,7 @@ class Guarded:
         self.peer.close()
         self.guard.close()
         self.router.disable_monitor()
+        self.monitor.close(0)
         self.router.close(0)
 
 

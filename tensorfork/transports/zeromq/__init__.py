@@ -1,6 +1,7 @@
 """Bytes over ZeroMQ: works between any two processes that can reach one another, and needs nothing that is optional.
 
-The fork requests ranges of the leased regions. The seed copies them through the kernel into slots of a bounded pool
+The fork makes further connections to the seed's own port, and requests ranges of the leased regions. The seed copies
+them through the kernel into slots of a bounded pool
 (`memory.host_slots`), which libzmq sends without another copy, and the fork receives them directly into its regions. So
 the seed's process survives memory that is freed or unmapped meanwhile, and answers `MOVED`. Where the owner promises
 that nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies only small ranges, of
@@ -22,9 +23,8 @@ from tensorfork.errors import ProtocolError
 from tensorfork.interpreter import process
 from tensorfork.regions import Region, RemoteRegion
 from tensorfork.transports.base import Channel, Facts, Site, Transport
-from tensorfork.transports.data_port import PORTS, reach_data_port
 from tensorfork.transports.zeromq.export import ZeroMQExport
-from tensorfork.transports.zeromq.protocol import FRAME, OFFER
+from tensorfork.transports.zeromq.protocol import FRAME, MAX_CONNECTIONS, OFFER
 from tensorfork.transports.zeromq.session import ZeroMQSession
 
 __all__ = ["FRAME", "ZeroMQ"]
@@ -35,19 +35,18 @@ class ZeroMQ(Transport):
 
     Args:
         connections: how many the fork opens to the seed, 1 to 16; by default one for every two cores, and at most 4.
-        ports: the range in which the seed listens, one port for each lease; any free one by default.
     """
 
     name: ClassVar[str] = "zeromq"
     rate_limited_by = "seed"
     piece = 16 << 20
 
-    def __init__(self, *, connections: int | None = None, ports: range | None = None) -> None:
+    def __init__(self, *, connections: int | None = None) -> None:
         if connections is None:
             connections = max(1, min(4, (os.cpu_count() or 1) // 2))
-        if not 1 <= connections <= 16:
-            raise ValueError(f"connections must be 1 to 16, not {connections}")
-        self._connections, self._ports = connections, ports
+        if not 1 <= connections <= MAX_CONNECTIONS:
+            raise ValueError(f"connections must be 1 to {MAX_CONNECTIONS}, not {connections}")
+        self._connections = connections
 
     def facts(self, regions: Sequence[Region]) -> Facts:
         """See `Transport.facts`: the id of this host."""
@@ -56,7 +55,7 @@ class ZeroMQ(Transport):
     def export(self, regions: Sequence[Region], site: Site, fork: Facts, deadline: float) -> ZeroMQExport:
         """See `Transport.export`."""
         same_host = fork.get("host") == process.host_id()
-        return ZeroMQExport(regions, site, self._ports, same_host=same_host)
+        return ZeroMQExport(regions, site, same_host=same_host)
 
     def open(
         self,
@@ -69,10 +68,9 @@ class ZeroMQ(Transport):
     ) -> ZeroMQSession:
         """See `Transport.open`."""
         try:
-            token, port, frame, alone = OFFER.unpack(offer)
+            token, frame, alone = OFFER.unpack(offer)
         except struct.error as error:
             raise ProtocolError(f"zeromq: the seed's offer is not one of this transport's: {error}") from error
         if not 0 < frame <= FRAME:
             raise ProtocolError(f"zeromq: the seed offers answers of {frame} bytes, which makes no sense")
-        seed = reach_data_port(self.name, host, port, channel, deadline, PORTS)
-        return ZeroMQSession(token, seed, regions, channel, self._connections, frame, alone)
+        return ZeroMQSession(token, channel.seed, regions, channel, self._connections, frame, alone)

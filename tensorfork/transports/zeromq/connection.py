@@ -1,4 +1,4 @@
-"""One connection of a fork to the port of a lease: it is used once the seed has answered a greeting on it."""
+"""One connection of a fork to the seed, for one lease: it is used once the seed has answered a greeting on it."""
 
 from collections import deque
 
@@ -7,14 +7,15 @@ from attrs import define, field, frozen
 
 from tensorfork.errors import PeerUnreachable, TransferFailed
 from tensorfork.sockets.address import Address
+from tensorfork.sockets.context import Sockets
 from tensorfork.sockets.monitor import recv_event
-from tensorfork.sockets.zeromq import connect, new_socket
-from tensorfork.transports.data_port import NOT_THIS_SEED as WHY_NOT_THIS_SEED
+from tensorfork.sockets.port import NOBODY, TO_TOKEN
+from tensorfork.sockets.zeromq import connect
+from tensorfork.transports.data_port import NOT_THIS_SEED
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     FRAME,
     GREETING,
-    NOT_THIS_SEED,
     OK,
     REQUEST_HEADER,
 )
@@ -55,14 +56,12 @@ class Connection:
     greeted: bool = False
 
     @classmethod
-    def begin(
-        cls, context: "zmq.Context[zmq.Socket[bytes]]", seed: Address, token: bytes, recv_queue: int
-    ) -> "Connection":
+    def begin(cls, sockets: Sockets, seed: Address, token: bytes, recv_queue: int) -> "Connection":
         """Begin to connect. `recv_queue` answers are received before they are asked for, at most."""
-        socket = new_socket(context, zmq.DEALER, max_message=FRAME, queue=0)  # the window bounds what is sent
+        socket = sockets.new(zmq.DEALER, max_message=FRAME, queue=0)  # the window bounds what is sent
         socket.rcvhwm = 2 * recv_queue - 1  # an answer is one message, and an empty one comes behind it
         socket.reconnect_ivl = -1
-        monitor = socket.get_monitor_socket(_MONITORED)
+        monitor = sockets.monitor(socket, _MONITORED)
         connect(socket, seed)
         return cls(socket, monitor, seed, token)
 
@@ -96,16 +95,20 @@ class Connection:
 
     def _send_greeting(self) -> None:
         try:
-            self.socket.send(REQUEST_HEADER.pack(self.token, GREETING), zmq.NOBLOCK)
+            self.send(GREETING)
         except zmq.Again as error:
             raise TransferFailed(f"{self.seed} closed the connection, or died") from error
         self.greeted = True
 
+    def send(self, number: int, ranges: bytes = b"") -> None:
+        """Send a request. Raises `zmq.Again` where there is no connection any more."""
+        self.socket.send(TO_TOKEN + self.token + REQUEST_HEADER.pack(number) + ranges, zmq.NOBLOCK)
+
     def _recv_greeting(self) -> None:
         frames = self.socket.recv_multipart(zmq.NOBLOCK)
-        if frames == [ANSWER_HEADER.pack(GREETING, NOT_THIS_SEED)]:
-            reason = PeerUnreachable(WHY_NOT_THIS_SEED)
-            raise TransferFailed(f"{self.seed}: {WHY_NOT_THIS_SEED}") from reason
+        if frames == [NOBODY]:
+            reason = PeerUnreachable(NOT_THIS_SEED)
+            raise TransferFailed(f"{self.seed}: {NOT_THIS_SEED}") from reason
         if frames != [ANSWER_HEADER.pack(GREETING, OK)]:
             raise TransferFailed(f"{self.seed} sent something that is not the answer to a greeting")
         self.ready = True

@@ -1,33 +1,30 @@
 """The seed's side of a lease: it answers requests with the bytes of its regions."""
 
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
-import zmq
-
-from tensorfork.errors import TransportUnavailable
+from tensorfork.errors import PeerUnreachable
 from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
-from tensorfork.sockets.address import Address
-from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
+from tensorfork.sockets.port import TOKEN_BYTES, Peer
 from tensorfork.sockets.waker import Waker
-from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
-from tensorfork.sockets.zeromq import bind, new_context, new_socket, recv_arrived
+from tensorfork.sockets.zero_copy import Releases
 from tensorfork.transports.base import Channel, Export, Site
 from tensorfork.transports.rate_limit import limited_piece
-from tensorfork.transports.zeromq.buffers import PINNED_BUFFERS, AnswerBuffers
+from tensorfork.transports.zeromq.buffers import AnswerBuffers
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
-    FRAME,
     GREETING,
+    MAX_CONNECTIONS,
     MAX_REQUEST,
     MOVED,
-    NOT_THIS_SEED,
     OFFER,
     OK,
     OUT_OF_BOUNDS,
@@ -38,110 +35,110 @@ from tensorfork.transports.zeromq.protocol import (
 
 log = logging.getLogger("tensorfork")
 
-_LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-
-MAX_STRANGERS = 256
-"""Connections of a lease that are told that their token is not its own; later ones are told nothing. What one of them
-does not read is kept, so that it must be bounded."""
+MAX_WAITING = MAX_CONNECTIONS * (WINDOW + 1)
+"""Requests that wait for their answers, at most: all that a fork's connections send."""
 SEND_BUFFER = 384 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the
 processor's cache, and costs a third of the speed. Between hosts the kernel's own choice is better."""
 
-GUARD_SECONDS = 0.1
-"""Seconds between two looks at the connections while the rate limit is waited for."""
-UNFINISHED = 256 << 10
-"""Bytes of requests that one connection may have sent and that were not received yet. A fork has a window of them,
-25 KB, in flight."""
+GRACE = 0.2
+"""Seconds in which a fork that is done lets go of the last answers by itself."""
 
 
 class ZeroMQExport(Export):
-    """One lease: a ROUTER socket on a port of its own. The regions' memory is used until `close` returns True."""
+    """One lease, on the seed's port. The regions' memory is used until `close` returns True."""
 
-    def __init__(self, regions: Sequence[Region], site: Site, ports: range | None, *, same_host: bool) -> None:
-        self._token = secrets.token_bytes(16)
-        self._closing, self._serve_lock = threading.Event(), threading.Lock()
-        self._said_moved = False
-        self._strangers: set[bytes] = set()
+    def __init__(self, regions: Sequence[Region], site: Site, *, same_host: bool) -> None:
+        assert site.port is not None
+        self._port, self._stall, self._same_host = site.port, site.stall, same_host
         self._share = site.limiter.share()
-        with ExitStack() as stack:  # what libzmq reads or writes ends after its context
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        self._closing, self._serve_lock = threading.Event(), threading.Lock()
+        self._requests: deque[tuple[Peer, bytes]] = deque()
+        self._peers: dict[bytes, Peer] = {}
+        self._said_moved = self._flooded = False
+        with ExitStack() as stack:
             self._waker = Waker()
             stack.callback(self._waker.close)
-            self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
-            stack.callback(self._memory.close)
-            self._buffers = AnswerBuffers(regions, self._memory)
+            self._buffers = AnswerBuffers(regions)
             stack.callback(self._buffers.close)
-            releases = Releases()
-            stack.callback(releases.close)
-            context = new_context(2)
-            stack.callback(context.destroy, linger=0)
-            self._socket = new_socket(context, zmq.ROUTER, max_message=MAX_REQUEST, queue=4 * WINDOW)
-            self._socket.sndhwm = 0  # the buffers bound what waits to be sent
-            self._socket.router_mandatory = True
-            if same_host:
-                self._socket.sndbuf = SEND_BUFFER
-            self._guard = ConnectionGuard(self._socket.get_monitor_socket(GUARDED_EVENTS), unfinished=UNFINISHED)
-            stack.callback(self._guard.close)
-            stack.callback(self._socket.disable_monitor)
-            self._sender = ZeroCopySender(self._socket, releases)
-            port = self._bind(site.bind, ports)
-            self._guard.watch(port)
+            self._memory = HostAccess(regions)
+            stack.callback(self._memory.close)
+            self._releases = Releases()
+            stack.callback(self._releases.close)
             frame = limited_piece(self._buffers.frame, site.limiter.rate)
-            self.offer = OFFER.pack(self._token, port, frame, self._buffers.alone)
+            self.offer = OFFER.pack(self._token, frame, self._buffers.alone)
+            self._port.attach(self._token, self._receive)
             self._resources = stack.pop_all()
 
     def serve(self, channel: Channel) -> None:
         """See `Export.serve`."""
         with self._serve_lock:
-            if self._closing.is_set():
-                return
-            poller = zmq.Poller()
-            poller.register(self._socket, zmq.POLLIN)
-            poller.register(self._waker.fileno(), zmq.POLLIN)
-            self._guard.register(poller)
             while not self._closing.is_set():
-                if self._socket in dict(poller.poll()):
-                    self._answer_requests()
-                self._guard.look(time.monotonic())
+                if self._flooded:
+                    raise PeerUnreachable("the fork sends more requests than it may have in flight")
+                try:
+                    peer, request = self._requests.popleft()
+                except IndexError:
+                    self._wait(math.inf)
+                else:
+                    self._answer(peer, request)
 
     def close(self, deadline: float) -> bool:
-        """See `Export.close`."""
-        if self._closing.is_set():
-            return True
-        self._closing.set()
-        self._share.close()
-        self._waker.wake()
-        stopped = self._serve_lock.acquire(timeout=max(0.1, deadline - time.monotonic()))
-        if stopped:
-            self._resources.close()
+        """See `Export.close`. What is on its way to the fork is dropped."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._share.close()
+            self._port.detach(self._token)
+            self._waker.wake()
+            if not self._serve_lock.acquire(timeout=max(0.1, deadline - time.monotonic())):
+                return False
             self._serve_lock.release()
-        return stopped
+            self._take_back(deadline)
+        return not self._buffers.lent or not self._buffers.alone
 
-    def _bind(self, host: str, ports: range | None) -> int:
-        """Bind to the first free port of the range, or to any; returns the port."""
-        for port in [None] if ports is None else ports:
-            try:
-                bound = bind(self._socket, Address(host, port))
-            except zmq.ZMQError as error:
-                if ports is None or error.errno != zmq.EADDRINUSE:
-                    raise TransportUnavailable(f"zeromq cannot listen at {host}: {error}") from error
-            else:
-                assert bound.port is not None
-                return bound.port
-        raise TransportUnavailable(f"zeromq: every port of {ports} is taken; give a longer range")
+    def _take_back(self, deadline: float) -> None:
+        """Wait until libzmq has released what it was lent, and end connections that keep it; release everything then.
 
-    def _answer_requests(self) -> None:
-        """Answer those that have arrived, at most `WINDOW` of them, so that `serve` soon sees when the lease ends."""
-        for frames in recv_arrived(self._socket, WINDOW, self._guard):
-            if len(frames) == 2 and len(frames[1]) >= REQUEST_HEADER.size:
-                self._answer(frames[0], frames[1])
+        What does not come back is never used again.
+        """
+        now = time.monotonic()
+        self._collect(min(deadline, now + GRACE))
+        if self._buffers.lent:
+            for peer in self._peers.values():
+                self._port.end(peer.id)
+            self._collect(max(deadline, now + 2 * GRACE))
+        if self._buffers.lent:
+            log.warning("%s answers of a lease that has ended are still held by ZeroMQ", self._buffers.lent)
+        else:
+            self._resources.close()
 
-    def _answer(self, peer: bytes, request: bytes) -> None:
-        token, number = REQUEST_HEADER.unpack_from(request)
-        if not secrets.compare_digest(token, self._token):
-            self._answer_stranger(peer, number)
+    def _collect(self, until: float) -> None:
+        """Take back buffers until all are here, or until then."""
+        while self._buffers.lent and time.monotonic() < until:
+            self._give_back(self._releases.wait(None, until))
+
+    def _receive(self, peer: Peer, request: bytes) -> None:
+        """Take a request, on the port's thread."""
+        if peer.id not in self._peers:
+            if len(self._peers) == MAX_CONNECTIONS:
+                self._peers = {id: one for id, one in self._peers.items() if not one.is_closed()}
+            self._flooded |= len(self._peers) == MAX_CONNECTIONS
+            if not self._flooded:
+                self._peers[peer.id] = peer
+                if self._same_host:
+                    self._port.set_send_buffer(peer, SEND_BUFFER)
+        self._flooded |= len(self._requests) >= MAX_WAITING
+        if not self._flooded:
+            self._requests.append((peer, request))
+        self._waker.wake()
+
+    def _answer(self, peer: Peer, request: bytes) -> None:
+        if not REQUEST_HEADER.size <= len(request) <= MAX_REQUEST:
             return
         if (len(request) - REQUEST_HEADER.size) % RANGE.size:
             return
+        (number,) = REQUEST_HEADER.unpack_from(request)
         ranges = list(RANGE.iter_unpack(memoryview(request)[REQUEST_HEADER.size :]))
         taken = self._next_buffer()
         if taken is None:
@@ -151,33 +148,7 @@ class ZeroMQExport(Export):
         if span is not None and not self._wait_for_limit(span[1]):
             self._buffers.give_back(buffer)
             return
-        try:
-            self._socket.send(peer, _MORE)
-        except zmq.ZMQError as error:  # the fork is gone, and nothing was sent
-            self._buffers.give_back(buffer)
-            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
-                raise
-            return
-        try:
-            self._socket.send(ANSWER_HEADER.pack(number, status), _LAST if span is None else _MORE)
-            if span is not None:
-                self._sender.send(*span)
-            self._socket.send(peer, _MORE)
-            self._sender.send_notice(buffer)
-        except zmq.ZMQError as error:  # the fork is gone; its buffer is not used again on this lease
-            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
-                raise
-
-    def _answer_stranger(self, peer: bytes, number: int) -> None:
-        """Tell a peer that it is not this lease's: once, and not more of them than `MAX_STRANGERS`."""
-        if peer in self._strangers or len(self._strangers) >= MAX_STRANGERS:
-            return
-        self._strangers.add(peer)
-        try:
-            self._socket.send_multipart([peer, ANSWER_HEADER.pack(number, NOT_THIS_SEED)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # it is gone
-            if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
-                raise
+        self._port.lend(peer, ANSWER_HEADER.pack(number, status), span, self._releases, buffer)
 
     def _read(self, ranges: Sequence[tuple[int, int, int]], into: int) -> tuple[int, tuple[int, int] | None]:
         """The status of an answer, and the (address, bytes) of what is sent with it: `into`, where the ranges have been
@@ -199,17 +170,30 @@ class ZeroMQExport(Export):
     def _wait_for_limit(self, nbytes: int) -> bool:
         """Wait until the seed's rate limit lets so many bytes through. False when the lease ends first."""
         while seconds := self._share.try_spend(nbytes):
-            if self._closing.wait(min(seconds, GUARD_SECONDS)):
+            if self._closing.wait(seconds):
                 return False
-            self._guard.look(time.monotonic())
         return True
 
     def _next_buffer(self) -> tuple[int, int] | None:
-        """The number and the address of a buffer, once libzmq has released one; None when the lease ends first."""
+        """The number and the address of a buffer, once libzmq has released one; None when the lease ends first.
+
+        Raises `PeerUnreachable` where the fork lets none go for as long as a stall is.
+        """
+        stalled_at = time.monotonic() + self._stall
         while not self._closing.is_set():
             taken = self._buffers.take()
             if taken is not None:
                 return taken
-            for number in self._sender.wait(self._waker.fileno()):
-                self._buffers.give_back(number)
+            if time.monotonic() >= stalled_at:
+                raise PeerUnreachable(f"the fork has read nothing of what was sent to it for {self._stall:g} s")
+            self._wait(stalled_at)
         return None
+
+    def _wait(self, until: float) -> None:
+        """Wait until a buffer or a request comes, the lease ends, or until then."""
+        self._give_back(self._releases.wait(self._waker.fileno(), until))
+        self._waker.clear()
+
+    def _give_back(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._buffers.give_back(number)

@@ -15,27 +15,25 @@ from tensorfork.interpreter.c_allocator import retain_freed_memory
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Copy, Region
 from tensorfork.sockets.address import Address
+from tensorfork.sockets.context import Sockets
+from tensorfork.sockets.port import NOBODY
 from tensorfork.sockets.race import SILENCE
-from tensorfork.sockets.zeromq import new_context, poll_timeout
+from tensorfork.sockets.zeromq import poll_timeout
 from tensorfork.transports.base import Channel, Session
 from tensorfork.transports.checks import check_going_on
-from tensorfork.transports.data_port import unreached
+from tensorfork.transports.zeromq.buffers import open_share
 from tensorfork.transports.zeromq.connection import Connection, Request
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
-    FRAME,
     MAX_RANGES,
     MOVED,
     OK,
     RANGE,
-    REQUEST_HEADER,
     WINDOW,
 )
 
 RECV_QUEUE = 3
 """Answers that libzmq queues for each connection (its high-water mark), with up to four connections."""
-PINNED_BUFFERS = 8
-"""Pinned buffers of a fork into GPU memory, `FRAME` bytes each."""
 POLL_MS = 200
 """Milliseconds of one poll, at most: between two it is checked whether the fork was cancelled."""
 RETAINED_BYTES = 4 << 20
@@ -57,17 +55,22 @@ class ZeroMQSession(Session):
         frame: int,
         alone: int,
     ) -> None:
-        self._token, self._seed, self._channel = token, seed, channel
-        self._frame, self._alone = frame, alone or sys.maxsize
-        self._context = new_context(min(connections, 4))
+        self._seed, self._channel, self._alone = seed, channel, alone or sys.maxsize
         with ExitStack() as stack:
-            stack.callback(self._context.destroy, linger=0)
-            self._memory = HostAccess(regions, PINNED_BUFFERS, FRAME)
+            slots: Sequence[tuple[int, int]] = ()
+            if any(region.device != "cpu" for region in regions):
+                share = open_share(regions)
+                stack.callback(share.close)
+                slots, frame = [(slot, share.slot_bytes) for slot in share.slots], min(frame, share.slot_bytes)
+            self._frame = frame
+            self._memory = HostAccess(regions, slots)
             stack.callback(self._memory.close)
+            sockets = Sockets()
+            stack.callback(sockets.close)
             retain_freed_memory(RETAINED_BYTES)
             recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
-            self._connections = [Connection.begin(self._context, seed, token, recv_queue) for _ in range(connections)]
-            stack.pop_all()
+            self._connections = [Connection.begin(sockets, seed, token, recv_queue) for _ in range(connections)]
+            self._resources = stack.pop_all()
         self._last_number = 0
         self._gpu_copies: deque[tuple[torch.cuda.Event, Request]] = deque()
         """Requests whose bytes may still be on their way from a pinned buffer to a GPU."""
@@ -88,10 +91,10 @@ class ZeroMQSession(Session):
         except LeaseEnded as error:
             raise TransportUnavailable(str(error)) from None
         except PeerUnreachable as error:
-            raise unreached("zeromq", self._seed, error) from error
+            raise TransportUnavailable(self._unreached(error)) from error
         except TransferFailed as error:
             if isinstance(error.__cause__, PeerUnreachable):
-                raise unreached("zeromq", self._seed, error.__cause__) from error.__cause__
+                raise TransportUnavailable(self._unreached(error.__cause__)) from error.__cause__
             raise TransportUnavailable(f"zeromq: {error}") from error
 
     def pull(self, copies: Sequence[Copy], deadline: float, done: Callable[[int], None], cancel: Event) -> None:
@@ -118,7 +121,7 @@ class ZeroMQSession(Session):
             while self._gpu_copies:
                 self._report_gpu_copies(remaining, done, wait=True)
         except PeerUnreachable as error:
-            raise TransferFailed(str(unreached("zeromq", self._seed, error))) from error
+            raise TransferFailed(self._unreached(error)) from error
         except zmq.ZMQError as error:
             raise TransferFailed(f"the transfer from {self._seed} failed: {error}") from error
         finally:
@@ -127,12 +130,11 @@ class ZeroMQSession(Session):
 
     def close(self, deadline: float) -> None:
         """See `Session.close`."""
-        for connection in self._connections:
-            if not connection.socket.closed:
-                connection.socket.disable_monitor()
-        self._context.destroy(linger=0)
-        self._memory.close()
+        self._resources.close()
         self._connections = []
+
+    def _unreached(self, why: object) -> str:
+        return f"zeromq: further connections to the seed at {self._seed} cannot be made: {why}"
 
     def _poller(self) -> tuple[zmq.Poller, float]:
         """What waits for all connections, and when there must be one."""
@@ -188,8 +190,7 @@ class ZeroMQSession(Session):
                 return any(connection.in_flight for connection in self._connections)
             self._last_number += 1
             try:
-                header = REQUEST_HEADER.pack(self._token, self._last_number)
-                connection.socket.send(header + request.ranges, zmq.NOBLOCK)
+                connection.send(self._last_number, request.ranges)
             except zmq.Again as error:  # libzmq's queue has no limit, so there is no connection any more
                 raise TransferFailed(f"{self._seed} closed the connection, or died") from error
             connection.in_flight.append((self._last_number, request))
@@ -204,6 +205,8 @@ class ZeroMQSession(Session):
                 return
             if not header and not socket.get(zmq.RCVMORE):
                 continue  # behind an answer; the seed learns from it what has been sent
+            if header == NOBODY:
+                raise TransferFailed(f"{self._seed} has ended the lease")
             number, request = connection.in_flight.popleft() if connection.in_flight else (None, None)
             if request is None or len(header) != ANSWER_HEADER.size or ANSWER_HEADER.unpack(header)[0] != number:
                 raise TransferFailed(f"{self._seed} sent something that is not the answer to a request")

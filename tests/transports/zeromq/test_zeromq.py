@@ -1,19 +1,20 @@
 """The ZeroMQ transport: the suite, its connections and ports, zero-copy sending, and limits of its buffers."""
 
-import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 import zmq
-from zeromq_export import OFFER, SECONDS, SITE, ServedExport, free_ports, soon, unused_channel
+from zeromq_export import OFFER, SECONDS, ServedExport, soon, unused_channel
 
 import tensorfork
-from tensorfork import Copy, Site, TransferFailed, TransportUnavailable
+from tensorfork import Copy, TransferFailed
+from tensorfork.interpreter import process
 from tensorfork.sockets import zero_copy
+from tensorfork.sockets.port import Port
 from tensorfork.sockets.waker import Waker
-from tensorfork.sockets.zeromq import new_socket
 from tensorfork.testing import TransportSuite
 from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.testing.harness import SAME_PROCESS
@@ -33,31 +34,7 @@ class TestOverOneConnection(TransportSuite):
         return ZeroMQ(connections=1)
 
 
-# Ports and connections.
-
-
-def test_each_lease_has_a_port_within_the_range_until_there_is_none_left() -> None:
-    with free_ports(3) as ports:
-        transport = ZeroMQ(ports=ports)
-        with ServedExport(transport) as one, ServedExport(transport) as two, ServedExport(transport) as three:
-            assert {one.port, two.port, three.port} == set(ports)
-            three.fork()
-            with pytest.raises(TransportUnavailable, match=r"every port .* is taken; give a longer range"):
-                ServedExport(transport)
-            two.fork()
-        with ServedExport(transport) as again:  # its ports are free again
-            assert again.port in ports
-            again.fork()
-
-
-def test_a_port_that_is_in_use_is_skipped() -> None:
-    with (
-        free_ports(2) as ports,
-        socket.create_server(("127.0.0.1", ports[0])),
-        ServedExport(ZeroMQ(ports=ports)) as served,
-    ):
-        assert served.port == ports[1]
-        served.fork()
+# Connections.
 
 
 @pytest.mark.parametrize("connections", [2, 5, 16])
@@ -70,31 +47,6 @@ def test_any_number_of_connections_brings_the_same_bytes(connections: int) -> No
 def test_a_number_of_connections_out_of_bounds_is_a_value_error(connections: int) -> None:
     with pytest.raises(ValueError, match="connections must be 1 to 16"):
         ZeroMQ(connections=connections)
-
-
-def test_an_address_of_another_host_is_unavailable() -> None:
-    with pytest.raises(TransportUnavailable, match=r"cannot listen at 203\.0\.113\.5"):
-        ZeroMQ().export(GuardedMemory("cpu", [10], 1).regions, Site("203.0.113.5", "203.0.113.5"), {}, soon())
-
-
-def test_a_seed_with_a_range_of_ports_serves_forks_from_it() -> None:
-    model = {"a": torch.arange(100.0)}
-    with free_ports(2) as ports, tensorfork.publish(model, transports=[ZeroMQ(ports=ports)]) as seed:
-        for _ in range(5):  # each lease releases its port
-            assert torch.equal(tensorfork.fork(seed.address, timeout=SECONDS)["a"], model["a"])
-
-
-def test_a_port_on_which_nobody_listens_is_unavailable() -> None:
-    with free_ports(1) as ports:
-        offer = OFFER.pack(bytes(16), ports[0], FRAME, 0)
-        with pytest.raises(TransportUnavailable, match=f"port {ports[0]} at 127.0.0.1"):
-            ZeroMQ().open(offer, SITE.host, [], [], unused_channel(), soon())
-
-
-def test_a_host_that_does_not_exist_is_unavailable() -> None:
-    offer = OFFER.pack(bytes(16), 4180, FRAME, 0)
-    with pytest.raises(TransportUnavailable, match="no such host"):
-        ZeroMQ().open(offer, "no-such-host.invalid", [], [], unused_channel(), soon())
 
 
 # Sending without a copy, and what is buffered.
@@ -139,7 +91,7 @@ def test_memory_is_sent_without_a_copy(releases: zero_copy.Releases) -> None:
         one.bind("inproc://memory")
         other.connect("inproc://memory")
         one.send(b"first", zmq.SNDMORE)
-        zero_copy.ZeroCopySender(one, releases).send(memory.data_ptr(), memory.nbytes)
+        zero_copy.ZeroCopySender(one).send(memory.data_ptr(), memory.nbytes)
         memory.fill_(7)
         assert other.recv_multipart() == [b"first", bytes([7]) * memory.nbytes]
 
@@ -149,37 +101,38 @@ def test_what_is_released_is_told_once_and_not_before(releases: zero_copy.Releas
     with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
         one.bind("inproc://memory")
         other.connect("inproc://memory")
-        sender = zero_copy.ZeroCopySender(one, releases)
-        for number in (0, 62, 5):
+        sender = zero_copy.ZeroCopySender(one)
+        for number in (0, 61, 5):
             sender.send(memory.data_ptr(), memory.nbytes)
-            sender.send_notice(number)
+            sender.send_notice(releases, number)
         sender.send(memory.data_ptr(), 1)
         told: list[int] = []
         for _ in range(3):
             assert other.recv() == bytes(memory.nbytes)
             assert releases.take() == ()
             assert other.recv() == b""
-            told += sender.wait(stop)
+            told += releases.wait(stop, soon())
         assert other.recv() == b"\0"
-        assert told == [0, 62, 5]
+        assert told == [0, 61, 5]
 
 
 def test_what_is_never_sent_is_released_when_the_context_ends(releases: zero_copy.Releases, stop: int) -> None:
     memory = torch.zeros(1 << 20, dtype=torch.uint8)
     told: set[int] = set()
     context, others = zmq.Context[zmq.Socket[bytes]](), zmq.Context[zmq.Socket[bytes]]()
-    one, other = (new_socket(each, zmq.PAIR, max_message=1 << 20, queue=0) for each in (context, others))
+    one, other = context.socket(zmq.PAIR), others.socket(zmq.PAIR)
+    one.sndhwm = other.sndhwm = 0
     port = one.bind_to_random_port("tcp://127.0.0.1")
     other.rcvhwm = 1
     other.connect(f"tcp://127.0.0.1:{port}")
     assert one.poll(SECONDS * 1000, zmq.POLLOUT)
-    sender = zero_copy.ZeroCopySender(one, releases)
+    sender = zero_copy.ZeroCopySender(one)
     for number in range(40):  # more than the kernel buffers
         sender.send(memory.data_ptr(), memory.nbytes)
-        sender.send_notice(number)
+        sender.send_notice(releases, number)
     context.destroy(linger=0)
     while len(told) < 40:
-        some = sender.wait(stop)
+        some = releases.wait(stop, soon())
         assert some, "not everything was released"
         told.update(some)
     others.destroy(linger=0)
@@ -188,27 +141,29 @@ def test_what_is_never_sent_is_released_when_the_context_ends(releases: zero_cop
 def test_waiting_for_releases_ends_when_it_is_to(releases: zero_copy.Releases) -> None:
     waker = Waker()
     waker.wake()
-    with zmq.Context() as context, context.socket(zmq.PAIR) as one:
-        assert zero_copy.ZeroCopySender(one, releases).wait(waker.fileno()) == ()
+    assert releases.wait(waker.fileno(), soon()) == ()
+    assert releases.wait(None, time.monotonic()) == ()
     waker.close()
 
 
 def test_sending_without_a_peer_raises(releases: zero_copy.Releases) -> None:
     with zmq.Context() as context, context.socket(zmq.PAIR) as one:
         with pytest.raises(zmq.ZMQError) as caught:
-            zero_copy.ZeroCopySender(one, releases).send(id(one), 1)
+            zero_copy.ZeroCopySender(one).send(id(one), 1)
         assert caught.value.errno == zmq.EAGAIN
 
 
-def test_the_kernels_send_buffer_is_limited_only_if_both_processes_are_on_one_host() -> None:
-    transport, memory = ZeroMQ(), GuardedMemory("cpu", [10], 1)
-    here = transport.facts(memory.regions)
-    found = []
-    for facts in (here, {"host": "another"}, {}):
-        export = transport.export(memory.regions, SITE, facts, soon())
-        found.append(export._socket.sndbuf)
-        export.close(soon())
-    assert found == [384 << 10, -1, -1]
+@pytest.mark.parametrize("same_host", [True, False])
+def test_the_kernels_send_buffer_is_limited_only_if_both_processes_are_on_one_host(
+    same_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(Port, "set_send_buffer", lambda self, peer, nbytes: found.append(nbytes))
+    transport = ZeroMQ(connections=1)
+    facts = {"host": process.host_id() if same_host else "another"}
+    with ServedExport(transport, facts=facts) as served:
+        served.fork()
+    assert found == ([384 << 10] if same_host else [])
 
 
 def test_a_seed_that_sends_what_was_not_requested_does_not_fill_the_forks_memory() -> None:
@@ -216,8 +171,9 @@ def test_a_seed_that_sends_what_was_not_requested_does_not_fill_the_forks_memory
     mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.sndhwm, router.router_mandatory, router.linger = 1, True, 0
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME, 0)
-        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
+        channel = unused_channel(router.bind_to_random_port("tcp://127.0.0.1"))
+        offer = OFFER.pack(bytes(16), FRAME, 0)
+        session = ZeroMQ(connections=1).open(offer, "127.0.0.1", [], mine.regions, channel, soon())
         ended = threading.Event()
 
         def pull() -> None:

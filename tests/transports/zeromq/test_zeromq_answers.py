@@ -3,22 +3,22 @@
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import zmq
-from zeromq_export import OFFER, SECONDS, SITE, soon, unused_channel
+from zeromq_export import OFFER, SECONDS, soon, unused_channel
 
-from tensorfork import Copy, RemoteRegion, TransferFailed
+from tensorfork import Copy, RemoteRegion, Session, TransferFailed
 from tensorfork.testing.guarded_memory import GuardedMemory
 from tensorfork.transports.zeromq import FRAME, ZeroMQ
 
 
 @contextmanager
-def bad_seed(answer: Callable[[int], list[bytes] | None]) -> Iterator[bytes]:
-    """A port on which the request of each number gets the frames that `answer` returns; yields its offer."""
+def bad_seed(answer: Callable[[int], list[bytes] | None]) -> Iterator[int]:
+    """A port on which the request of each number gets the frames that `answer` returns."""
     context: zmq.Context[Any] = zmq.Context()
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
@@ -28,7 +28,7 @@ def bad_seed(answer: Callable[[int], list[bytes] | None]) -> Iterator[bytes]:
         while not ended.is_set():
             if router.poll(20):
                 peer, request = router.recv_multipart()
-                number = struct.unpack_from("<16sQ", request)[1]
+                number = struct.unpack_from("<Q", request, 17)[0]
                 frames = answer(number) if number else [header(0)]  # a greeting has number 0
                 if frames is not None:
                     router.send_multipart([peer, *frames])
@@ -36,11 +36,17 @@ def bad_seed(answer: Callable[[int], list[bytes] | None]) -> Iterator[bytes]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        yield OFFER.pack(bytes(16), port, FRAME, 0)
+        yield port
     finally:
         ended.set()
         thread.join()
         context.destroy(linger=0)
+
+
+def open_session(port: int, mine: GuardedMemory, remote: Sequence[RemoteRegion] = ()) -> Session:
+    """A fork's session with a seed at this port."""
+    offer, channel = OFFER.pack(bytes(16), FRAME, 0), unused_channel(port)
+    return ZeroMQ(connections=1).open(offer, "127.0.0.1", remote, mine.regions, channel, soon())
 
 
 def header(number: int, status: int = 0) -> bytes:
@@ -70,9 +76,8 @@ BAD_ANSWERS: dict[str, Callable[[int], list[bytes] | None]] = {
 @pytest.mark.parametrize("kind", BAD_ANSWERS)
 def test_a_bad_answer_fails_the_pull_and_changes_nothing_outside_its_destination(kind: str, copies: int) -> None:
     mine = GuardedMemory("cpu", [1000], 4)
-    with bad_seed(BAD_ANSWERS[kind]) as offer:
-        remote = [RemoteRegion(1, 1000, "cpu")]
-        session = ZeroMQ(connections=1).open(offer, SITE.host, remote, mine.regions, unused_channel(), soon())
+    with bad_seed(BAD_ANSWERS[kind]) as port:
+        session = open_session(port, mine, [RemoteRegion(1, 1000, "cpu")])
         try:
             into, step = mine.regions[0].id, 100 // copies
             wanted = [Copy(0, 1, i * step, into, 200 + i * step, step) for i in range(copies)]
@@ -91,7 +96,7 @@ def test_a_bad_answer_fails_the_pull_and_changes_nothing_outside_its_destination
 def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_once() -> None:
     mine = GuardedMemory("cpu", [1000], 4)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME, 0)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
 
         def close() -> None:
             peer, _ = router.recv_multipart()
@@ -101,7 +106,7 @@ def test_a_connection_that_ends_while_an_answer_is_awaited_fails_the_pull_at_onc
 
         thread = threading.Thread(target=close)
         thread.start()
-        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
+        session = open_session(port, mine)
         started = time.monotonic()
         try:
             with pytest.raises(TransferFailed, match="closed the connection, or died"):
@@ -116,20 +121,20 @@ def test_an_answer_that_nobody_requested_fails_this_pull_or_the_next() -> None:
     mine = GuardedMemory("cpu", [1000], 4)
 
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        offer = OFFER.pack(bytes(16), router.bind_to_random_port("tcp://127.0.0.1"), FRAME, 0)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
 
         def answer() -> None:
             peer, _ = router.recv_multipart()
             router.send_multipart([peer, header(0)])
             peer, request = router.recv_multipart()
-            number = struct.unpack_from("<16sQ", request)[1]
+            number = struct.unpack_from("<Q", request, 17)[0]
             for _ in range(2):
                 router.send_multipart([peer, header(number), bytes(100)])
             router.send_multipart([peer, b""])
 
         thread = threading.Thread(target=answer)
         thread.start()
-        session = ZeroMQ(connections=1).open(offer, SITE.host, [], mine.regions, unused_channel(), soon())
+        session = open_session(port, mine)
         copy = Copy(0, 1, 0, mine.regions[0].id, 200, 100)
 
         def pull_twice() -> None:

@@ -4,16 +4,28 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import zmq
 from attrs import evolve
 from mapped_memory import PAGE, MappedMemory
-from zeromq_export import OFFER, SECONDS, SITE, ServedExport, dealer, recv_answer, request, soon, unused_channel
+from zeromq_export import (
+    OFFER,
+    SECONDS,
+    ServedExport,
+    dealer,
+    recv_answer,
+    request,
+    soon,
+    started_port,
+    unused_channel,
+)
 
-from tensorfork import Copy, Region, RemoteRegion, TransferFailed, TransportUnavailable
+from tensorfork import Copy, Region, RemoteRegion, Site, TransferFailed, TransportUnavailable
 from tensorfork.memory import host_reads, host_slots
 from tensorfork.memory.host_slots import SHARES, SlotPool
+from tensorfork.sockets.port import Peer
 from tensorfork.testing.guarded_memory import GuardedMemory, contents
 from tensorfork.transports.zeromq import ZeroMQ
 from tensorfork.transports.zeromq.protocol import WINDOW
@@ -79,13 +91,13 @@ def test_libzmq_is_lent_the_memory_itself_only_if_it_is_stable_and_one_range(
 ) -> None:
     lent: list[int] = []
     with ServedExport(ZeroMQ(), stable=stable) as served, dealer(served) as client:
-        send, start = served.export._sender.send, served.memory.regions[0].address
+        lend, start = served.export._port.lend, served.memory.regions[0].address
 
-        def spy(address: int, nbytes: int) -> None:
-            lent.append(address)
-            send(address, nbytes)
+        def spy(peer: Peer, header: bytes, memory: tuple[int, int], *rest: Any) -> None:
+            lent.append(memory[0])
+            lend(peer, header, memory, *rest)
 
-        served.export._sender.send = spy  # type: ignore[method-assign]
+        served.export._port.lend = spy  # type: ignore[method-assign,assignment]
         expected = bytes(contents(3, [served.nbytes])[0][50:150].tolist())
         assert ask(client, served, *ranges) == (OK, [expected])
     assert (lent == [start + 50]) is (stable and len(ranges) == 1)
@@ -197,10 +209,16 @@ def test_a_share_of_any_size_brings_the_same_bytes(pool: SlotPool, kind: int) ->
 def test_an_offer_of_answers_of_no_bytes_or_too_many_is_refused() -> None:
     for frame in (0, (2 << 20) + 1):
         with pytest.raises(Exception, match="makes no sense"):
-            ZeroMQ().open(OFFER.pack(bytes(16), 1, frame, 0), SITE.host, [], [], unused_channel(), soon())
+            ZeroMQ().open(OFFER.pack(bytes(16), frame, 0), "127.0.0.1", [], [], unused_channel(), soon())
 
 
 # Memory that goes.
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -232,16 +250,17 @@ def test_memory_that_is_gone_is_answered_with_a_status_and_the_lease_goes_on(
     assert [record.message for record in caplog.records if "cannot be read" in record.message][1:] == []
 
 
-def test_a_fork_of_memory_that_is_gone_fails_and_what_is_done_is_whole(mapped: MappedMemory) -> None:
+def test_a_fork_of_memory_that_is_gone_fails_and_what_is_done_is_whole(mapped: MappedMemory, stack: ExitStack) -> None:
     expected = mapped.tensor[: 8 * PAGE].clone()
     mapped.unmap(8)
     region = Region(1, mapped.address, mapped.nbytes, "cpu")
     ours = GuardedMemory("cpu", [mapped.nbytes], 4)
-    export = ZeroMQ().export([region], SITE, {}, soon())
+    at = stack.enter_context(started_port())
+    export = ZeroMQ().export([region], Site("127.0.0.1", "127.0.0.1", at), {}, soon())
     thread = threading.Thread(target=export.serve, args=(unused_channel(),))
     thread.start()
-    remote = [RemoteRegion(1, mapped.nbytes, "cpu")]
-    session = ZeroMQ(connections=1).open(export.offer, SITE.host, remote, ours.regions, unused_channel(), soon())
+    remote, channel = [RemoteRegion(1, mapped.nbytes, "cpu")], unused_channel(at.address.port)
+    session = ZeroMQ(connections=1).open(export.offer, "127.0.0.1", remote, ours.regions, channel, soon())
     into = ours.regions[0].id
     done: list[int] = []
     try:
@@ -262,15 +281,16 @@ def test_a_fork_of_memory_that_is_gone_fails_and_what_is_done_is_whole(mapped: M
     assert ours.first_difference() is None
 
 
-def test_ranges_of_lent_and_copied_regions_in_one_request_are_all_copied(pool: SlotPool) -> None:
+def test_ranges_of_lent_and_copied_regions_in_one_request_are_all_copied(pool: SlotPool, stack: ExitStack) -> None:
     memory = GuardedMemory("cpu", [1000, 1000], 3)
     regions: Sequence[Region] = [evolve(one, stable=i == 0) for i, one in enumerate(memory.regions)]
-    export = ZeroMQ().export(regions, SITE, {}, soon())
+    at = stack.enter_context(started_port())
+    export = ZeroMQ().export(regions, Site("127.0.0.1", "127.0.0.1", at), {}, soon())
     thread = threading.Thread(target=export.serve, args=(unused_channel(),))
     thread.start()
-    token, port, _, _ = OFFER.unpack(export.offer)
+    token, _, _ = OFFER.unpack(export.offer)
     with zmq.Context() as context, context.socket(zmq.DEALER) as client:
-        client.connect(f"tcp://127.0.0.1:{port}")
+        client.connect(str(at.address))
         client.send(request(token, (regions[0].id, 5, 10), (regions[1].id, 7, 20)))
         one, other = contents(3, [1000, 1000])
         assert recv_answer(client) == (1, OK, [bytes(one[5:15].tolist() + other[7:27].tolist())])

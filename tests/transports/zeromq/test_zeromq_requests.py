@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from zeromq_export import OFFER, SECONDS, ServedExport, dealer, recv_answer, request
 
 from tensorfork import TransferFailed
+from tensorfork.sockets import port
+from tensorfork.sockets.port import NOBODY, TO_TOKEN
 from tensorfork.testing.guarded_memory import contents
-from tensorfork.transports.zeromq import FRAME, ZeroMQ, export
-from tensorfork.transports.zeromq.protocol import NOT_THIS_SEED
+from tensorfork.transports.zeromq import FRAME, ZeroMQ
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_only_a_request_with_the_token_gets_bytes_and_another_is_told_once_that_
             client.send(request(token, (served.region, 0, 10), number=1))
         client.send(request(served.token, (served.region, 3, 10), number=2))
         assert client.poll(SECONDS * 1000)
-        assert client.recv_multipart() == [struct.pack("<QB", 1, NOT_THIS_SEED)]
+        assert client.recv_multipart() == [NOBODY]
         assert recv_answer(client) == (2, 0, [bytes(contents(3, [served.nbytes])[0][3:13].tolist())])
         assert not client.poll(0)
 
@@ -39,13 +40,13 @@ def test_only_a_request_with_the_token_gets_bytes_and_another_is_told_once_that_
 def test_strangers_are_told_so_in_a_bounded_number_of_answers(
     served: ServedExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(port, "MAX_STRANGERS", 2)
     for told in (True, True, False):
         with dealer(served) as client:
             client.send(request(bytes(16)))
             client.send(request(served.token, (served.region, 0, 0), number=2))  # refused
             assert client.poll(SECONDS * 1000)
-            assert (client.recv_multipart()[0] == struct.pack("<QB", 1, NOT_THIS_SEED)) == told
+            assert (client.recv_multipart()[0] == NOBODY) == told
 
 
 def test_a_greeting_is_answered(served: ServedExport) -> None:
@@ -56,7 +57,7 @@ def test_a_greeting_is_answered(served: ServedExport) -> None:
 
 def test_a_fork_with_another_token_is_told_that_this_is_not_its_seed(served: ServedExport) -> None:
     with pytest.raises(TransferFailed, match="not the seed that granted the lease"):
-        served.fork(OFFER.pack(bytes(16), served.port, FRAME, 0))
+        served.fork(OFFER.pack(bytes(16), FRAME, 0))
 
 
 @pytest.mark.parametrize(
@@ -112,12 +113,12 @@ def test_random_messages_on_the_port_do_no_harm(messages: list[list[bytes]]) -> 
     with dealer(served) as client:
         for frames in messages:
             if frames:
-                client.send_multipart([frame.replace(b"TOKEN", served.token) for frame in frames])
+                client.send_multipart([frame.replace(b"TOKEN", TO_TOKEN + served.token) for frame in frames])
         client.send(request(served.token, (served.region, 0, 10), number=77))
         while True:
             assert client.poll(SECONDS * 1000)
             header, *_ = client.recv_multipart()
-            if header and struct.unpack("<QB", header)[0] == 77:
+            if len(header) == 9 and struct.unpack("<QB", header)[0] == 77:
                 break
         assert client.poll(SECONDS * 1000)
         assert client.recv_multipart() == [b""]  # else the export gives up the buffer of this answer

@@ -1,0 +1,251 @@
+"""A TCP port on which this process serves its peers: one thread, and one ROUTER socket.
+
+Several may serve on it. A message that begins with `TO_TOKEN` and a token goes to whoever has `attach`ed with that
+token; all others go to the owner of the port. So one port is enough where a container or a firewall opens one.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+
+import zmq
+from attrs import field, frozen
+
+from tensorfork.sockets.address import Address
+from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard, ConnectionKey
+from tensorfork.sockets.context import Sockets
+from tensorfork.sockets.waker import Waker
+from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
+from tensorfork.sockets.zeromq import bind, heartbeats, poll_timeout, recv_arrived
+
+TO_TOKEN = b"\xc1"
+"""The first byte of a message to a token: one that msgpack never uses."""
+TOKEN_BYTES = 16
+NOBODY = TO_TOKEN
+"""The answer to a message whose token nobody has attached with."""
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of a frame from a peer."""
+MAX_QUEUED = 256
+"""Messages queued for a peer that does not read them; further ones are dropped."""
+MAX_STRANGERS = 256
+"""Connections that are told that nobody has their token; later ones are told nothing."""
+COPY_BELOW = 1 << 10
+"""Frames of fewer bytes are copied when they are sent. Longer ones, such as a layout's pages, are sent from where they
+are: they are the same bytes for every peer."""
+MAX_RECEIVED = 100
+"""Messages received in a row before others are sent."""
+
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
+
+
+@frozen
+class Peer:
+    """Who sent a message: the id by which he is answered, and his connection, if that is known."""
+
+    id: bytes
+    connection: ConnectionKey | None = field(eq=False)
+
+    def is_closed(self) -> bool:
+        """Whether the descriptor of his connection is closed. False where it is not known."""
+        return self.connection is not None and self.connection.is_closed()
+
+
+Receive = Callable[[Peer, bytes], None]
+"""Takes a message to a token, without the token, on the port's thread. It must not wait."""
+
+
+@frozen(eq=False)
+class _Lent:
+    """A message that ends with memory that is not copied, and what is told when libzmq has released that."""
+
+    peer: Peer
+    header: bytes
+    memory: tuple[int, int] | None
+    releases: Releases
+    number: int
+
+
+class Port:
+    """One port. It is bound when this is made, and serves from `start` on.
+
+    Args:
+        address: what to bind to.
+        on_message: takes a message to the owner: the peer's id, and the frames. It must not wait.
+        on_gone: told of a peer whose connection has ended, maybe more than once.
+        stall: seconds without a sign of life after which a connection is ended.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        on_message: Callable[[bytes, Sequence[bytes]], None] = lambda peer, frames: None,
+        on_gone: Callable[[bytes], None] = lambda peer: None,
+        stall: float = 15.0,
+    ) -> None:
+        """Bind. Raises `OSError` when the address is taken, or not one of this host; `ResourceExhausted`."""
+        self._on_message, self._on_gone = on_message, on_gone
+        self._waker = Waker()
+        with ExitStack() as stack:
+            stack.callback(self._waker.close)
+            self._sockets = Sockets()
+            stack.callback(self._sockets.close)
+            self._socket = self._sockets.new(zmq.ROUTER, max_message=MAX_MESSAGE, queue=MAX_QUEUED)
+            self._socket.copy_threshold = COPY_BELOW
+            self._socket.router_mandatory = True
+            heartbeats(self._socket, stall)
+            self._guard = ConnectionGuard(self._sockets.monitor(self._socket, GUARDED_EVENTS), on_gone=on_gone)
+            stack.callback(self._guard.close)
+            try:
+                self.address = bind(self._socket, address)
+            except zmq.ZMQError as error:
+                raise OSError(error.errno, f"cannot listen at {address}: {error}") from error
+            self._guard.watch(self.address.port or 0)
+            stack.pop_all()
+        self._sender = ZeroCopySender(self._socket)
+        self._outbox: deque[Sequence[bytes] | _Lent] = deque()
+        self._to_end: deque[bytes] = deque()
+        self._attached: dict[bytes, Receive] = {}
+        self._strangers: set[bytes] = set()
+        self._ended = threading.Event()
+        self._released = False
+        self._thread = threading.Thread(target=self._run, name="tensorfork-port", daemon=True)
+
+    def start(self, tick: Callable[[], float | None] = lambda: None) -> None:
+        """Start the thread. It calls `tick` before each poll; `tick` returns when it must be called again
+        (`time.monotonic()`), or None if only a message matters. Where there is no thread, the port is closed.
+        """
+        self._tick = tick
+        try:
+            self._thread.start()
+        except BaseException:
+            self._release()
+            raise
+
+    def send(self, peer: bytes, frames: Sequence[bytes]) -> None:
+        """Queue a message, from any thread. It is dropped if the peer is gone or does not read."""
+        self._outbox.append([peer, *frames])
+        self._waker.wake()
+
+    def attach(self, token: bytes, receive: Receive) -> None:
+        """Have messages to this token received, from any thread."""
+        self._attached[token] = receive
+
+    def detach(self, token: bytes) -> None:
+        """No more messages to this token, but one that is being received. From any thread."""
+        self._attached.pop(token, None)
+
+    def lend(self, peer: Peer, header: bytes, memory: tuple[int, int] | None, releases: Releases, number: int) -> None:
+        """Queue a message of a header and, if there is any, memory (address, bytes), which is sent without a copy. From
+        any thread. `releases` tells the number once the memory is free; at once, where nothing of it was sent.
+        """
+        self._outbox.append(_Lent(peer, header, memory, releases, number))
+        self._waker.wake()
+        if self._released:
+            self._drop_queued()
+
+    def end(self, peer: bytes) -> None:
+        """End a peer's connection, from any thread. What waits to be sent over it is dropped; `on_gone` follows."""
+        self._to_end.append(peer)
+        self._waker.wake()
+
+    def set_send_buffer(self, peer: Peer, nbytes: int) -> None:
+        """Set the kernel's send buffer of a peer's connection. For `Receive` functions."""
+        if peer.connection is not None:
+            self._guard.set_send_buffer(peer.connection, nbytes)
+
+    def close(self, deadline: float) -> None:
+        """Stop the thread and close the socket, from any thread. A second call does nothing."""
+        self._ended.set()
+        self._waker.wake()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        elif self._thread.ident is None:
+            self._release()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
+        self._guard.register(poller)
+        try:
+            while not self._ended.is_set():
+                next_tick = self._tick()
+                ready = dict(poller.poll(None if next_tick is None else poll_timeout(next_tick)))
+                if self._waker.fileno() in ready:
+                    self._waker.clear()
+                if self._socket in ready:
+                    self._receive()
+                while self._to_end:
+                    self._guard.end(self._to_end.popleft())
+                self._guard.look(time.monotonic())
+                self._send_queued()
+        finally:
+            self._release()
+
+    def _receive(self) -> None:
+        for frames in recv_arrived(self._socket, MAX_RECEIVED, self._guard):
+            peer, *rest = [frame.bytes for frame in frames]
+            if len(rest) == 1 and rest[0].startswith(TO_TOKEN):
+                self._receive_to_token(Peer(peer, self._guard.connection_of(frames)), rest[0])
+            elif rest:
+                self._on_message(peer, rest)
+
+    def _receive_to_token(self, peer: Peer, message: bytes) -> None:
+        token = message[len(TO_TOKEN) : len(TO_TOKEN) + TOKEN_BYTES]
+        receive = self._attached.get(token)  # the hash is keyed: how long this takes says nothing of other tokens
+        if receive is not None:
+            receive(peer, message[len(TO_TOKEN) + TOKEN_BYTES :])
+        elif peer.id not in self._strangers and len(self._strangers) < MAX_STRANGERS:
+            self._strangers.add(peer.id)
+            self._outbox.append([peer.id, NOBODY])
+
+    def _send_queued(self) -> None:
+        while self._outbox:
+            message = self._outbox.popleft()
+            try:
+                if isinstance(message, _Lent):
+                    self._lend(message)
+                else:
+                    self._socket.send_multipart(message, zmq.NOBLOCK, copy=False)
+            except zmq.ZMQError as error:  # EHOSTUNREACH: the peer is gone; EAGAIN: it does not read
+                if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
+                    raise
+                if error.errno == zmq.EHOSTUNREACH:
+                    self._on_gone(message.peer.id if isinstance(message, _Lent) else message[0])
+
+    def _lend(self, message: _Lent) -> None:
+        """Send memory and, behind it, the notice that it has been sent. What is not lent is told at once."""
+        lent = False
+        try:
+            self._socket.send(message.peer.id, _MORE)
+            self._socket.send(message.header, zmq.NOBLOCK if message.memory is None else _MORE)
+            if message.memory is not None:
+                self._sender.send(*message.memory)
+                lent = True
+                self._socket.send(message.peer.id, _MORE)
+                self._sender.send_notice(message.releases, message.number)
+                return
+        except zmq.ZMQError:
+            if lent:
+                message.releases.no_notice(message.number, message.peer.is_closed)
+                return
+            message.releases.tell(message.number)
+            raise
+        message.releases.tell(message.number)
+
+    def _release(self) -> None:
+        self._guard.close()
+        self._sockets.close()
+        self._waker.close()
+        self._released = True
+        self._drop_queued()
+
+    def _drop_queued(self) -> None:
+        with suppress(IndexError):  # `lend` may be doing the same
+            while True:
+                message = self._outbox.popleft()
+                if isinstance(message, _Lent):
+                    message.releases.tell(message.number)
