@@ -12,6 +12,7 @@ import zmq
 from processes import Child
 
 import tensorfork
+from tensorfork.sockets.port import NOBODY
 from tensorfork.wire import messages
 
 SECONDS = 20.0
@@ -110,7 +111,10 @@ def answers(made: Any) -> list[Any]:
     found = []
     while True:
         assert made.poll(SECONDS * 1000), "the seed does not answer any more"
-        got, message = messages.decode(made.recv_multipart()[0], messages.REPLIES)
+        frames = made.recv_multipart()
+        if frames == [NOBODY]:  # to what looked like a message to a token
+            continue
+        got, message = messages.decode(frames[0], messages.REPLIES)
         if got == number and isinstance(message, messages.Welcome):
             return found
         found.append(message)

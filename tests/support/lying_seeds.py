@@ -42,6 +42,13 @@ class Liar:
         poller, backs = zmq.Poller(), dict[bytes, "zmq.Socket[bytes]"]()
         lied_to = set[bytes]()
         poller.register(self._front, zmq.POLLIN)
+        try:
+            self._forward(poller, backs, lied_to)
+        finally:
+            for back in backs.values():
+                back.close(0)
+
+    def _forward(self, poller: zmq.Poller, backs: "dict[bytes, zmq.Socket[bytes]]", lied_to: set[bytes]) -> None:
         while not self._ended.is_set():
             ready = dict(poller.poll(20))
             if self._front in ready:

@@ -14,8 +14,8 @@ whose connections do not all reach the same seed, or of a lease that has ended.
 import struct
 
 OFFER = struct.Struct("<16sII")
-"""The token, the bytes of one answer at most, and the bytes from which on a range should be requested by itself: the seed
-lends it then; 0 if it lends nothing."""
+"""The token, the bytes of one answer at most, and the bytes from which on a range should be requested by itself, since
+it is lent then; 0 if nothing is."""
 REQUEST_HEADER = struct.Struct("<Q")
 RANGE = struct.Struct("<QQQ")
 ANSWER_HEADER = struct.Struct("<QB")
