@@ -58,7 +58,7 @@ def test_a_lease_whose_fork_is_gone_is_over_at_once() -> None:
 def test_a_request_of_a_connection_that_has_ended_gets_no_lasting_lease() -> None:
     """The connection's end may be known before its last message is received."""
     with tensorfork.publish(model()) as seed:
-        guard, received = seed._service._listener._guard, threading.Event()
+        guard, received = seed._service._listener.port._guard, threading.Event()
 
         def late(frames: list[zmq.Frame]) -> None:
             if b"TakeLease" in frames[1].bytes:
@@ -193,7 +193,8 @@ def test_statistics_count_what_was_done() -> None:
         for _ in range(3):
             tensorfork.fork(seed.address, timeout=SECONDS)
         until(lambda: seed.stats().running == 0, "the leases end")
-        assert seed.stats() == tensorfork.SeedStats(granted=3, refused=0, running=0, expired=0, digested=1)
+        sent = 3 * sum(tensor.nbytes for tensor in model().values())
+        assert seed.stats() == tensorfork.SeedStats(granted=3, refused=0, running=0, expired=0, digested=1, sent=sent)
 
 
 def test_forks_at_once_are_all_served() -> None:

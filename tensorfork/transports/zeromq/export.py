@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 from tensorfork.errors import PeerUnreachable
-from tensorfork.interpreter.limits import require_descriptors
+from tensorfork.interpreter.limits import require_descriptors, require_threads
 from tensorfork.memory.host_reads import UnreadableMemory
 from tensorfork.memory.staging import HostAccess
 from tensorfork.regions import Region
@@ -51,7 +51,8 @@ class ZeroMQExport(Export):
 
     def __init__(self, regions: Sequence[Region], site: Site, *, same_host: bool) -> None:
         assert site.port is not None
-        require_descriptors()  # the fork's connections need some
+        require_descriptors()  # for the fork's connections
+        require_threads(1)  # to serve on
         self._port, self._stall, self._same_host = site.port, site.stall, same_host
         self._share = site.limiter.share()
         self._token = secrets.token_bytes(TOKEN_BYTES)
