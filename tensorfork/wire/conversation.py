@@ -372,6 +372,11 @@ class ForkChannel:
         """See `tensorfork.transports.base.Channel`."""
         return self._conversation.share(self._lease, self._share)
 
+    @property
+    def seed(self) -> Address:
+        """See `tensorfork.transports.base.Channel`."""
+        return self._conversation.resolved
+
     def send(self, message: bytes, deadline: float) -> None:
         """See `tensorfork.transports.base.Channel`."""
         try:
