@@ -83,7 +83,7 @@ class SeedService:
         host, port = advertised or (self._listener.address.host, None)
         self.address = Address(host, self._listener.address.port if port is None else port)
         self._rates = RateShares(limits.rate_limit, self._tell_share)
-        self._site = Site(bound.host, host, self._rates.limiter, self._listener.port, limits.stall)
+        self._site = Site(bound.host, host, limiter=self._rates.limiter, port=self._listener.port, stall=limits.stall)
         self._listener.start(self._check_leases)
 
     @property

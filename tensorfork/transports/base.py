@@ -38,9 +38,9 @@ class Site:
 
     bind: str
     host: str
-    limiter: RateLimiter = field(factory=RateLimiter, eq=False, repr=False)
-    port: Port | None = None
-    stall: float = 15.0
+    limiter: RateLimiter = field(factory=RateLimiter, eq=False, repr=False, kw_only=True)
+    port: Port | None = field(default=None, kw_only=True)
+    stall: float = field(default=15.0, kw_only=True)
 
 
 class Channel(Protocol):

@@ -69,7 +69,7 @@ class ServedExport:
         if site is None:
             self._own_port = Port(LOOPBACK)
             self._own_port.start()
-            site = Site("127.0.0.1", "127.0.0.1", self._own_port)
+            site = Site("127.0.0.1", "127.0.0.1", port=self._own_port)
         try:
             self._begin(site, facts, fields)
         except BaseException:

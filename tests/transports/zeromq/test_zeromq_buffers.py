@@ -256,7 +256,7 @@ def test_a_fork_of_memory_that_is_gone_fails_and_what_is_done_is_whole(mapped: M
     region = Region(1, mapped.address, mapped.nbytes, "cpu")
     ours = GuardedMemory("cpu", [mapped.nbytes], 4)
     at = stack.enter_context(started_port())
-    export = ZeroMQ().export([region], Site("127.0.0.1", "127.0.0.1", at), {}, soon())
+    export = ZeroMQ().export([region], Site("127.0.0.1", "127.0.0.1", port=at), {}, soon())
     thread = threading.Thread(target=export.serve, args=(unused_channel(),))
     thread.start()
     remote, channel = [RemoteRegion(1, mapped.nbytes, "cpu")], unused_channel(at.address.port)
@@ -285,7 +285,7 @@ def test_ranges_of_lent_and_copied_regions_in_one_request_are_all_copied(pool: S
     memory = GuardedMemory("cpu", [1000, 1000], 3)
     regions: Sequence[Region] = [evolve(one, stable=i == 0) for i, one in enumerate(memory.regions)]
     at = stack.enter_context(started_port())
-    export = ZeroMQ().export(regions, Site("127.0.0.1", "127.0.0.1", at), {}, soon())
+    export = ZeroMQ().export(regions, Site("127.0.0.1", "127.0.0.1", port=at), {}, soon())
     thread = threading.Thread(target=export.serve, args=(unused_channel(),))
     thread.start()
     token, _, _ = OFFER.unpack(export.offer)
