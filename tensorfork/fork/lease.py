@@ -103,18 +103,19 @@ def take_lease(
     meanwhile = None if values is None else values.read
     leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease", meanwhile)
     try:
-        if len(frames) != leased.regions + leased.places + (leased.values or 0):
+        if len(frames) != 1 + leased.regions + leased.places + (leased.values or 0):
             raise ProtocolError(f"{seed.address}: a lease came with other pages than it announced")
-        remote = tables.unpack_regions(frames[: leased.regions], seed.check)
-        place_pages = frames[leased.regions : leased.regions + leased.places]
-        value_pages = frames[leased.regions + leased.places :]
+        offer, *frames = frames
+        region_pages, frames = frames[: leased.regions], frames[leased.regions :]
+        place_pages, value_pages = frames[: leased.places], frames[leased.places :]
+        remote = tables.unpack_regions(region_pages, seed.welcome.storages, seed.check)
         enter("open")
         channel = ForkChannel(seed.conversation, leased.lease, leased.share)
         host = seed.conversation.resolved.host
         with _explained(seed, leased.lease, deadline), _opening(transport):
-            session = transport.open(leased.offer, host, remote, regions, channel, deadline)
+            session = transport.open(offer, host, remote, regions, channel, deadline)
         try:
-            theirs = tables.unpack_places(place_pages, seed.check)
+            theirs = tables.unpack_places(place_pages, seed.welcome.storages, seed.check)
             ours = {storage.id: place for storage, place in zip(storages, places, strict=True)}
             sizes = {region.id: region.nbytes for region in remote}
             yield Lease(

@@ -318,7 +318,6 @@ class SeedService:
         leased = messages.Leased(
             lease=lease.id,
             generation=lease.generation,
-            offer=export.offer,
             regions=len(regions),
             places=len(places),
             version=tables.pack_version(self.version),
@@ -326,9 +325,9 @@ class SeedService:
             share=lease.share,
         )
         if values is None:
-            return leased, [*regions, *places]
+            return leased, [export.offer, *regions, *places]
         leased = evolve(leased, values=len(values.pages), salt=values.salt, beyond=values.beyond)
-        return leased, [*regions, *places, *values.pages]
+        return leased, [export.offer, *regions, *places, *values.pages]
 
     def _export(
         self, lease: Lease, transport: Transport, request: messages.TakeLease, reply: SendReply

@@ -5,7 +5,6 @@ messages mean. The seed's end is `tensorfork.wire.listener`.
 """
 
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
 from tensorfork.sockets.context import Sockets
 from tensorfork.sockets.zeromq import connect, heartbeats, poll_timeout, recv_arrived
 from tensorfork.wire import messages
+from tensorfork.wire.inboxes import Inboxes
 from tensorfork.wire.refusals import error_of
 
 M = TypeVar("M")
@@ -41,8 +41,6 @@ HELLO_NUMBER = 1
 """The number of the first request."""
 MAX_READ = 100
 """Messages that are looked at in a row for the answer to it."""
-MAX_SHARES = 16
-"""Leases of which it is remembered what their fork may read. A fork has one at a time."""
 ADVICE = "Check that the seed runs and that the address is the one it printed."
 
 MAX_FAILED_HANDSHAKES = 3
@@ -91,8 +89,7 @@ class Conversation:
             raise
         self._numbers = itertools.count(HELLO_NUMBER + 1)
         self._lock = threading.RLock()
-        self._inboxes: dict[bytes, queue.SimpleQueue[bytes | messages.Ended]] = {}
-        self._shares: dict[bytes, float] = {}
+        self._inboxes = Inboxes()
         self.connected = False
         self._refused_connects = 0
         self._failed_handshakes = 0
@@ -176,27 +173,22 @@ class Conversation:
         Raises `PeerUnreachable`, also at the deadline, and `LeaseEnded` once the seed has ended the lease.
         `ForkCancelled` is raised where it would wait.
         """
-        inbox = self._inboxes.setdefault(lease, queue.SimpleQueue())
         while True:
-            try:
-                received = inbox.get_nowait()
-            except queue.Empty:
-                pass
-            else:
-                if isinstance(received, messages.Ended):
-                    inbox.put(received)
-                    raise LeaseEnded(f"{self.peer}: the seed has ended the lease: {received.why.reason}")
-                return received
+            said = self._inboxes.get(lease)
+            if isinstance(said, messages.Ended):
+                raise LeaseEnded(f"{self.peer}: the seed has ended the lease: {said.why.reason}")
+            if said is not None:
+                return said
             with self._lock:
-                if inbox.empty():
+                if self._inboxes.is_empty(lease):
                     frames = self._recv_frames(deadline, "channel")
                     _, message = self._decode(frames[0], "channel")
-                    if not self._deliver(message, frames) and isinstance(message, messages.Refused):
+                    if not self._deliver(message, frames, "channel") and isinstance(message, messages.Refused):
                         raise self._error_from(message, "channel")
 
     def share(self, lease: bytes, granted: float | None) -> float | None:
         """What a lease's fork may read now, in bytes a second; `granted` with the lease. For any thread."""
-        return self._shares.get(lease, granted)
+        return self._inboxes.share(lease, granted)
 
     def check_cancelled(self, step: str) -> None:
         """Raise `ForkCancelled` once `cancel` is set. For any thread."""
@@ -235,18 +227,12 @@ class Conversation:
                 self._guard.close()
             self._sockets.close(linger_ms=200)
 
-    def _deliver(self, message: Any, frames: Sequence[bytes]) -> bool:
+    def _deliver(self, message: Any, frames: Sequence[bytes], step: str) -> bool:
         """Keep what is said of a lease, unasked. False if it is nothing of the kind."""
-        if isinstance(message, messages.ChangeShare):
-            self._shares[message.lease] = message.share
-            while len(self._shares) > MAX_SHARES:
-                del self._shares[next(iter(self._shares))]
-        elif isinstance(message, messages.Say | messages.Ended):
-            inbox = self._inboxes.setdefault(message.lease, queue.SimpleQueue())
-            inbox.put(message if isinstance(message, messages.Ended) else b"".join(frames[1:]))
-        else:
-            return False
-        return True
+        try:
+            return self._inboxes.put(message, frames)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.peer}: {error} (at step {step})") from error
 
     def _send_frames(self, frames: Sequence[bytes], deadline: float, step: str) -> None:
         self._call_when(zmq.POLLOUT, lambda: self._socket.send_multipart(frames, zmq.NOBLOCK), deadline, step)
@@ -294,7 +280,7 @@ class Conversation:
     def _reply_in(self, frames: Sequence[bytes], number: int, expect: type[M], step: str) -> M | None:
         """The reply to the request of this number, if it is that. Raises as `request` does."""
         reply_number, reply = self._decode(frames[0], step)
-        if self._deliver(reply, frames) or reply_number != number:
+        if self._deliver(reply, frames, step) or reply_number != number:
             return None  # what is said unasked, or the reply to an earlier request, which was given up
         if isinstance(reply, messages.Refused):
             raise self._error_from(reply, step)
@@ -338,6 +324,8 @@ class Conversation:
 
     def _decode(self, frame: bytes, step: str) -> tuple[int, Any]:
         try:
+            if len(frame) > messages.MAX_MESSAGE:
+                raise ProtocolError(f"a reply of {len(frame):,} bytes came; it may have {messages.MAX_MESSAGE:,}")
             return messages.decode(frame, messages.REPLIES)
         except ProtocolError as error:
             raise ProtocolError(

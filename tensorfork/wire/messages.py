@@ -26,8 +26,8 @@ VERSION = 4
 MAX_REQUEST = 64 << 10
 """Bytes of a request. Even one made to be slow is unpacked in a few milliseconds of the seed's interpreter."""
 
-MAX_REPLY = 32 << 20
-"""Bytes of a frame to a fork."""
+MAX_REPLY = 16 << 20
+"""Bytes of a frame to a fork: a transport's offer. No other frame has more than `MAX_MESSAGE`."""
 
 MAX_FRAMES = 4096
 """Frames behind one reply, of each kind."""
@@ -35,10 +35,12 @@ MAX_FRAMES = 4096
 MAX_TENSORS = 1_000_000
 
 MAX_MESSAGE = 1 << 20
-"""Bytes of a message on a channel."""
+"""Bytes of a message, with what is said on a channel, or of a page. What is made to be large takes 64 times as much
+memory when it is unpacked.
+"""
 
-MAX_OFFER = 16 << 20
-"""Bytes of a transport's offer."""
+MOST_BYTES, MOST_BYTES_A_ROW = 2 << 20, 512
+"""Bytes of all pages of a reply: so many, and so many for each row that was announced, such as a tensor."""
 
 NO_TRANSPORT = ""
 """What `TakeLease` names where no bytes are to be moved."""
@@ -153,8 +155,8 @@ class TakeLease(Record):
 
 @frozen(eq=False, repr=False)
 class Leased(Record):
-    """The reply to `TakeLease`. Behind it come so many pages of regions, of places (`tables.pack_places`) and of plain
-    values.
+    """The reply to `TakeLease`. Behind it come the transport's offer, and so many pages of regions, of places
+    (`tables.pack_places`) and of plain values.
 
     `values` is None unless they were asked for and the seed has any. Their hashes are made with the salt. `beyond` is
     how many the seed has not looked at.
@@ -165,7 +167,6 @@ class Leased(Record):
 
     lease: bytes = field(validator=max_len(64))
     generation: int
-    offer: bytes = field(validator=max_len(MAX_OFFER))
     regions: int = field(validator=[ge(0), le(MAX_FRAMES)])
     places: int = field(validator=[ge(0), le(MAX_FRAMES)])
     version: WeightsVersion

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgpack
 
 from tensorfork.patience import Check, looking
-from tensorfork.wire.messages import unpack
+from tensorfork.wire.messages import MAX_MESSAGE, MOST_BYTES, MOST_BYTES_A_ROW, unpack
 
 PAGE = 500
 """Rows in one page: packed in well under a millisecond."""
@@ -40,18 +40,34 @@ def paged(rows: Iterable[T]) -> Iterator[list[T]]:
         yield page
 
 
-def pack_page(columns: Mapping[str, Sequence[Any]]) -> bytes:
-    """A page of these columns."""
-    packed: bytes = msgpack.packb(columns)
-    return packed
+def pack_pages(rows: Iterable[T], columns: Callable[[list[T]], Mapping[str, Sequence[Any]]]) -> list[bytes]:
+    """Pages of these rows. `columns` gives the columns of some of them.
+
+    Rows that are so long that a page would have more than `MAX_MESSAGE` bytes, as of very long names, lie in more.
+    """
+    pages: list[bytes] = []
+    waiting = list(paged(rows))[::-1]
+    while waiting:
+        some = waiting.pop()
+        packed = msgpack.packb(columns(some))
+        if len(packed) > MAX_MESSAGE and len(some) > 1:
+            half = len(some) // 2
+            waiting += [some[half:], some[:half]]
+        else:
+            pages.append(packed)
+    return pages
 
 
 def read_pages(
-    pages: Iterable[bytes], columns: Sequence[Column], make: Callable[..., Iterable[T]], most: int, check: Check
+    pages: Sequence[bytes], columns: Sequence[Column], make: Callable[..., Iterable[T]], most: int, check: Check
 ) -> Iterator[T]:
-    """What `make` makes of the columns of each page, in their order. Raises `ValueError` for more than `most` rows, and
-    for what is no page. `check` is called before each page.
+    """What `make` makes of the columns of each page, in their order. `check` is called before each page.
+
+    Raises `ValueError` for more than `most` rows, or more bytes than so many may have, and for what is no page.
     """
+    nbytes, most_bytes = sum(map(len, pages)), MOST_BYTES + MOST_BYTES_A_ROW * most
+    if nbytes > most_bytes:
+        raise ValueError(f"it has {nbytes:,} bytes, and may have {most_bytes:,} for {most:,} rows")
     total = 0
     for page in looking(pages, check, 1):
         found = _read_page(page, columns)
@@ -62,6 +78,8 @@ def read_pages(
 
 
 def _read_page(page: bytes, columns: Sequence[Column]) -> list[Sequence[Any]]:
+    if len(page) > MAX_MESSAGE:
+        raise ValueError(f"a page has {len(page):,} bytes; it may have {MAX_MESSAGE:,}")
     table = unpack(page)
     if type(table) is not dict:
         raise ValueError("a page is no map of columns")

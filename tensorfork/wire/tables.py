@@ -22,8 +22,8 @@ from tensorfork.model.values import MAX_VALUES
 from tensorfork.patience import Check, unchecked
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
-from tensorfork.wire.messages import MAX_TENSORS, Pages, WeightsVersion, Welcome
-from tensorfork.wire.pages import Column, pack_page, paged, read_pages
+from tensorfork.wire.messages import Pages, WeightsVersion, Welcome
+from tensorfork.wire.pages import Column, pack_pages, paged, read_pages
 
 _DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 
@@ -33,15 +33,12 @@ _DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 
 def pack_layout(layout: ModelLayout) -> tuple[Pages, list[bytes]]:
     """A layout as pages, and how many there are of each kind."""
-    tensors, storages = (
-        list(map(_pack_tensors, paged(layout.tensors))),
-        list(map(_pack_storages, paged(layout.storages))),
-    )
-    left_out = [pack_page({"name": page}) for page in paged(layout.left_out)]
+    tensors, storages = pack_pages(layout.tensors, _tensor_columns), pack_pages(layout.storages, _storage_columns)
+    left_out = pack_pages(layout.left_out, lambda names: {"name": names})
     return Pages(len(tensors), len(storages), len(left_out)), [*tensors, *storages, *left_out]
 
 
-def _pack_tensors(tensors: Sequence[TensorLayout]) -> bytes:
+def _tensor_columns(tensors: Sequence[TensorLayout]) -> dict[str, Sequence[Any]]:
     columns: dict[str, Sequence[Any]] = {
         "name": [one.name for one in tensors],
         "dtype": [one.dtype for one in tensors],
@@ -53,11 +50,11 @@ def _pack_tensors(tensors: Sequence[TensorLayout]) -> bytes:
     if any(one.placement is not None for one in tensors):
         placements = [one.placement for one in tensors]
         columns["placement"] = [None if one is None else [one.shape, one.how] for one in placements]
-    return pack_page(columns)
+    return columns
 
 
-def _pack_storages(storages: Sequence[StorageLayout]) -> bytes:
-    return pack_page({"nbytes": [one.nbytes for one in storages], "device": [one.device for one in storages]})
+def _storage_columns(storages: Sequence[StorageLayout]) -> dict[str, Sequence[Any]]:
+    return {"nbytes": [one.nbytes for one in storages], "device": [one.device for one in storages]}
 
 
 def _devices(column: list[Any]) -> list[str]:
@@ -163,30 +160,26 @@ def unpack_version(version: WeightsVersion) -> Version:
 
 def pack_regions(regions: Sequence[RemoteRegion]) -> list[bytes]:
     """Regions as pages."""
-    return [
-        pack_page(
-            {
-                "id": [one.id for one in page],
-                "nbytes": [one.nbytes for one in page],
-                "device": [one.device for one in page],
-            }
-        )
-        for page in paged(regions)
-    ]
+    return pack_pages(
+        regions,
+        lambda some: {
+            "id": [one.id for one in some],
+            "nbytes": [one.nbytes for one in some],
+            "device": [one.device for one in some],
+        },
+    )
 
 
 def pack_places(places: Mapping[int, Place]) -> list[bytes]:
     """The places of storages as pages."""
-    return [
-        pack_page(
-            {
-                "storage": [storage for storage, _ in page],
-                "region": [place.region for _, place in page],
-                "offset": [place.offset for _, place in page],
-            }
-        )
-        for page in paged(places.items())
-    ]
+    return pack_pages(
+        places.items(),
+        lambda some: {
+            "storage": [storage for storage, _ in some],
+            "region": [place.region for _, place in some],
+            "offset": [place.offset for _, place in some],
+        },
+    )
 
 
 _REGIONS = Column("id", naturals), Column("nbytes", naturals), Column("device", texts)
@@ -194,24 +187,24 @@ _REGIONS = Column("id", naturals), Column("nbytes", naturals), Column("device", 
 _PLACES = Column("storage", naturals), Column("region", naturals), Column("offset", naturals)
 
 
-def unpack_regions(pages: Sequence[bytes], check: Check = unchecked) -> list[RemoteRegion]:
-    """The regions that `pack_regions` packed; raises `ProtocolError`."""
+def unpack_regions(pages: Sequence[bytes], most: int, check: Check = unchecked) -> list[RemoteRegion]:
+    """The regions that `pack_regions` packed; raises `ProtocolError`, also for more than `most`."""
 
     def regions(id: Sequence[int], nbytes: Sequence[int], device: Sequence[str]) -> list[RemoteRegion]:
         return objects_of(RemoteRegion, id=id, nbytes=nbytes, device=device)
 
     with _protocol_errors("table of regions"):
-        return list(read_pages(pages, _REGIONS, regions, MAX_TENSORS, check))
+        return list(read_pages(pages, _REGIONS, regions, most, check))
 
 
-def unpack_places(pages: Sequence[bytes], check: Check = unchecked) -> dict[int, Place]:
-    """The places that `pack_places` packed, by storage; raises `ProtocolError`."""
+def unpack_places(pages: Sequence[bytes], most: int, check: Check = unchecked) -> dict[int, Place]:
+    """The places that `pack_places` packed, by storage; raises `ProtocolError`, also for more than `most`."""
 
     def places(storage: Sequence[int], region: Sequence[int], offset: Sequence[int]) -> "zip[tuple[int, Place]]":
         return zip(storage, objects_of(Place, region=region, offset=offset), strict=True)
 
     with _protocol_errors("table of places"):
-        return dict(read_pages(pages, _PLACES, places, MAX_TENSORS, check))
+        return dict(read_pages(pages, _PLACES, places, most, check))
 
 
 # Plain values.
@@ -219,10 +212,10 @@ def unpack_places(pages: Sequence[bytes], check: Check = unchecked) -> dict[int,
 
 def pack_values(names: Sequence[str], values: Sequence[Encoded]) -> list[bytes]:
     """Plain values, encoded by `tensorfork.model.value_encoding`, as pages."""
-    return [
-        pack_page({"name": [name for name, _ in page], "value": [value for _, value in page]})
-        for page in paged(zip(names, values, strict=True))
-    ]
+    return pack_pages(
+        zip(names, values, strict=True),
+        lambda some: {"name": [name for name, _ in some], "value": [value for _, value in some]},
+    )
 
 
 def _encoded(column: list[Any]) -> list[Encoded]:

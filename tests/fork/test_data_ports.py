@@ -133,8 +133,8 @@ def another_s_lease(transport: Callable[[], Transport], name: str) -> Iterator[i
     with tensorfork.publish(model(2.0), transports=[transport()]) as other, connected(other.address) as conversation:
         facts = dict(transport().facts([]))
         request = messages.TakeLease(name, facts, SECONDS, False)
-        leased, _ = conversation.request(request, messages.Leased, soon(), "lease")
-        yield int(msgpack.unpackb(leased.offer)[1])
+        _, (offer, *_) = conversation.request(request, messages.Leased, soon(), "lease")
+        yield int(msgpack.unpackb(offer)[1])
 
 
 def test_who_reaches_another_seed_s_lease_hears_that_and_waits_for_nothing() -> None:

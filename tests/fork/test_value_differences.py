@@ -14,7 +14,7 @@ from torch import nn
 import tensorfork
 from tensorfork.fork import verification
 from tensorfork.seed.values import PackedValues, PublishedValues
-from tensorfork.wire.pages import pack_page
+from tensorfork.wire.pages import pack_pages
 from tensorfork.wire.tables import pack_values
 
 Publish = Callable[[Any], tensorfork.Seed]
@@ -300,7 +300,7 @@ LIES: dict[str, Any] = {
     "no page": lambda pages: pages[:-1],
     "a page more": lambda pages: [*pages, *pages],
     "no table": lambda pages: [b"\xc1"],
-    "columns of other lengths": lambda pages: [pack_page({"name": ["a", "b"], "value": [1]})],
+    "columns of other lengths": lambda pages: pack_pages([1], lambda _: {"name": ["a", "b"], "value": [1]}),
     "a name that is none": lambda pages: pack_values([3], [1]),  # type: ignore[list-item]
     "a long name": lambda pages: pack_values(["x" * 5000], [1]),
     "a name twice": lambda pages: pack_values(["a", "a"], [1, 1]),

@@ -239,15 +239,6 @@ def test_forks_between_gpus_keep_within_the_limit_all_together(transports: list[
     assert len(transports) * sum(sizes) <= rate * seconds + burst
 
 
-def test_what_a_fork_is_told_of_leases_that_are_not_its_own_is_bounded() -> None:
-    with tensorfork.publish(model()) as seed, connected(seed.address) as conversation:
-        for number in range(1000):
-            assert conversation._deliver(messages.ChangeShare(number.to_bytes(2, "big"), 1.0 + number), [])
-        assert conversation.share((999).to_bytes(2, "big"), None) == 1000.0
-        assert conversation.share((1).to_bytes(2, "big"), 5.0) == 5.0
-        assert len(conversation._shares) <= 16
-
-
 def test_a_lease_for_digests_alone_has_no_part_in_the_limit() -> None:
     with tensorfork.publish(model(), transports=[OneSided()], rate_limit=1e9) as seed, connected(seed.address) as other:
         request = messages.TakeLease(messages.NO_TRANSPORT, {}, SECONDS, False)

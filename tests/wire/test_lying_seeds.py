@@ -114,6 +114,21 @@ def without(index: int, column: str) -> Callable[[list[bytes]], list[bytes]]:
     return change
 
 
+def offer(change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
+    """The reply with another offer of the transport's."""
+    return lambda frames: [frames[0], change(frames[1]), *frames[2:]]
+
+
+def padded(index: int, nbytes: int) -> Callable[[list[bytes]], list[bytes]]:
+    """The reply with a column nobody knows in one of its tables, of so many bytes."""
+
+    def change(frames: list[bytes]) -> list[bytes]:
+        frames[index] = msgpack.packb(msgpack.unpackb(frames[index]) | {"of the future": bytes(nbytes)})
+        return frames
+
+    return change
+
+
 HUGE = (1 << 64) - 1
 LIES = {
     "of how many tensors there are": replaced("Welcome", body(tensors=3)),
@@ -123,8 +138,10 @@ LIES = {
     "of how many pages there are": replaced("Pages", body(tensors=1)),
     "by leaving pages out": replaced("Pages", lambda frames: frames[:2]),
     "by leaving a column out": replaced("Pages", without(1, "stride")),
-    "by leaving a column of places out": replaced("Leased", without(3, "offset")),
+    "by leaving a column of places out": replaced("Leased", without(4, "offset")),
     "of how many tensors were left out": replaced("Welcome", body(left_out=HUGE)),
+    "by sending a page that is too long": replaced("Pages", padded(1, 1 << 20)),
+    "by sending a reply that is too long": replaced("Welcome", body(more=bytes(1 << 20))),
     "by sending pages twice": replaced("Pages", lambda frames: [*frames, *frames[1:]]),
     "of a name": replaced("Pages", page(1, "name", 5, "another")),
     "of a name that is there already": replaced("Pages", page(1, "name", 5, "layer.0.weight")),
@@ -144,19 +161,17 @@ LIES = {
     "of an odd generation": replaced("Leased", body(generation=1)),
     "of a huge generation": replaced("Leased", body(generation=HUGE)),
     "of the lease": replaced("Leased", body(lease=b"another")),
-    "of the offer": replaced("Leased", body(offer=b"come here")),
-    "of the token": replaced("Leased", lambda frames: body(offer=bytes(16) + _offer(frames)[16:])(frames)),
-    "of the port": replaced("Leased", lambda frames: body(offer=_offer(frames)[:16] + struct.pack("<I", 1))(frames)),
-    "of an impossible port": replaced(
-        "Leased", lambda frames: body(offer=_offer(frames)[:16] + struct.pack("<I", HUGE >> 32))(frames)
-    ),
+    "of the offer": replaced("Leased", offer(lambda was: b"come here")),
+    "of the token": replaced("Leased", offer(lambda was: bytes(16) + was[16:])),
+    "of the port": replaced("Leased", offer(lambda was: was[:16] + struct.pack("<I", 1))),
+    "of an impossible port": replaced("Leased", offer(lambda was: was[:16] + struct.pack("<I", HUGE >> 32))),
     "by leasing nothing": replaced("Leased", lambda frames: frames[:1]),
     "by leasing half": replaced("Leased", lambda frames: frames[:-1]),
     "of a place": replaced("Leased", page(-1, "offset", 5, 64)),
     "of a place beyond its region": replaced("Leased", page(-1, "offset", 5, 1 << 40)),
     "of a place beyond all numbers": replaced("Leased", page(-1, "offset", 5, HUGE)),
     "of a region that is not there": replaced("Leased", page(-1, "region", 5, 1 << 40)),
-    "of a region's size": replaced("Leased", page(1, "nbytes", 5, 3)),
+    "of a region's size": replaced("Leased", page(2, "nbytes", 5, 3)),
     "of another storage's place": replaced("Leased", page(-1, "storage", 5, 6)),
     "of its digests' number": replaced("Digests", lambda frames: [*frames[:-1], frames[-1][:-8]]),
     "of a digest": replaced("Digests", lambda frames: [*frames[:-1], bytes(8) + frames[-1][8:]]),
@@ -170,11 +185,6 @@ RIGHT_ANYWAY = {
     "of a region's size",  # it is not needed for reading inside the region
     "of having no transport",  # it is an error, but listed so that the others are checked for being errors
 }
-
-
-def _offer(frames: list[bytes]) -> bytes:
-    offer: bytes = msgpack.unpackb(frames[0])[4]["offer"]
-    return offer
 
 
 @pytest.mark.parametrize("lie", LIES)

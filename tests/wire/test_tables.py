@@ -191,8 +191,8 @@ def test_columns_of_the_future_are_skipped_whatever_they_hold() -> None:
     regions, places = [RemoteRegion(0, 8, "cpu")], {0: Place(0, 4)}
     packed = tables.pack_regions(regions), tables.pack_places(places), tables.pack_values(["a"], [1])
     later = [[msgpack.packb(msgpack.unpackb(page) | more) for page in pages] for pages in packed]
-    assert tables.unpack_regions(later[0]) == regions
-    assert tables.unpack_places(later[1]) == places
+    assert tables.unpack_regions(later[0], 1) == regions
+    assert tables.unpack_places(later[1], 1) == places
     assert tables.unpack_values(later[2]) == {"a": 1}
 
 
@@ -258,16 +258,16 @@ def test_regions_and_places_arrive_as_they_were(data: st.DataObject) -> None:
     natural = st.integers(0, 2**63)
     regions = data.draw(st.lists(st.builds(RemoteRegion, natural, natural, TEXT), max_size=5))
     places = data.draw(st.dictionaries(natural, st.builds(Place, natural, natural), max_size=5))
-    assert tables.unpack_regions(tables.pack_regions(regions)) == regions
-    assert tables.unpack_places(tables.pack_places(places)) == places
+    assert tables.unpack_regions(tables.pack_regions(regions), len(regions)) == regions
+    assert tables.unpack_places(tables.pack_places(places), len(places)) == places
 
 
 @pytest.mark.parametrize("count", [0, PAGE, PAGE + 1, 20_000])
 def test_regions_and_places_of_any_number_arrive_as_they_were(count: int) -> None:
     regions = [RemoteRegion(i, 512, "cpu") for i in range(count)]
     places = {i: Place(i, 8) for i in range(count)}
-    assert tables.unpack_regions(tables.pack_regions(regions)) == regions
-    assert tables.unpack_places(tables.pack_places(places)) == places
+    assert tables.unpack_regions(tables.pack_regions(regions), len(regions)) == regions
+    assert tables.unpack_places(tables.pack_places(places), len(places)) == places
 
 
 REGION: dict[str, Any] = {"id": 0, "nbytes": 512, "device": "cpu"}
@@ -289,11 +289,50 @@ PLACE: dict[str, Any] = {"storage": 0, "region": 0, "offset": 0}
 )
 def test_a_region_or_a_place_that_cannot_be_is_refused(row: dict[str, Any], change: dict[str, Any]) -> None:
     unpack = tables.unpack_regions if row is REGION else tables.unpack_places
-    unpack([columns(row)])
+    unpack([columns(row)], 1)
     with pytest.raises(ProtocolError, match="a malformed table of"):
-        unpack([columns(row | change)])
+        unpack([columns(row | change)], 1)
     with pytest.raises(ProtocolError, match="not msgpack"):
-        unpack([b""])
+        unpack([b""], 1)
+
+
+def test_more_regions_and_places_than_there_are_storages_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="more than 1 rows"):
+        tables.unpack_regions([columns(REGION, REGION)], 1)
+    with pytest.raises(ProtocolError, match="more than 1 rows"):
+        tables.unpack_places([columns(PLACE, PLACE)], 1)
+
+
+# What a table may cost.
+
+
+def test_rows_that_are_long_lie_in_more_pages_and_arrive_as_they_were() -> None:
+    layout = ModelLayout((), (), tuple(f"{i:05}" + "x" * 4000 for i in range(600)))
+    pages, frames = tables.pack_layout(layout)
+    assert pages.left_out > 2
+    assert max(map(len, frames)) <= messages.MAX_MESSAGE
+    assert [name for frame in frames for name in msgpack.unpackb(frame)["name"]] == list(layout.left_out)
+
+
+def test_one_row_may_be_as_long_as_it_likes() -> None:
+    tensor = TensorLayout("x" * 4096, "float32", (1,) * 64, (1,) * 64, 0, 0, Placement((1,) * 64, "y" * 4096))
+    layout = ModelLayout((tensor,), (StorageLayout(4, "cpu"),))
+    assert same(sent(layout), layout)
+
+
+def test_a_page_that_is_too_long_is_refused_before_it_is_unpacked() -> None:
+    page = columns(REGION)
+    with pytest.raises(ProtocolError, match="a page has 1,048,577 bytes; it may have 1,048,576"):
+        tables.unpack_regions([page + bytes(messages.MAX_MESSAGE + 1 - len(page))], 1)
+
+
+def test_pages_that_are_too_long_together_are_refused_before_any_is_unpacked() -> None:
+    """By how many rows there are to be: those of more rows may be longer."""
+    padded = msgpack.packb({name: [value] for name, value in REGION.items()} | {"of the future": bytes(1_000_000)})
+    tables.unpack_regions([padded] * 2, 2)
+    with pytest.raises(ProtocolError, match=r"it has [\d,]+ bytes, and may have 2,098,688 for 3 rows"):
+        tables.unpack_regions([padded] * 3, 3)
+    assert len(tables.unpack_regions([padded] * 3, 3000)) == 3
 
 
 @given(values=st.lists(st.integers(0, 2**64 - 1), max_size=30))
