@@ -48,8 +48,8 @@ class DigestBatch:
     """By number, the tensors that `torch_digests` digests."""
     _by_kernel: dict[torch.device, dict[int, torch.Tensor]]
     """By device and number, the tensors that the kernel digests."""
-    _addresses: dict[int, int]
-    """The addresses of the kernel's tensors when this was made."""
+    _places: dict[int, tuple[int, int]]
+    """The addresses of the kernel's tensors when this was made, and how many pieces each has."""
     _tables: dict[torch.device, "array[int]"]
     """The kernel's tables of pieces, those of each device's tensors in the order of `_by_kernel`."""
     _piece: int
@@ -58,7 +58,7 @@ class DigestBatch:
     def of(cls, tensors: Mapping[str, torch.Tensor], piece: int = PIECE) -> "DigestBatch":
         """Prepare the digests of these tensors. `piece` stands for PIECE, in tests."""
         known: dict[int, int] = {}
-        addresses: dict[int, int] = {}
+        places: dict[int, tuple[int, int]] = {}
         names: list[list[str]] = []
         by_torch: dict[int, torch.Tensor] = {}
         tables: dict[torch.device, array[int]] = defaultdict(lambda: array("Q"))
@@ -73,13 +73,13 @@ class DigestBatch:
             names.append([name])
             if _for_kernel(tensor):
                 device, address, nbytes = tensor.device, tensor.data_ptr(), tensor.nbytes
-                addresses[number] = address
+                places[number] = address, -(-nbytes // piece)
                 by_kernel[device][number] = tensor
                 for start in range(0, nbytes, piece):
                     tables[device].extend((address + start, min(piece, nbytes - start)))
             else:
                 by_torch[number] = tensor
-        return cls(names, by_torch, dict(by_kernel), addresses, dict(tables), piece)
+        return cls(names, by_torch, dict(by_kernel), places, dict(tables), piece)
 
     def compute(
         self,
@@ -135,7 +135,7 @@ class DigestBatch:
 
     def _check_addresses(self, device: torch.device) -> None:
         for number, tensor in self._by_kernel[device].items():
-            if tensor.data_ptr() != self._addresses[number]:
+            if tensor.data_ptr() != self._places[number][0]:
                 raise TensorMoved(
                     f"{self._names[number][0]} was given other memory; what is published is changed in place, or "
                     "published again"
@@ -144,8 +144,8 @@ class DigestBatch:
     def _split(self, device: torch.device, values: Sequence[int]) -> Iterator[tuple[int, Pieces]]:
         """The pieces of each of a device's tensors, by its number, of those of all entries in its table."""
         start = 0
-        for number, tensor in self._by_kernel[device].items():
-            end = start + -(-tensor.nbytes // self._piece)
+        for number in self._by_kernel[device]:
+            end = start + self._places[number][1]
             yield number, tuple(values[start:end])
             start = end
 

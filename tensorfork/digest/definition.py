@@ -62,7 +62,7 @@ def root(pieces: Sequence[int]) -> int:
 
 def roots(pieces: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The digest of each tensor, by name, from those of its pieces."""
-    return {name: root(found) for name, found in pieces.items()}
+    return {name: found[0] if len(found) == 1 else root(found) for name, found in pieces.items()}
 
 
 def differing(ours: Sequence[int], theirs: Sequence[int], nbytes: int) -> Iterator[tuple[int, int]]:

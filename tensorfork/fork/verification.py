@@ -71,21 +71,20 @@ def compare_digests(
     """
     check_definition(seed)
     pieces = arrivals.pieces()
+    ours = definition.roots(pieces)
     expected = ask_for_digests(lease.id, lease.generation, seed, layout, deadline)
-    wrong = {
-        name: Wrong(renamed.get(name, name), found, expected[renamed.get(name, name)])
-        for name, found in pieces.items()
-        if expected[renamed.get(name, name)] != definition.root(found)
-    }
-    if wrong:
+    names = [name for name, value in ours.items() if expected[renamed.get(name, name)] != value]
+    if names:
+        there = {name: renamed.get(name, name) for name in names}
+        wrong = {name: Wrong(there[name], pieces[name], expected[there[name]]) for name in names}
         ranges = wrong_pieces.find(wrong, lease, seed, layout, min(deadline, time.monotonic() + EXPLAIN_TIMEOUT))
-        shown = ", ".join(wrong_pieces.in_words(name, wrong[name], ranges) for name in list(wrong)[:20])
-        shown += f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        shown = ", ".join(wrong_pieces.in_words(name, wrong[name], ranges) for name in names[:20])
+        shown += f" and {len(names) - 20} more" if len(names) > 20 else ""
         raise VerificationFailed(
-            f"{seed.address}: {len(wrong)} of {len(pieces)} tensors are not what the seed holds: {shown}. Do not use "
+            f"{seed.address}: {len(names)} of {len(ours)} tensors are not what the seed holds: {shown}. Do not use "
             "the model; fork again, and suspect the memory and the network between if it happens twice. A seed that "
             "changes its weights outside of seed.updating() does this too.",
-            tensors=list(wrong),
+            tensors=names,
             ranges=ranges,
         )
     return content_root(expected).hex()

@@ -4,13 +4,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from attrs import evolve, frozen
 
 from tensorfork.digest.batch import DigestBatch
 from tensorfork.digest.content import content_root
-from tensorfork.digest.definition import roots
+from tensorfork.digest.definition import Pieces, roots
 from tensorfork.digest.record import Digests
 from tensorfork.errors import SeedAsleep, SeedChanged, SeedMoved
 from tensorfork.exhaustion import resources
@@ -38,18 +38,25 @@ class _Computed:
     """The digests of a generation."""
 
     generation: int
+    count: int
+    """Of tensors."""
     packed: list[bytes]
-    pieces: list[bytes]
-    """Those of each tensor's pieces."""
+    pieces: Mapping[int, Pieces]
+    """Those of a tensor's pieces, by its place, unless it has one piece: that has the tensor's digest."""
     content: str
 
     def answer(self, asked: _Asked) -> tuple[messages.Reply, Sequence[bytes]]:
         """The reply, and the frames behind it."""
         if isinstance(asked, messages.GetDigests):
             return messages.Digests(self.generation, len(self.packed)), self.packed
-        if asked.tensors and asked.tensors[-1] >= len(self.pieces):
-            return messages.Refused(messages.MALFORMED, f"the seed has {len(self.pieces)} tensors"), ()
-        return messages.Pieces(self.generation), [self.pieces[i] for i in asked.tensors]
+        if asked.tensors and asked.tensors[-1] >= self.count:
+            return messages.Refused(messages.MALFORMED, f"the seed has {self.count} tensors"), ()
+        return messages.Pieces(self.generation), [self._packed_pieces(i) for i in asked.tensors]
+
+    def _packed_pieces(self, place: int) -> bytes:
+        if place in self.pieces:
+            return b"".join(tables.pack_digests(self.pieces[place]))
+        return tables.one_digest(self.packed, place)
 
 
 class DigestCache:
@@ -215,8 +222,8 @@ class DigestCache:
         if self._model.generation == generation:
             digests = roots(found)
             packed = tables.pack_digests([digests[name] for name in tensors])
-            pieces = tables.pack_pieces(found[name] for name in tensors)
-            self._cached = _Computed(generation, packed, pieces, content_root(digests).hex())
+            pieces = {i: found[name] for i, name in enumerate(tensors) if len(found[name]) != 1}
+            self._cached = _Computed(generation, len(tensors), packed, pieces, content_root(digests).hex())
             self.computed += 1
 
     def _reply_to_waiting(self, *, computation_ended: bool = False, failure: messages.Refused | None = None) -> bool:

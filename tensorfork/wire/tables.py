@@ -5,7 +5,7 @@ a `ProtocolError`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from typing import Any
@@ -23,7 +23,7 @@ from tensorfork.patience import Check, unchecked
 from tensorfork.placement import Placement
 from tensorfork.regions import Place, RemoteRegion
 from tensorfork.wire.messages import Pages, WeightsVersion, Welcome
-from tensorfork.wire.pages import Column, pack_pages, paged, read_pages
+from tensorfork.wire.pages import PAGE, Column, pack_pages, paged, read_pages
 
 _DEVICE = re.compile(r"cpu|cuda:\d{1,4}")
 
@@ -253,9 +253,9 @@ def unpack_digests(frames: Sequence[bytes], count: int) -> list[int]:
     return [int.from_bytes(packed[i : i + 8], "little") for i in range(0, len(packed), 8)]
 
 
-def pack_pieces(pieces: Iterable[Sequence[int]]) -> list[bytes]:
-    """The digests of the pieces of each tensor, as a frame each, which `unpack_digests` reads."""
-    return [b"".join([piece.to_bytes(8, "little") for piece in one]) for one in pieces]
+def one_digest(frames: Sequence[bytes], i: int) -> bytes:
+    """One of the digests that `pack_digests` packed, packed."""
+    return frames[i // PAGE][i % PAGE * 8 :][:8]
 
 
 @contextmanager

@@ -344,6 +344,9 @@ def test_many_digests_arrive_as_they_were_in_frames_of_bounded_length() -> None:
     frames = tables.pack_digests(range(20_000))
     assert max(map(len, frames)) == 8 * PAGE
     assert tables.unpack_digests(frames, 20_000) == list(range(20_000))
+    assert [tables.one_digest(frames, i)[:2] for i in (0, 499, 500, 19_999)] == [
+        i.to_bytes(2, "little") for i in (0, 499, 500, 19_999)
+    ]
 
 
 @pytest.mark.parametrize("frames", [[], [bytes(8)], [bytes(24)], [bytes(15)], [bytes(16), b"x"]], ids=repr)
