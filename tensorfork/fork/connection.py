@@ -17,6 +17,7 @@ from tensorfork.errors import (
 from tensorfork.identity import Identity, Rank
 from tensorfork.layout import ModelLayout
 from tensorfork.lineage import AtLeast, Version, Wanted, why_not_wanted
+from tensorfork.model.values import MAX_VALUES
 from tensorfork.sockets.address import Address
 from tensorfork.version import __version__
 from tensorfork.wire import messages, tables
@@ -50,6 +51,7 @@ class SeedConnection:
         """
         self.address, self._cancel, self._stall, self._deadline = address, cancel, stall, deadline
         self.conversation, self.welcome = self._reach(peer_address(address), deadline, wait_until, enter)
+        self._expect_layout()
         self._is_new = True
 
     def _reach(
@@ -96,7 +98,16 @@ class SeedConnection:
         if not self._is_new:
             soon = min(deadline, time.monotonic() + HELLO_TIMEOUT)
             self.welcome, _ = self.conversation.request(messages.Hello(__version__), messages.Welcome, soon, "hello")
+            self._expect_layout()
         self._is_new = False
+
+    def _expect_layout(self, more: int = 0) -> None:
+        welcome = self.welcome
+        self.conversation.expect_rows(welcome.tensors + welcome.storages + welcome.left_out + more)
+
+    def expect_values(self) -> None:
+        """The seed's plain values are asked for, of which there may be `MAX_VALUES`."""
+        self._expect_layout(MAX_VALUES)
 
     def why_spread(self, deadline: float) -> str | None:
         """What is wrong with the address, if further connections to it reach other seeds; None if they do not."""

@@ -25,7 +25,7 @@ from tensorfork.fork.values import OurValues, SeedValues
 from tensorfork.regions import Place
 from tensorfork.transports.base import Session, Transport
 from tensorfork.wire import messages, tables
-from tensorfork.wire.conversation import ForkChannel
+from tensorfork.wire.fork_channel import ForkChannel
 
 log = logging.getLogger("tensorfork")
 
@@ -100,6 +100,8 @@ def take_lease(
         values is not None,
         bytes.fromhex(trace),
     )
+    if values is not None:
+        seed.expect_values()
     meanwhile = None if values is None else values.read
     leased, frames = seed.conversation.request(request, messages.Leased, deadline, "lease", meanwhile)
     try:

@@ -248,6 +248,7 @@ class _Attempt:
             ) as lease,
             self._comparing(lease),
             self._tensors() as tensors,
+            seed.conversation.watched("transfer"),
         ):
             version = seed.check_version(terms.version, terms.at_least, lease.version)
             enter("match")

@@ -34,6 +34,15 @@ UNFINISHED = 4 << 20
 """Bytes that may have arrived on one connection beyond the messages that were received: a few of the largest, 1 MiB."""
 UNFINISHED_IN_ALL = 16 << 20
 """The same for all connections together; beyond it the one with most is ended."""
+STUCK = 9 << 17
+"""Bytes of which it is certain that they are of one message that is not whole yet: one of the largest. They are counted
+by themselves because a part of no bytes takes 2 on the wire, and 64 in libzmq: 2 MiB can be 64 MiB."""
+STUCK_IN_ALL = 5 << 18
+"""The same for all connections together."""
+_NOTED = 64 << 10
+"""Bytes beyond the messages that were received from which on it is found out what they are of."""
+_SETTLED = 0.004
+"""Seconds in which libzmq has made messages of bytes that have arrived, if they can be made of them."""
 _FORGIVEN = 64
 """Bytes a second that count for nothing: answers to heartbeats are no messages."""
 
@@ -68,7 +77,7 @@ _BEGINNINGS = zmq.Event.ACCEPTED, zmq.Event.CONNECTED
 class _Connection:
     """What is known of one connection."""
 
-    __slots__ = ("accounted", "ended", "heard", "inode", "peer", "since", "unfinished")
+    __slots__ = ("accounted", "ended", "heard", "inode", "noted", "peer", "since", "stuck", "unfinished")
 
     def __init__(self, inode: int, now: float) -> None:
         self.inode, self.since, self.heard, self.ended = inode, now, now, False
@@ -76,6 +85,11 @@ class _Connection:
         """Its routing id, once a message has come."""
         self.accounted = self.unfinished = 0
         """Bytes on the wire of the messages that were received, and those beyond them at the last look."""
+        self.noted: tuple[float, int, int, int] | None = None
+        """At an earlier look: the time, the messages received on all connections, the bytes of this one's messages, and
+        the bytes beyond them."""
+        self.stuck = 0
+        """Bytes of a message that is not whole."""
 
 
 class ConnectionGuard:
@@ -86,6 +100,7 @@ class ConnectionGuard:
         monitor: the socket's, of `GUARDED_EVENTS`. The socket is not bound yet; call `watch` once it is.
         unfinished: bytes that may have arrived on one connection beyond the messages that were received.
         in_all: the same for all connections together.
+        stuck, stuck_in_all: bytes of messages that are certainly not whole, of one connection and of all.
         on_gone: called with a routing id whose connection has ended, after the last message that came over it.
         on_event: called with each event of the monitor; may raise.
     """
@@ -96,11 +111,16 @@ class ConnectionGuard:
         *,
         unfinished: int = UNFINISHED,
         in_all: int = UNFINISHED_IN_ALL,
+        stuck: int = STUCK,
+        stuck_in_all: int = STUCK_IN_ALL,
         on_gone: Callable[[bytes], object] = lambda peer: None,
         on_event: Callable[[zmq.Event], object] = lambda event: None,
     ) -> None:
         self._monitor, self._on_gone, self._on_zmq_event = monitor, on_gone, on_event
         self._unfinished, self._in_all = unfinished, in_all
+        self._stuck, self._stuck_in_all = stuck, stuck_in_all
+        self._suspects: dict[int, _Connection] = {}
+        self._messages, self._all_received = 0, 0.0
         self._epoll = select.epoll()
         self._spare = os.dup(self._epoll.fileno())
         """A descriptor of our own that a connection is duplicated to: so that works where none is left, too."""
@@ -120,26 +140,48 @@ class ConnectionGuard:
         """Begin: the socket is bound to this port, or connected to this one of its peer's."""
         self._port, self._is_bound = port, bound
 
+    def allow(self, unfinished: int) -> None:
+        """Change how much may have arrived on one connection, and on all, beyond what was received."""
+        self._unfinished = self._in_all = self._stuck = self._stuck_in_all = unfinished
+
+    def arrived(self, seconds: float) -> bool:
+        """Wait so long at most until `look` may have something to do on a connection. For any thread."""
+        poll = select.poll()
+        poll.register(self._epoll.fileno(), select.POLLIN)
+        return bool(poll.poll(int(seconds * 1000)))
+
     def register(self, poller: "zmq.Poller") -> None:
         """Have a poller wake up when `look` has something to do."""
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._epoll.fileno(), zmq.POLLIN)
 
-    def received(self, frames: Sequence["zmq.Frame"]) -> None:
+    def all_received(self) -> None:
+        """Every whole message has been received."""
+        self._all_received = time.monotonic()
+
+    @property
+    def next_look(self) -> float | None:
+        """When `look` has something to do in any case; None if only events matter."""
+        return self._looked + _SETTLED if self._suspects else None
+
+    def received(self, frames: Sequence["zmq.Frame"], *, is_whole: bool = True) -> None:
         """Account for a message that was received from the socket, of which the first frame is the routing id if it is
-        bound.
+        bound. If these are not all of its frames, its connection is ended.
         """
         try:
             number = frames[-1].get(zmq.SRCFD)
         except zmq.ZMQError:
             return
         now = time.monotonic()
+        self._messages += 1
         self._handle_events(now)  # the connection's beginning came before its message
         connection = self._connections.get(number)
         peer, sent = (frames[0].bytes, frames[1:]) if self._is_bound else (None, frames)
         if connection is not None:
             connection.accounted += sum(_bytes_on_the_wire(len(frame)) for frame in sent)
             connection.peer = peer
+            if not is_whole:
+                self._end_at(number, connection)
         elif peer is not None:
             self._gone.append(peer)
 
@@ -161,12 +203,14 @@ class ConnectionGuard:
     def look(self, now: float) -> None:
         """Look at the connections on which something arrived, and end those that have sent too much. Never waits."""
         self._handle_events(now)
-        for number, _ in self._epoll.poll(0):
+        for number in {*(number for number, _ in self._epoll.poll(0)), *self._suspects}:
             connection = self._connections.get(number)
             if connection is not None and not connection.ended:
                 self._look_at(number, connection, now)
-        if self._unfinished_in_all > self._in_all:
-            self._end_the_largest()
+        while self._unfinished_in_all > self._in_all and self._connections:
+            self._end_at(*max(self._connections.items(), key=lambda one: one[1].unfinished))
+        while sum(one.stuck for one in self._suspects.values()) > self._stuck_in_all:
+            self._end_at(*max(self._suspects.items(), key=lambda one: one[1].stuck))
         gone, self._gone = self._gone, []
         for peer in gone:
             self._on_gone(peer)
@@ -221,13 +265,30 @@ class ConnectionGuard:
             connection.heard = now
             forgiven = int((now - connection.since) * _FORGIVEN)
             self._set(connection, max(0, _bytes_received(held) - connection.accounted - forgiven))
-            if connection.unfinished > self._unfinished:
+            self._find_stuck(number, connection, now)
+            if connection.unfinished > self._unfinished or connection.stuck > self._stuck:
                 self._end(held, connection)
 
-    def _end_the_largest(self) -> None:
-        by_size = sorted(self._connections.items(), key=lambda one: one[1].unfinished)
-        while self._unfinished_in_all > self._in_all and by_size:
-            self._end_at(*by_size.pop())
+    def _find_stuck(self, number: int, connection: _Connection, now: float) -> None:
+        """Find out how much of what is unfinished is of a message that is not whole.
+
+        That are the bytes that had arrived at an earlier look, if since then libzmq has had time to make messages of
+        them, every connection has had its turn, and none of this one's was received.
+        """
+        if connection.unfinished <= _NOTED:
+            connection.noted, connection.stuck = None, 0
+            self._suspects.pop(number, None)
+            return
+        self._suspects[number] = connection
+        if connection.noted is not None and connection.noted[2] == connection.accounted:
+            then, messages, _, unfinished = connection.noted
+            had_turn = self._all_received >= then + _SETTLED or self._messages - messages >= len(self._connections)
+            if now - then < _SETTLED or not had_turn:
+                return
+            connection.stuck = unfinished
+        else:
+            connection.stuck = 0
+        connection.noted = now, self._messages, connection.accounted, connection.unfinished
 
     def _set(self, connection: _Connection, unfinished: int) -> None:
         self._unfinished_in_all += unfinished - connection.unfinished
@@ -237,6 +298,7 @@ class ConnectionGuard:
         connection = self._connections.pop(number, None)
         if connection is not None:
             self._set(connection, 0)
+            self._suspects.pop(number, None)
             if connection.peer is not None:
                 self._gone.append(connection.peer)
 
@@ -250,6 +312,7 @@ class ConnectionGuard:
     def _end(self, held: socket.socket, connection: _Connection) -> None:
         connection.ended = True
         self._set(connection, 0)
+        connection.stuck = 0
         self.ended += 1
         try:
             held.shutdown(socket.SHUT_RDWR)

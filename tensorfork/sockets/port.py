@@ -172,12 +172,14 @@ class Port:
         self._guard.register(poller)
         try:
             while not self._ended.is_set():
-                next_tick = self._tick()
-                ready = dict(poller.poll(None if next_tick is None else poll_timeout(next_tick)))
+                wake = min((one for one in (self._tick(), self._guard.next_look) if one is not None), default=None)
+                ready = dict(poller.poll(None if wake is None else poll_timeout(wake)))
                 if self._waker.fileno() in ready:
                     self._waker.clear()
                 if self._socket in ready:
                     self._receive()
+                else:
+                    self._guard.all_received()
                 while self._to_end:
                     self._guard.end(self._to_end.popleft())
                 self._guard.look(time.monotonic())

@@ -40,25 +40,43 @@ def connect(socket: "zmq.Socket[bytes]", address: Address) -> None:
 
 
 def recv_arrived(
-    socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard | None = None
+    socket: "zmq.Socket[bytes]", most: int, guard: ConnectionGuard | None = None, parts: int = 8
 ) -> "Iterator[list[zmq.Frame]]":
     """The messages that have arrived, at most so many, each as its frames; waits for none. A guard is told of each.
 
-    A peer that vanished in the middle of a message counts as one, and is passed over. Raises `zmq.ZMQError` once the
-    socket or its context is closed.
+    A peer that vanished in the middle of a message counts as one, and is passed over; so is a message of more than so
+    many parts, whose connection the guard ends. Raises `zmq.ZMQError` once the socket or its context is closed.
     """
     for _ in range(most):
         try:
-            frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            frames, is_whole = _recv_message(socket, parts)
         except zmq.Again:
+            if guard is not None:
+                guard.all_received()
             return
         except zmq.ZMQError as error:
             if error.errno in (zmq.ETERM, zmq.ENOTSOCK):
                 raise
             continue
         if guard is not None:
-            guard.received(frames)
-        yield frames
+            guard.received(frames, is_whole=is_whole)
+        if is_whole:
+            yield frames
+
+
+def _recv_message(socket: "zmq.Socket[bytes]", parts: int) -> tuple[list[zmq.Frame], bool]:
+    """The next message, and whether that is all of it: parts beyond so many are dropped, each as it comes, since one
+    of no bytes is an object of 200 here.
+    """
+    frames: list[zmq.Frame] = [socket.recv(zmq.NOBLOCK, copy=False)]
+    last, is_whole = frames[0], True
+    while last.more:
+        last = socket.recv(zmq.NOBLOCK, copy=False)
+        if len(frames) < parts:
+            frames.append(last)
+        else:
+            is_whole = False
+    return frames, is_whole
 
 
 def poll_timeout(deadline: float) -> int:

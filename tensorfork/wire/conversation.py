@@ -43,6 +43,9 @@ MAX_READ = 100
 """Messages that are looked at in a row for the answer to it."""
 ADVICE = "Check that the seed runs and that the address is the one it printed."
 
+MAX_PARTS = 1 + 4 * messages.MAX_FRAMES
+"""Parts of a message of the seed's, at most."""
+
 MAX_FAILED_HANDSHAKES = 3
 """Handshakes that the peer breaks off before it counts as something else than a seed: one may be a seed just ending."""
 
@@ -55,9 +58,12 @@ _MONITORED = (
     | GUARDED_EVENTS
 )
 
+UNFINISHED, UNFINISHED_ROW = 3 << 19, 384
+"""Bytes of a message of the seed's that may have arrived before it is whole; and how many more for each row, such as a
+tensor, that the seed has announced. A part of no bytes takes 2 on the wire, and 64 in libzmq."""
 STALL = 15.0
 """Seconds without a sign of life of the seed's process, by default, after which its connection counts as lost."""
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.02
 """Seconds between two looks at the connection, at least, while nothing is asked of the seed."""
 
 
@@ -103,6 +109,7 @@ class Conversation:
         self._socket.reconnect_ivl_max = RECONNECT_MAX_MS
         heartbeats(self._socket, self._stall)
         self._guard = ConnectionGuard(self._sockets.monitor(self._socket, _MONITORED), on_event=self._handle_event)
+        self._guard.allow(UNFINISHED)
         self._guard.watch(self.resolved.port or 0, bound=False)
         connect(self._socket, self.resolved)
 
@@ -148,7 +155,7 @@ class Conversation:
 
     def try_recv_welcome(self) -> messages.Welcome | None:
         """The answer to it, if it has come. Raises as `request` does."""
-        for received in recv_arrived(self._socket, MAX_READ, self._guard):
+        for received in recv_arrived(self._socket, MAX_READ, self._guard, MAX_PARTS):
             frames = [frame.bytes for frame in received]
             if (reply := self._reply_in(frames, HELLO_NUMBER, messages.Welcome, "hello")) is not None:
                 return reply
@@ -194,6 +201,33 @@ class Conversation:
         """Raise `ForkCancelled` once `cancel` is set. For any thread."""
         if self._cancel.is_set() and not self._leaving:
             raise ForkCancelled(f"{self.peer}: the fork was cancelled (at step {step})")
+
+    def expect_rows(self, rows: int) -> None:
+        """The seed has announced so many tensors, storages and names: its messages may be longer."""
+        with self._lock:
+            self._guard.allow(UNFINISHED + rows * UNFINISHED_ROW)
+
+    @contextmanager
+    def watched(self, step: str) -> Iterator[None]:
+        """Inside, a thread looks at the connection as soon as something arrives: a seed that sends messages without an
+        end is cut off, also while nothing is asked of it.
+        """
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.is_set():
+                self._guard.arrived(POLL_MS / 1000)
+                with suppress(TensorForkError):  # who asks next hears of it
+                    self.check_there(step)
+                done.wait(LOOK_SECONDS)
+
+        thread = threading.Thread(target=watch, name="tensorfork-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def check_there(self, step: str) -> None:
         """Raise `PeerUnreachable` if the seed's connection is gone. For any thread; looks every `LOOK_SECONDS`."""
@@ -241,7 +275,7 @@ class Conversation:
         return self._call_when(zmq.POLLIN, self._recv_one, deadline, step)
 
     def _recv_one(self) -> list[bytes]:
-        for frames in recv_arrived(self._socket, 1, self._guard):
+        for frames in recv_arrived(self._socket, 1, self._guard, MAX_PARTS):
             return [frame.bytes for frame in frames]
         raise zmq.Again
 
@@ -289,6 +323,8 @@ class Conversation:
         raise ProtocolError(f"{self.peer}: a {type(reply).__name__} answered, at step {step}")
 
     def _handle_event(self, event: zmq.Event) -> None:
+        if self._lost:
+            return
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.connected = True
         elif event == zmq.Event.DISCONNECTED and self.connected:
@@ -307,6 +343,8 @@ class Conversation:
             raise self._not_a_seed()  # after these, libzmq does not connect again
 
     def _why_lost(self) -> str:
+        if self._guard.ended:
+            return "the seed sent a message without an end, so that its connection was closed. It is no seed, or broken"
         if self._guard.silence < self._stall / 2:  # a third of it passes between two pings
             return "the seed closed the connection, or died"
         if self._guard.unwatched < self._stall / 4:
@@ -345,44 +383,3 @@ def peer_address(text: Any) -> Address:
     if address.port is None or address.is_wildcard:
         raise ValueError(f"{text!r} is where a seed listens, not where it is found; use what seed.address says")
     return address
-
-
-class ForkChannel:
-    """The fork's end of a lease's channel; a `tensorfork.transports.base.Channel`. To it, a fork that is cancelled has
-    ended its lease. `share` is what was granted with the lease, in bytes a second.
-    """
-
-    def __init__(self, conversation: Conversation, lease: bytes, share: float | None = None) -> None:
-        self._conversation, self._lease, self._share = conversation, lease, share
-
-    @property
-    def rate_limit(self) -> float | None:
-        """See `tensorfork.transports.base.Channel`."""
-        return self._conversation.share(self._lease, self._share)
-
-    @property
-    def seed(self) -> Address:
-        """See `tensorfork.transports.base.Channel`."""
-        return self._conversation.resolved
-
-    def send(self, message: bytes, deadline: float) -> None:
-        """See `tensorfork.transports.base.Channel`."""
-        try:
-            self._conversation.send(self._lease, message, deadline)
-        except ForkCancelled as error:
-            raise LeaseEnded(str(error)) from error
-
-    def recv(self, deadline: float) -> bytes:
-        """See `tensorfork.transports.base.Channel`."""
-        try:
-            return self._conversation.recv(self._lease, deadline)
-        except ForkCancelled as error:
-            raise LeaseEnded(str(error)) from error
-
-    def check(self) -> None:
-        """See `tensorfork.transports.base.Channel`."""
-        try:
-            self._conversation.check_cancelled("open")
-            self._conversation.check_there("open")
-        except (ForkCancelled, PeerUnreachable) as error:
-            raise LeaseEnded(str(error)) from error

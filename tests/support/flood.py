@@ -1,14 +1,17 @@
-"""Raw peers that send a message of endless parts, as fast as the other side takes them."""
+"""Raw peers and seeds that send a message of endless parts, as fast as the other side takes them."""
 
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from hostile import GREETING, MORE, READY, frame
 
 PART = frame(bytes(255), MORE) * 256
+NOTHING = bytes([MORE, 0]) * 30_000
+"""Parts of no bytes, each of which takes 64 in libzmq."""
 
 
 class Flood:
@@ -59,3 +62,25 @@ def all_ended(peers: list[Flood], seconds: float) -> bool:
     """Whether all of them were cut off within so many seconds."""
     deadline = time.monotonic() + seconds
     return all(peer.ended.wait(max(0.0, deadline - time.monotonic())) for peer in peers)
+
+
+def flooding_seed(pipe: Any, part: bytes) -> None:
+    """A process that listens as a seed does, and answers the first message of each connection with endless parts.
+
+    It sends its address, then for each connection how many bytes it got rid of.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        pipe.send(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(10)
+                connection.sendall(GREETING + READY)
+                sent, received = 0, b""
+                try:
+                    while b"tensorfork" not in received:
+                        received += connection.recv(4096) or pipe.recv()
+                    while True:
+                        sent += connection.send(part)
+                except (OSError, EOFError):
+                    pipe.send(sent)

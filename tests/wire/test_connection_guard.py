@@ -12,6 +12,7 @@ from hostile import GREETING, MORE, READY, frame, hung_up
 from scarcity import descriptors
 
 from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
+from tensorfork.sockets.zeromq import recv_arrived
 
 SECONDS = 20.0
 
@@ -55,6 +56,16 @@ class Guarded:
             assert time.monotonic() < deadline
             poller.poll(100)
             self.guard.look(time.monotonic())
+
+    def settle(self, done: object) -> None:
+        """Look, while there is nothing to receive, until it is so."""
+        assert callable(done)
+        deadline = time.monotonic() + SECONDS
+        while not done():
+            assert time.monotonic() < deadline
+            self.guard.all_received()
+            self.guard.look(time.monotonic())
+            time.sleep(0.001)
 
     def close(self) -> None:
         self.peer.close()
@@ -161,4 +172,61 @@ def test_a_connection_is_ended_where_no_descriptor_is_left(guarded: Guarded) -> 
         with descriptors(0):
             peer.sendall(frame(bytes(2000), MORE))
             guarded.look_until(lambda: guarded.guard.ended)
+        assert hung_up(peer)
+
+
+def test_what_is_certainly_not_whole_has_a_limit_of_its_own(guarded: Guarded) -> None:
+    guard = guarded.guard
+    guard._unfinished, guard._in_all = 1 << 20, 10 << 20
+    guard._stuck, guard._stuck_in_all = 100_000, 250_000
+    with ExitStack() as stack:
+        *peers, last = [stack.enter_context(guarded.greeted()) for _ in range(4)]
+        for peer in peers:
+            peer.sendall(frame(bytes(80_000), MORE))
+        guarded.settle(lambda: sum(one.stuck for one in guard._suspects.values()) > 240_000)
+        assert guard.ended == 0
+        last.sendall(frame(bytes(30_000), MORE))  # too little to be looked at
+        last.sendall(frame(bytes(80_000), MORE))
+        guarded.settle(lambda: guard.ended)
+        assert guard.ended == 1
+        guarded.settle(lambda: len(guard._suspects) == 3)
+        assert 200_000 < sum(one.stuck for one in guard._suspects.values()) <= 250_000
+
+
+def test_one_connection_may_have_so_much_that_is_not_whole(guarded: Guarded) -> None:
+    guard = guarded.guard
+    guard._unfinished, guard._in_all = 1 << 20, 10 << 20
+    guard._stuck, guard._stuck_in_all = 100_000, 1 << 20
+    with guarded.greeted() as peer, guarded.greeted() as other:
+        other.sendall(frame(bytes(90_000), MORE))
+        peer.sendall(frame(bytes(110_000), MORE))
+        guarded.settle(lambda: guard.ended)
+        assert guard.ended == 1
+        assert hung_up(peer)
+
+
+def test_whole_messages_that_wait_to_be_received_are_not_taken_for_it(guarded: Guarded) -> None:
+    guard = guarded.guard
+    guard._unfinished, guard._in_all = 1 << 20, 10 << 20
+    guard._stuck = guard._stuck_in_all = 100_000
+    with guarded.greeted() as peer:
+        for _ in range(8):
+            peer.sendall(frame(bytes(50_000)))
+        guarded.look_until(lambda: guard._unfinished_in_all > 350_000)
+        for i in range(8):
+            guarded.receive()
+            for _ in range(3):
+                time.sleep(0.005)  # what may be taken for stuck is, by then
+                guard.look(time.monotonic())
+            assert guard.ended == 0, i
+        guarded.settle(lambda: not guard._suspects)
+
+
+def test_a_message_of_more_parts_than_any_has_ends_its_connection(guarded: Guarded) -> None:
+    guarded.guard._unfinished = 10_000
+    with guarded.greeted() as peer:
+        peer.sendall(b"".join(frame(b"", MORE) for _ in range(100)) + frame(b"the last"))
+        assert guarded.router.poll(int(SECONDS * 1000))
+        assert list(recv_arrived(guarded.router, 1, guarded.guard)) == []
+        assert guarded.guard.ended == 1
         assert hung_up(peer)
