@@ -172,7 +172,7 @@ def test_a_connection_that_is_lost_between_the_poll_and_the_call_is_waited_for()
 
         class Lossy:
             def __getattr__(self, name: str) -> Any:
-                if name.endswith("_multipart") and name not in failed:
+                if name in ("send_multipart", "recv") and name not in failed:
                     failed.append(name)
                     raise zmq.Again
                 return getattr(real, name)
@@ -181,7 +181,7 @@ def test_a_connection_that_is_lost_between_the_poll_and_the_call_is_waited_for()
         conversation._wait = lambda what, *rest: real.poll(10, what)  # type: ignore[method-assign]
         reply, _ = conversation.request(messages.Hello("test"), messages.Welcome, time.monotonic() + PATIENCE, "hello")
         assert reply.tensors == 1
-        assert failed == ["send_multipart", "recv_multipart"]
+        assert failed == ["send_multipart", "recv"]
         conversation._socket = real
         conversation.close()
 
