@@ -60,17 +60,17 @@ def test_a_request_of_a_connection_that_has_ended_gets_no_lasting_lease() -> Non
     with tensorfork.publish(model()) as seed:
         guard, received = seed._service._listener.port._guard, threading.Event()
 
-        def late(frames: list[zmq.Frame]) -> None:
+        def late(frames: list[zmq.Frame], **options: bool) -> None:
             if b"TakeLease" in frames[1].bytes:
                 until(conversation_closed.is_set, "the connection ends")
                 while guard._connections:
                     guard._handle_events(time.monotonic())
                 received.set()
-            ConnectionGuard.received(guard, frames)
+            ConnectionGuard.received(guard, frames, **options)
 
         conversation_closed = threading.Event()
         guard.received = late  # type: ignore[method-assign]
-        seed._service._listener._on_gone = lambda peer: None  # what cannot be sent does not tell
+        seed._service._listener.port._on_gone = lambda peer: None  # what cannot be sent does not tell
         with connected(seed.address) as conversation:
             request = messages.TakeLease("zeromq", {}, 3600.0, False)
             conversation._send_frames([messages.encode(request, 1)], soon(), "lease")

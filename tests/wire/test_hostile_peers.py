@@ -44,6 +44,18 @@ def test_after_all_those_bytes_a_fork_is_served(seed: Seed) -> None:
 
 @pytest.mark.parametrize("length", [messages.MAX_MESSAGE + 1, 1 << 32, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_a_frame_announced_as_huge_ends_the_connection(seed: Seed, length: int) -> None:
+    with zmtp(seed) as connection:
+        send(connection, bytes([LONG]) + struct.pack(">Q", length) + b"x" * 1000)
+        assert hung_up(connection)
+
+
+def test_a_frame_that_never_ends_holds_up_nobody(seed: Seed) -> None:
+    with zmtp(seed) as connection:
+        send(connection, bytes([LONG]) + struct.pack(">Q", messages.MAX_MESSAGE) + b"x" * 1000)
+        seed.serves()
+
+
+def test_a_message_of_very_many_frames_ends_its_connection(seed: Seed) -> None:
     hello, empty = frame(messages.encode(messages.Hello("test"), 5), MORE), bytes([MORE, 0])
     with zmtp(seed) as connection:
         send(connection, hello + empty * 20_000 + frame(b""))
