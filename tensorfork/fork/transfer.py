@@ -17,6 +17,9 @@ from tensorfork.fork.terms import Progress, Terms
 from tensorfork.patience import looking
 from tensorfork.regions import Place
 
+EARLY = 0.1
+"""Seconds before a fork's deadline from which on a failure may be of that: libraries count theirs in milliseconds."""
+
 
 def make_plan(lease: Lease, pairs: Sequence[Pair], seed: SeedConnection) -> Plan:
     """What to copy. Raises `ProtocolError` unless every tensor of the seed's lies within a leased region.
@@ -78,7 +81,7 @@ def pull(
 
 def _of_limit(lease: Lease, nbytes: int, terms: Terms) -> str:
     """What the seed's rate limit has to do with a deadline that was missed."""
-    if lease.rate_limit is None or time.monotonic() < terms.deadline:
+    if lease.rate_limit is None or time.monotonic() < terms.deadline - EARLY:
         return ""
     return (
         f" (the seed has a rate limit, publish(rate_limit=), of {lease.rate_limit:,.0f} bytes a second for all its "
