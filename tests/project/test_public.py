@@ -82,7 +82,7 @@ print(json.dumps({"changed": changed, "strange": strange, "transports": sorted(t
 """)
     assert said["changed"] == []
     assert said["strange"] == []
-    assert said["transports"] == ["tensorfork.transports.base", "tensorfork.transports.registry"]
+    assert said["transports"] == [f"tensorfork.transports.{name}" for name in ("base", "rate_limit", "registry")]
 
 
 def test_a_whole_fork_needs_the_base_install_alone_and_not_numpy() -> None:
