@@ -30,9 +30,9 @@ def test_only_a_request_with_the_token_gets_bytes_and_another_is_told_once_that_
     with dealer(served) as client:
         for token in (wrong, bytes(16), served.token[::-1]):
             client.send(request(token, (served.region, 0, 10), number=1))
-        client.send(request(served.token, (served.region, 3, 10), number=2))
         assert client.poll(SECONDS * 1000)
         assert client.recv_multipart() == [NOBODY]
+        client.send(request(served.token, (served.region, 3, 10), number=2))
         assert recv_answer(client) == (2, 0, [bytes(contents(3, [served.nbytes])[0][3:13].tolist())])
         assert not client.poll(0)
 
@@ -45,8 +45,11 @@ def test_strangers_are_told_so_in_a_bounded_number_of_answers(
         with dealer(served) as client:
             client.send(request(bytes(16)))
             client.send(request(served.token, (served.region, 0, 0), number=2))  # refused
-            assert client.poll(SECONDS * 1000)
-            assert (client.recv_multipart()[0] == NOBODY) == told
+            answers = []
+            for _ in range(1 + told):
+                assert client.poll(SECONDS * 1000)
+                answers += client.recv_multipart()
+            assert (NOBODY in answers) == told
 
 
 def test_a_greeting_is_answered(served: ServedExport) -> None:
