@@ -139,6 +139,11 @@ class LeaseTable:
         with self._lock:
             return [lease for lease in self._leases.values() if not lease.ended.is_set()]
 
+    def unread(self) -> int:
+        """Bytes of messages of forks that no transport has read yet, on the channels of all leases."""
+        with self._lock:
+            return sum(lease.channel.unread for lease in self._leases.values())
+
     def want_digests(self) -> bool:
         """Whether a lease that runs waits for digests, or will."""
         return any(lease.digests for lease in self.running())

@@ -178,7 +178,7 @@ class SeedService:
                 lease = self._leases.get(message.lease)
                 if lease is None:
                     reply(messages.Ended(message.lease, self._leases.why_ended(message.lease)))
-                elif not lease.channel.deliver(payload):
+                elif not lease.channel.deliver(payload, self._leases.unread):
                     log.warning("%s sends more messages than its transport reads; its lease is ended", lease)
                     lease.end(gone=True)
             case messages.GetDigests() | messages.GetPieces():

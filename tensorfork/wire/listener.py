@@ -91,6 +91,11 @@ class SeedChannel:
     """The seed's end of a lease's channel; a `tensorfork.transports.base.Channel`."""
 
     MAX_UNREAD = 64
+    """Messages of the fork's that may wait to be read."""
+    MAX_UNREAD_BYTES = 2 << 20
+    """Bytes of these: a few of the longest."""
+    SHARE, MAX_UNREAD_IN_ALL = 576 << 10, 16 << 20
+    """Bytes of these that may wait whatever waits on others; and on the channels of all leases together."""
     rate_limit = None
     """It is the fork's end that is told one."""
 
@@ -98,6 +103,13 @@ class SeedChannel:
         self._listener, self._peer, self._lease = listener, peer, lease
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._ended = False
+        self._delivered = self._taken = 0
+        """Bytes: the first is the listener's thread's to change, the second the reader's."""
+
+    @property
+    def unread(self) -> int:
+        """Bytes that wait to be read."""
+        return self._delivered - self._taken
 
     @property
     def seed(self) -> Address:
@@ -117,6 +129,7 @@ class SeedChannel:
         if message is None:
             self._inbox.put(None)
             raise LeaseEnded("the lease has ended")
+        self._taken += len(message)
         return message
 
     def check(self) -> None:
@@ -124,10 +137,16 @@ class SeedChannel:
         if self._ended:
             raise LeaseEnded("the lease has ended")
 
-    def deliver(self, message: bytes) -> bool:
-        """Add a message from the fork. False, without adding it, when `MAX_UNREAD` messages wait already."""
-        if self._inbox.qsize() >= self.MAX_UNREAD:
+    def deliver(self, message: bytes, in_all: Callable[[], int]) -> bool:
+        """Add a message from the fork. False, without adding it, where too much would wait to be read: on this channel,
+        or, where it has more than its `SHARE`, on all channels, whose bytes `in_all` gives.
+        """
+        unread = self.unread + len(message)
+        if self._inbox.qsize() >= self.MAX_UNREAD or unread > self.MAX_UNREAD_BYTES:
             return False
+        if unread > self.SHARE and in_all() + len(message) > self.MAX_UNREAD_IN_ALL:
+            return False
+        self._delivered += len(message)
         self._inbox.put(message)
         return True
 
