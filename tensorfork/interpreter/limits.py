@@ -28,6 +28,20 @@ def require_descriptors() -> None:
         raise exhaustion(f"{used} of {limit} are in use, too many to begin", DESCRIPTORS)
 
 
+def descriptors_beyond() -> int:
+    """How many file descriptors this process has beyond three quarters of its limit, of which it keeps a quarter for
+    others than who connects: 64 at least, and 1024 at most. Negative where there are fewer.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return -1
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:  # not even one for this
+        used = limit
+    return used - limit + min(1024, max(64, limit // 4))
+
+
 def require_threads(count: int) -> None:
     """Raise `ResourceExhausted` when the system does not give this process so many more threads, and `FREE_THREADS`.
 

@@ -79,7 +79,7 @@ class SeedService:
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._id = os.urandom(16)
-        self._listener = Listener(bound, self._on_request, self._on_gone, limits.stall)
+        self._listener = Listener(bound, self._on_request, self._on_gone, limits.stall, self._has_lease)
         host, port = advertised or (self._listener.address.host, None)
         self.address = Address(host, self._listener.address.port if port is None else port)
         self._rates = RateShares(limits.rate_limit, self._tell_share)
@@ -388,6 +388,9 @@ class SeedService:
                 self._leases.expired += 1
                 lease.end()
         return min((lease.expires for lease in leases if lease.expires > now), default=None)
+
+    def _has_lease(self, peer: bytes) -> bool:
+        return self._leases.of(peer) > 0
 
     def _on_gone(self, peer: bytes) -> None:
         for lease in self._leases.peer_gone(peer):

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import zmq
 
+from tensorfork.interpreter.limits import descriptors_beyond
 from tensorfork.sockets.monitor import recv_connection_event
 
 UNFINISHED = 4 << 20
@@ -43,6 +44,8 @@ _NOTED = 64 << 10
 """Bytes beyond the messages that were received from which on it is found out what they are of."""
 _SETTLED = 0.004
 """Seconds in which libzmq has made messages of bytes that have arrived, if they can be made of them."""
+FEW = 16
+"""Connections that a port has in any case, however few descriptors there are."""
 _FORGIVEN = 64
 """Bytes a second that count for nothing: answers to heartbeats are no messages."""
 
@@ -77,12 +80,14 @@ _BEGINNINGS = zmq.Event.ACCEPTED, zmq.Event.CONNECTED
 class _Connection:
     """What is known of one connection."""
 
-    __slots__ = ("accounted", "ended", "heard", "inode", "noted", "peer", "since", "stuck", "unfinished")
+    __slots__ = ("accounted", "ended", "heard", "inode", "noted", "peer", "since", "spoke", "stuck", "unfinished")
 
     def __init__(self, inode: int, now: float) -> None:
         self.inode, self.since, self.heard, self.ended = inode, now, now, False
         self.peer: bytes | None = None
         """Its routing id, once a message has come."""
+        self.spoke = 0.0
+        """When the last message came; 0 before the first."""
         self.accounted = self.unfinished = 0
         """Bytes on the wire of the messages that were received, and those beyond them at the last look."""
         self.noted: tuple[float, int, int, int] | None = None
@@ -102,6 +107,7 @@ class ConnectionGuard:
         in_all: the same for all connections together.
         stuck, stuck_in_all: bytes of messages that are certainly not whole, of one connection and of all.
         on_gone: called with a routing id whose connection has ended, after the last message that came over it.
+        keep: whether a connection is not to be ended to make room for others, by its routing id.
         on_event: called with each event of the monitor; may raise.
     """
 
@@ -114,13 +120,16 @@ class ConnectionGuard:
         stuck: int = STUCK,
         stuck_in_all: int = STUCK_IN_ALL,
         on_gone: Callable[[bytes], object] = lambda peer: None,
+        keep: Callable[[bytes], bool] = lambda peer: False,
         on_event: Callable[[zmq.Event], object] = lambda event: None,
     ) -> None:
-        self._monitor, self._on_gone, self._on_zmq_event = monitor, on_gone, on_event
+        self._monitor, self._on_gone, self._keep, self._on_zmq_event = monitor, on_gone, keep, on_event
         self._unfinished, self._in_all = unfinished, in_all
         self._stuck, self._stuck_in_all = stuck, stuck_in_all
         self._suspects: dict[int, _Connection] = {}
         self._messages, self._all_received = 0, 0.0
+        self._accepted = False
+        """Whether there may be too many descriptors."""
         self._epoll = select.epoll()
         self._spare = os.dup(self._epoll.fileno())
         """A descriptor of our own that a connection is duplicated to: so that works where none is left, too."""
@@ -162,7 +171,7 @@ class ConnectionGuard:
     @property
     def next_look(self) -> float | None:
         """When `look` has something to do in any case; None if only events matter."""
-        return self._looked + _SETTLED if self._suspects else None
+        return self._looked + _SETTLED if self._suspects or self._accepted else None
 
     def received(self, frames: Sequence["zmq.Frame"], *, is_whole: bool = True) -> None:
         """Account for a message that was received from the socket, of which the first frame is the routing id if it is
@@ -179,7 +188,7 @@ class ConnectionGuard:
         peer, sent = (frames[0].bytes, frames[1:]) if self._is_bound else (None, frames)
         if connection is not None:
             connection.accounted += sum(_bytes_on_the_wire(len(frame)) for frame in sent)
-            connection.peer = peer
+            connection.peer, connection.spoke = peer, now
             if not is_whole:
                 self._end_at(number, connection)
         elif peer is not None:
@@ -211,6 +220,8 @@ class ConnectionGuard:
             self._end_at(*max(self._connections.items(), key=lambda one: one[1].unfinished))
         while sum(one.stuck for one in self._suspects.values()) > self._stuck_in_all:
             self._end_at(*max(self._suspects.items(), key=lambda one: one[1].stuck))
+        if self._accepted:
+            self._make_room()
         gone, self._gone = self._gone, []
         for peer in gone:
             self._on_gone(peer)
@@ -256,6 +267,21 @@ class ConnectionGuard:
                 self._epoll.modify(number, _ARRIVALS)
             except OSError:  # libzmq has closed it meanwhile; or it cannot be watched
                 self._end(held, connection)
+        self._accepted = self._is_bound
+
+    def _make_room(self) -> None:
+        """End connections if this process has few descriptors left: where none is, libzmq tries without a pause to
+        accept who is waiting. Those that have been idle for longest; before all others those that have said nothing.
+        """
+        live = [one for one in self._connections.items() if not one[1].ended]
+        closing = len(self._connections) - len(live)
+        excess = descriptors_beyond() - closing
+        idle = [one for one in live if one[1].peer is None or not self._keep(one[1].peer)]
+        idle.sort(key=lambda one: (one[1].spoke, one[1].since))
+        longest = idle[: max(0, min(excess, len(live) - FEW))]
+        for number, connection in longest:
+            self._end_at(number, connection)
+        self._accepted = bool(longest) or closing > 0  # libzmq closes them, and accepts others in their place
 
     def _look_at(self, number: int, connection: _Connection, now: float) -> None:
         with self._held(number, connection.inode) as held:

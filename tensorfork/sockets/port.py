@@ -65,6 +65,7 @@ class Port:
         on_message: takes a message to the owner: the peer's id, and the frames. It must not wait.
         on_gone: told of a peer whose connection has ended, maybe more than once.
         stall: seconds without a sign of life after which a connection is ended.
+        keep: whether a peer's connection is not to be ended to make room for others.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Port:
         on_message: Callable[[bytes, Sequence[bytes]], None] = lambda peer, frames: None,
         on_gone: Callable[[bytes], None] = lambda peer: None,
         stall: float = 15.0,
+        keep: Callable[[bytes], bool] = lambda peer: False,
     ) -> None:
         """Bind. Raises `OSError` when the address is taken, or not one of this host; `ResourceExhausted`."""
         self._on_message, self._on_gone = on_message, on_gone
@@ -85,7 +87,9 @@ class Port:
             self._socket.copy_threshold = COPY_BELOW
             self._socket.router_mandatory = True
             heartbeats(self._socket, stall)
-            self._guard = ConnectionGuard(self._sockets.monitor(self._socket, GUARDED_EVENTS), on_gone=on_gone)
+            self._guard = ConnectionGuard(
+                self._sockets.monitor(self._socket, GUARDED_EVENTS), on_gone=on_gone, keep=keep
+            )
             stack.callback(self._guard.close)
             try:
                 self.address = bind(self._socket, address)

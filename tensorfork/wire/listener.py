@@ -37,10 +37,11 @@ class Listener:
         on_request: Callable[[bytes, Any, bytes, SendReply], None],
         on_gone: Callable[[bytes], None],
         stall: float,
+        keep: Callable[[bytes], bool] = lambda peer: False,
     ) -> None:
         """Bind to the address. Raises `OSError` when it is taken, or not one of this host; `ResourceExhausted`."""
         self._on_request = on_request
-        self.port = Port(address, self._on_message, on_gone, stall)
+        self.port = Port(address, self._on_message, on_gone, stall, keep)
         self.address = self.port.address
 
     def start(self, tick: Callable[[], float | None]) -> None:

@@ -6,13 +6,14 @@ everything that takes one of the resource has been the one that does not get it.
 
 import errno
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
 import zmq
 from engine_seeds import needs_mooncake
 from processes import Child
-from scarcity import SECONDS, fork_under, publish_under, publish_with
+from scarcity import SECONDS, close_under, fork_under, publish_under, publish_with
 from seed_leases import until
 
 import tensorfork
@@ -83,6 +84,17 @@ def test_a_seed_that_lacks_something_refuses_with_the_reason_and_serves_on(limit
         assert refused > 0
         assert all(bool((tensor == 1).all()) for tensor in ours.values())
         assert tensorfork.fork(address, transport=transport, timeout=SECONDS).keys() == ours.keys()
+
+
+@pytest.mark.parametrize("transport", ["zeromq", "gloo"])
+@pytest.mark.parametrize("limit", STEPS)
+def test_a_seed_that_lacks_something_can_be_closed_and_has_lost_no_slot(limit: str, transport: str) -> None:
+    with Child(close_under, NBYTES, limit, transport) as child:
+        address = child.recv()
+        for _ in range(3):  # without any descriptor nobody can connect
+            with suppress(tensorfork.PeerRefused, tensorfork.PeerUnreachable, tensorfork.TransportUnavailable):
+                tensorfork.fork(address, transport=transport, timeout=SECONDS)
+        assert child.request("close") == (0, 0)
 
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("transfer_engine:tcp", marks=needs_mooncake)])

@@ -156,3 +156,18 @@ def publish_with(pipe: Any, nbytes: int) -> None:
             except Exception as raised:
                 error = raised
         pipe.send((None if error is None else type(error).__name__, getattr(error, "resource", None) or str(error)))
+
+
+def close_under(pipe: Any, nbytes: int, limit: str, transport: str) -> None:
+    """A process with a seed, which is closed while a limit holds: it sends its address, and once it hears something the
+    leases that run, before and after `close`.
+    """
+    seed = tensorfork.publish(filled(nbytes), transports=[transport])
+    tensorfork.fork(seed.address, device="cpu", transport=transport, timeout=SECONDS)
+    become_somebody()
+    pipe.send(seed.address)
+    with LIMITS[limit](0):
+        pipe.recv()
+        before = seed.stats().running
+        seed.close()
+        pipe.send((before, seed.stats().running))

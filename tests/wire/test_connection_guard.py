@@ -11,6 +11,7 @@ import zmq
 from hostile import GREETING, MORE, READY, frame, hung_up
 from scarcity import descriptors
 
+from tensorfork.sockets import connection_guard
 from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
 from tensorfork.sockets.zeromq import recv_arrived
 
@@ -230,3 +231,34 @@ def test_a_message_of_more_parts_than_any_has_ends_its_connection(guarded: Guard
         assert list(recv_arrived(guarded.router, 1, guarded.guard)) == []
         assert guarded.guard.ended == 1
         assert hung_up(peer)
+
+
+def test_room_is_made_by_ending_who_has_been_idle_for_longest_and_never_who_is_to_be_kept(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard, beyond = guarded.guard, [0]
+    guard._unfinished = 10_000
+    monkeypatch.setattr(connection_guard, "FEW", 1)
+    monkeypatch.setattr(connection_guard, "descriptors_beyond", lambda: beyond[0])
+    with guarded.greeted() as kept, guarded.greeted() as spoke, guarded.greeted() as silent, guarded.greeted() as last:
+        kept.sendall(frame(b"something"))
+        held = guarded.receive()
+        guard._keep = lambda peer: peer == held
+        for peer in (spoke, last):
+            peer.sendall(frame(b"something"))
+            guarded.receive()
+        for number, expected in enumerate((guarded.peer, silent, spoke), 1):
+            beyond[0] = 1
+            guard._accepted = True
+            guard.look(time.monotonic())
+            beyond[0] = 0
+            assert hung_up(expected)
+            guarded.look_until(lambda left=5 - number: len(guard._connections) == left)
+        assert guard.ended == 3
+        beyond[0] = 5
+        guard._accepted = True
+        guarded.look_until(lambda: guard.ended == 4)
+        assert hung_up(last)
+        guarded.look_until(lambda: len(guard._connections) == 1)
+        kept.sendall(frame(b"something"))
+        assert guarded.receive() == held

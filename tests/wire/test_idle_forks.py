@@ -4,6 +4,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -49,30 +50,29 @@ def test_a_peer_that_asks_and_never_reads_costs_little() -> None:
             assert seed.memory() - before < MUCH
 
 
-def test_idle_connections_use_up_the_descriptors_of_a_seed_and_it_lives() -> None:
-    limit = 128
-    with Child(serve, model, {resource.RLIMIT_NOFILE: limit}) as child:
+@pytest.mark.parametrize("greeting", [b"", GREETING + READY], ids=["silent", "after ZeroMQ's handshake"])
+def test_more_idle_connections_than_descriptors_leave_the_seed_quiet_and_forks_get_in(greeting: bytes) -> None:
+    """Where no descriptor was left, libzmq tried again and again to accept those who waited: a core was busy."""
+    limit, idle = 256, []
+    with Child(serve, model, {resource.RLIMIT_NOFILE: limit}) as child, ExitStack() as stack:
         seed = Seed(child)
         process = psutil.Process(child.pid)
-        refusals: list[str] = []
-        for wanted in range(limit - 60, limit, 5):  # libzmq would end the process at one count or other of these
-            idle = []
-            while process.num_fds() < wanted:
-                idle.append(socket.create_connection(seed.at, timeout=SECONDS))
-                send(idle[-1], GREETING + READY)
-                idle[-1].recv(1)  # it is there
-            try:
-                tensorfork.fork(seed.address, timeout=SECONDS)
-            except tensorfork.PeerRefused as error:
-                refusals.append(str(error))
-            finally:
-                for connection in idle:
-                    connection.close()
-            while process.num_fds() > limit - 70:
-                time.sleep(0.01)
-        assert refusals
-        assert all("file descriptors" in refusal for refusal in refusals)
+        holder = connection_to(seed.address)
+        stack.callback(holder.close)
+        lease = lease_of(holder, time.monotonic() + SECONDS)
+        for _ in range(345):
+            idle.append(stack.enter_context(socket.create_connection(seed.at, timeout=SECONDS)))
+            send(idle[-1], greeting)
         seed.serves()
+        while process.num_fds() > limit - 60:  # nobody connects any more; those that were ended are closed
+            time.sleep(0.01)
+        before = process.cpu_times()
+        time.sleep(1.0)
+        after = process.cpu_times()
+        assert after.user + after.system - before.user - before.system < 0.2
+        seed.serves()
+        check = messages.CheckLease(lease, False)
+        holder.request(check, messages.Checked, time.monotonic() + SECONDS, "check")  # it was there before them all
 
 
 def lease_of(conversation: Conversation, deadline: float) -> bytes:
