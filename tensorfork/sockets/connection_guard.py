@@ -38,11 +38,11 @@ UNFINISHED_IN_ALL = 16 << 20
 STUCK = 9 << 17
 """Bytes of which it is certain that they are of one message that is not whole yet: one of the largest. They are counted
 by themselves because a part of no bytes takes 2 on the wire, and 64 in libzmq: 2 MiB can be 64 MiB."""
-STUCK_IN_ALL = 5 << 18
+STUCK_IN_ALL = 9 << 17
 """The same for all connections together."""
 _NOTED = 64 << 10
 """Bytes beyond the messages that were received from which on it is found out what they are of."""
-_SETTLED = 0.004
+_SETTLED = 0.002
 """Seconds in which libzmq has made messages of bytes that have arrived, if they can be made of them."""
 FEW = 16
 """Connections that a port has in any case, however few descriptors there are."""
