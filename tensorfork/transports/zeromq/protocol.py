@@ -27,8 +27,9 @@ FRAME = 2 << 20
 """Bytes of one answer at most. Smaller ones cost more switches between threads, larger ones leave the cache."""
 LENT = 256 << 10
 """Bytes of a range from which on it is better lent than copied with others into one answer."""
-WINDOW = 16
-"""Requests in flight on a connection."""
+WINDOW, REFILL = 16, 8
+"""Requests in flight on a connection; and at how many of them, or fewer, more are sent: several in a row wake the seed's
+port once."""
 MAX_CONNECTIONS = 16
 """Connections that a fork makes for one lease, at most."""
 MAX_RANGES = 64

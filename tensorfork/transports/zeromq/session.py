@@ -29,6 +29,7 @@ from tensorfork.transports.zeromq.protocol import (
     MOVED,
     OK,
     RANGE,
+    REFILL,
     WINDOW,
 )
 
@@ -176,13 +177,12 @@ class ZeroMQSession(Session):
             yield Request(bytes(ranges), targets, nbytes)
 
     def _send_requests(self, requests: Iterator[Request]) -> bool:
-        """Send requests until every connection has `WINDOW` in flight. False when all have been answered."""
+        """Send requests until every connection that had `REFILL` in flight or fewer has `WINDOW`. False when all have
+        been answered.
+        """
+        refilled = [one for one in self._connections if one.ready and len(one.in_flight) <= REFILL]
         while True:
-            connection = min(
-                (connection for connection in self._connections if connection.ready),
-                key=lambda connection: len(connection.in_flight),
-                default=None,
-            )
+            connection = min(refilled, key=lambda one: len(one.in_flight), default=None)
             if connection is None or len(connection.in_flight) >= WINDOW:
                 return True
             request = next(requests, None)
