@@ -44,8 +44,8 @@ class Site:
 
 
 class Channel(Protocol):
-    """Messages between the two ends of one lease, in order, of at most 1 MiB each. Of a seed's messages 1.5 MiB may wait
-    to be read by the fork, of a fork's 64 messages; beyond that the lease is lost.
+    """Messages between the two ends of one lease, in order, of at most 1 MiB each. Of a seed's messages 1.5 MiB may
+    wait to be read by the fork, of a fork's 64 messages; beyond that the lease is lost.
 
     They travel over the conversation's connection, in plaintext, each with the lease's id. That id, 16 random bytes, is
     all that distinguishes them from a stranger's messages: nothing is encrypted or authenticated, so whoever can read

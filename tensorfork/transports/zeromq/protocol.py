@@ -28,8 +28,8 @@ FRAME = 2 << 20
 LENT = 256 << 10
 """Bytes of a range from which on it is better lent than copied with others into one answer."""
 WINDOW, REFILL = 16, 8
-"""Requests in flight on a connection; and at how many of them, or fewer, more are sent: several in a row wake the seed's
-port once."""
+"""Requests in flight on a connection; and at how many of them, or fewer, more are sent: several in a row wake the
+seed's port once."""
 MAX_CONNECTIONS = 16
 """Connections that a fork makes for one lease, at most."""
 MAX_RANGES = 64
