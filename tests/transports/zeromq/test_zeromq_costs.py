@@ -5,8 +5,9 @@ from contextlib import ExitStack
 import psutil
 import pytest
 import torch
+import zmq
 from seed_leases import SECONDS, connected, soon, until
-from zeromq_export import ServedExport, dealer, request
+from zeromq_export import ServedExport, request
 
 import tensorfork
 from tensorfork import PeerUnreachable, Site
@@ -24,6 +25,8 @@ def test_a_lease_costs_two_threads_and_a_few_descriptors() -> None:
     model = {"a": torch.ones(1000)}
     with tensorfork.publish(model, transports=["zeromq"]) as seed, ExitStack() as stack:
         conversations = [stack.enter_context(connected(seed.address)) for _ in range(LEASES)]
+        for conversation in conversations:
+            conversation.request(messages.Hello("test"), messages.Welcome, soon(), "hello")
         before = process.num_threads(), process.num_fds()
         for conversation in conversations:
             take = messages.TakeLease("zeromq", {}, SECONDS, False)
@@ -50,8 +53,9 @@ def test_a_reader_that_takes_nothing_is_ended_after_a_stall_and_its_share_is_fre
     pool = host_slots.pool()
     free = [len(kind) for kind in pool._free]
     served = ServedExport(ZeroMQ(), 16 << 20, Site("127.0.0.1", "127.0.0.1", port=port, stall=0.2))
-    with dealer(served) as client:
-        client.rcvhwm = 1
+    with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+        client.linger, client.rcvhwm, client.rcvbuf = 0, 1, 1 << 16
+        client.connect(str(port.address))
         for number in range(1, 9):
             client.send(request(served.token, (served.region, 0, served.frame), number=number))
         served._thread.join(SECONDS)
