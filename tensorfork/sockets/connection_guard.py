@@ -194,6 +194,17 @@ class ConnectionGuard:
         elif peer is not None:
             self._gone.append(peer)
 
+    @property
+    def unfinished(self) -> int:
+        """Bytes that had arrived at the last look, on all connections, beyond the messages that were received."""
+        return self._unfinished_in_all
+
+    def account(self, *nbytes: int) -> None:
+        """The same for a message of frames of so many bytes, of a socket that is connected: it has one connection."""
+        self._messages += 1
+        for connection in self._connections.values():
+            connection.accounted += sum(map(_bytes_on_the_wire, nbytes))
+
     def connection_of(self, frames: Sequence["zmq.Frame"]) -> ConnectionKey | None:
         """The connection that a message came over of which `received` was told; None if it has gone meanwhile."""
         try:

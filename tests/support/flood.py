@@ -64,8 +64,10 @@ def all_ended(peers: list[Flood], seconds: float) -> bool:
     return all(peer.ended.wait(max(0.0, deadline - time.monotonic())) for peer in peers)
 
 
-def flooding_seed(pipe: Any, part: bytes) -> None:
+def flooding_seed(pipe: Any, part: bytes, until: bytes = b"tensorfork", first: bytes = b"") -> None:
     """A process that listens as a seed does, and answers the first message of each connection with endless parts.
+
+    That is a message with `until` in it; before them goes `first`.
 
     It sends its address, then for each connection how many bytes it got rid of.
     """
@@ -78,8 +80,9 @@ def flooding_seed(pipe: Any, part: bytes) -> None:
                 connection.sendall(GREETING + READY)
                 sent, received = 0, b""
                 try:
-                    while b"tensorfork" not in received:
+                    while until not in received:
                         received += connection.recv(4096) or pipe.recv()
+                    connection.sendall(first)
                     while True:
                         sent += connection.send(part)
                 except (OSError, EOFError):

@@ -7,7 +7,7 @@ the seed's process survives memory that is freed or unmapped meanwhile, and answ
 that nothing moves (`Region.stable`), libzmq is lent the tensors' own memory, and the seed copies only small ranges, of
 which many go into one answer.
 
-The fork keeps `WINDOW` requests in flight on each connection, so that neither side waits for the next request. The
+The fork keeps `WINDOW` requests in flight, so that neither side waits for the next request. The
 fork's libzmq stops reading from a connection when a few answers are queued. So neither side ever holds more than that
 beyond the model, and a fork that stops reading delays nobody else.
 

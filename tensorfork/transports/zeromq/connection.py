@@ -1,5 +1,6 @@
 """One connection of a fork to the seed, for one lease: it is used once the seed has answered a greeting on it."""
 
+import time
 from collections import deque
 
 import zmq
@@ -7,8 +8,8 @@ from attrs import define, field, frozen
 
 from tensorfork.errors import PeerUnreachable, TransferFailed
 from tensorfork.sockets.address import Address
+from tensorfork.sockets.connection_guard import GUARDED_EVENTS, ConnectionGuard
 from tensorfork.sockets.context import Sockets
-from tensorfork.sockets.monitor import recv_event
 from tensorfork.sockets.port import NOBODY, TO_TOKEN
 from tensorfork.sockets.zeromq import connect
 from tensorfork.transports.data_port import NOT_THIS_SEED
@@ -20,7 +21,14 @@ from tensorfork.transports.zeromq.protocol import (
     REQUEST_HEADER,
 )
 
-_MONITORED = zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.CLOSED
+_MONITORED = GUARDED_EVENTS | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.CLOSED
+_ENDS = zmq.Event.DISCONNECTED, zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+_ENDLESS = "sends what was not requested, without end"
+SLACK = 128 << 10
+"""Bytes that may arrive beside those that were requested: headers, and answers to heartbeats."""
+STUCK_LOOKS = 20
+"""Looks in a row, a few milliseconds apart, at which more has arrived than one answer has, and no answer came of it,
+until that counts as a message that is never whole. A part of no bytes takes 2 on the wire, and 64 in libzmq."""
 
 
 @frozen
@@ -50,20 +58,37 @@ class Connection:
     monitor: "zmq.Socket[bytes]"
     seed: Address
     token: bytes
+    frame: int
     in_flight: deque[tuple[int, Request]] = field(factory=deque)
     ready: bool = False
     refused: bool = False
     greeted: bool = False
+    _guard: ConnectionGuard = field(init=False)
+    _stuck_looks: int = 0
 
     @classmethod
-    def begin(cls, sockets: Sockets, seed: Address, token: bytes, recv_queue: int) -> "Connection":
-        """Begin to connect. `recv_queue` answers are received before they are asked for, at most."""
+    def begin(
+        cls, sockets: Sockets, seed: Address, token: bytes, recv_queue: int, frame: int, in_flight: int
+    ) -> "Connection":
+        """Begin to connect. libzmq queues `recv_queue` answers at most, an answer has `frame` bytes at most, and those
+        that were requested and have not come `in_flight` together.
+        """
         socket = sockets.new(zmq.DEALER, max_message=FRAME, queue=0)  # the window bounds what is sent
         socket.rcvhwm = 2 * recv_queue - 1  # an answer is one message, and an empty one comes behind it
         socket.reconnect_ivl = -1
-        monitor = sockets.monitor(socket, _MONITORED)
+        made = cls(socket, sockets.monitor(socket, _MONITORED), seed, token, frame)
+        most = in_flight + SLACK
+        made._guard = ConnectionGuard(
+            made.monitor,
+            unfinished=most,
+            in_all=most,
+            stuck=most,
+            stuck_in_all=most,
+            on_event=made._handle_event,
+        )
+        made._guard.watch(seed.port or 0, bound=False)
         connect(socket, seed)
-        return cls(socket, monitor, seed, token)
+        return made
 
     def register(self, poller: zmq.Poller) -> None:
         """Wait for what can happen on it."""
@@ -77,7 +102,7 @@ class Connection:
         the seed.
         """
         if self.monitor in events:
-            self._handle_event()
+            self.look()
         seen = events.get(self.socket, 0)
         if seen & zmq.POLLOUT and not self.greeted:
             self._send_greeting()
@@ -87,11 +112,28 @@ class Connection:
             return False
         return bool(seen & zmq.POLLIN)
 
-    def _handle_event(self) -> None:
-        if recv_event(self.monitor) == zmq.Event.CLOSED:  # of a connection that was never made
+    def look(self) -> None:
+        """Look at how much has arrived. Raises as `advance` does, also where that is more than a seed has to send."""
+        self._guard.look(time.monotonic())
+        self._stuck_looks = self._stuck_looks + 1 if self._guard.unfinished > self.frame + SLACK else 0
+        if self._stuck_looks > STUCK_LOOKS:
+            raise TransferFailed(f"{self.seed} {_ENDLESS}")
+
+    def received(self, *nbytes: int) -> None:
+        """Frames of so many bytes were received, the parts of one message."""
+        self._guard.account(*nbytes)
+        self._stuck_looks = 0
+
+    def close(self) -> None:
+        """Stop watching. Call it before the sockets are closed."""
+        self._guard.close()
+
+    def _handle_event(self, event: zmq.Event) -> None:
+        if event == zmq.Event.CLOSED:  # of a connection that was never made
             self.refused = True
-            return
-        raise TransferFailed(f"{self.seed} closed the connection, or died")
+        elif event in _ENDS:
+            why = _ENDLESS if self._guard.ended else "closed the connection, or died"
+            raise TransferFailed(f"{self.seed} {why}")
 
     def _send_greeting(self) -> None:
         try:
@@ -106,6 +148,7 @@ class Connection:
 
     def _recv_greeting(self) -> None:
         frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        self.received(*map(len, frames))
         if frames == [NOBODY]:
             reason = PeerUnreachable(NOT_THIS_SEED)
             raise TransferFailed(f"{self.seed}: {NOT_THIS_SEED}") from reason

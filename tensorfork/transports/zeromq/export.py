@@ -23,6 +23,7 @@ from tensorfork.transports.zeromq.buffers import AnswerBuffers
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
     GREETING,
+    LEAST_WINDOW,
     MAX_CONNECTIONS,
     MAX_REQUEST,
     MOVED,
@@ -36,7 +37,7 @@ from tensorfork.transports.zeromq.protocol import (
 
 log = logging.getLogger("tensorfork")
 
-MAX_WAITING = MAX_CONNECTIONS * (WINDOW + 1)
+MAX_WAITING = WINDOW + MAX_CONNECTIONS * (LEAST_WINDOW + 1)
 """Requests that wait for their answers, at most: all that a fork's connections send."""
 SEND_BUFFER = 384 << 10
 """Bytes of the kernel's send buffer where both sides are on one host: by itself it grows to megabytes, out of the

@@ -27,9 +27,9 @@ FRAME = 2 << 20
 """Bytes of one answer at most. Smaller ones cost more switches between threads, larger ones leave the cache."""
 LENT = 256 << 10
 """Bytes of a range from which on it is better lent than copied with others into one answer."""
-WINDOW, REFILL = 16, 8
-"""Requests in flight on a connection; and at how many of them, or fewer, more are sent: several in a row wake the
-seed's port once."""
+WINDOW = 16
+"""Requests in flight of one fork, over all its connections; but at least `LEAST_WINDOW` on each."""
+LEAST_WINDOW = 2
 MAX_CONNECTIONS = 16
 """Connections that a fork makes for one lease, at most."""
 MAX_RANGES = 64

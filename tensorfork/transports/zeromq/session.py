@@ -25,11 +25,11 @@ from tensorfork.transports.zeromq.buffers import open_share
 from tensorfork.transports.zeromq.connection import Connection, Request
 from tensorfork.transports.zeromq.protocol import (
     ANSWER_HEADER,
+    LEAST_WINDOW,
     MAX_RANGES,
     MOVED,
     OK,
     RANGE,
-    REFILL,
     WINDOW,
 )
 
@@ -37,6 +37,8 @@ RECV_QUEUE = 3
 """Answers that libzmq queues for each connection (its high-water mark), with up to four connections."""
 POLL_MS = 200
 """Milliseconds of one poll, at most: between two it is checked whether the fork was cancelled."""
+LOOK_SECONDS = 0.005
+"""Seconds between two looks at how much has arrived: what does not make an answer wakes nobody."""
 RETAINED_BYTES = 4 << 20
 """Bytes of freed memory that the C library is asked to keep: libzmq receives into it again and again."""
 
@@ -70,7 +72,12 @@ class ZeroMQSession(Session):
             stack.callback(sockets.close)
             retain_freed_memory(RETAINED_BYTES)
             recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
-            self._connections = [Connection.begin(sockets, seed, token, recv_queue) for _ in range(connections)]
+            self._window = max(LEAST_WINDOW, WINDOW // connections)
+            self._connections: list[Connection] = []
+            for _ in range(connections):
+                begun = Connection.begin(sockets, seed, token, recv_queue, frame, self._window * frame)
+                stack.callback(begun.close)
+                self._connections.append(begun)
             self._resources = stack.pop_all()
         self._last_number = 0
         self._gpu_copies: deque[tuple[torch.cuda.Event, Request]] = deque()
@@ -109,15 +116,20 @@ class ZeroMQSession(Session):
         self._memory.wait_for_current_streams()
         requests = self._requests(copies)
         poller, silent_at = self._poller()
+        look_at = 0.0
         self._failed = True  # until all has arrived: after a failure, answers may still be on their way
         try:
             while self._send_requests(requests):
                 check_going_on(deadline, cancel, source=self._seed)
                 self._check_reached(silent_at)
-                events = dict(poller.poll(min(poll_timeout(deadline), POLL_MS)))
+                events = dict(poller.poll(min(poll_timeout(deadline), int(LOOK_SECONDS * 1000))))
                 for connection in self._connections:
                     if connection.advance(events, poller):
                         self._recv_answers(connection, remaining, done)
+                if (now := time.monotonic()) >= look_at:
+                    look_at = now + LOOK_SECONDS
+                    for connection in self._connections:
+                        connection.look()
                 self._report_gpu_copies(remaining, done)
             while self._gpu_copies:
                 self._report_gpu_copies(remaining, done, wait=True)
@@ -177,13 +189,14 @@ class ZeroMQSession(Session):
             yield Request(bytes(ranges), targets, nbytes)
 
     def _send_requests(self, requests: Iterator[Request]) -> bool:
-        """Send requests until every connection that had `REFILL` in flight or fewer has `WINDOW`. False when all have
-        been answered.
+        """Fill the window of every connection of which half is empty. False when all requests have been answered.
+
+        Several requests in a row wake the seed's port once.
         """
-        refilled = [one for one in self._connections if one.ready and len(one.in_flight) <= REFILL]
+        refilled = [one for one in self._connections if one.ready and len(one.in_flight) <= self._window // 2]
         while True:
             connection = min(refilled, key=lambda one: len(one.in_flight), default=None)
-            if connection is None or len(connection.in_flight) >= WINDOW:
+            if connection is None or len(connection.in_flight) >= self._window:
                 return True
             request = next(requests, None)
             if request is None:
@@ -204,6 +217,7 @@ class ZeroMQSession(Session):
             except zmq.Again:
                 return
             if not header and not socket.get(zmq.RCVMORE):
+                connection.received(0)
                 continue  # behind an answer; the seed learns from it what has been sent
             if header == NOBODY:
                 raise TransferFailed(f"{self._seed} has ended the lease")
@@ -212,6 +226,7 @@ class ZeroMQSession(Session):
                 raise TransferFailed(f"{self._seed} sent something that is not the answer to a request")
             self._check_status(ANSWER_HEADER.unpack(header)[1])
             self._recv_bytes(socket, request)
+            connection.received(len(header), request.nbytes)
             if self._memory.device(request.targets[0][1]) == "cpu":
                 self._count(request, remaining, done)
 
