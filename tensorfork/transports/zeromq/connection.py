@@ -26,7 +26,7 @@ _ENDS = zmq.Event.DISCONNECTED, zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
 _ENDLESS = "sends what was not requested, without end"
 SLACK = 128 << 10
 """Bytes that may arrive beside those that were requested: headers, and answers to heartbeats."""
-STUCK_LOOKS = 20
+STUCK_LOOKS = 12
 """Looks in a row, a few milliseconds apart, at which more has arrived than one answer has, and no answer came of it,
 until that counts as a message that is never whole. A part of no bytes takes 2 on the wire, and 64 in libzmq."""
 
