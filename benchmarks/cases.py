@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
-from benchmarks import changes, digest, disturbance, fork, imports, limits, publish, ready, settings
+from benchmarks import changes, digest, disturbance, fork, imports, limits, load, publish, ready, settings
 from benchmarks.bench import Bench
 from benchmarks.measure import Outcome
 
@@ -41,6 +41,7 @@ SEED_LIMITS = {
     "zeromq": ("2e9",),
 }
 """Bytes a second of a seed, for all its forks."""
+LOAD_MODEL = "64MiB/100"
 CPU_SEED_LIMITS = {"zeromq": "200e6", "gloo": "200e6"}
 
 
@@ -73,7 +74,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All cases, in the order in which they run."""
-    return [*_on_cpus(), *_on_gpus(), *_disturbances(), *_process_settings()]
+    return [*_on_cpus(), *_on_gpus(), *_disturbances(), *_process_settings(), *_load()]
 
 
 def select(words: Sequence[str]) -> list[Case]:
@@ -186,3 +187,16 @@ def _process_settings() -> Iterator[Case]:
     for shape in ("20000x4KiB", "llama", "experts"):
         run = partial(settings.case, shape=shape, transport="cuda_ipc")
         yield Case(f"gpu-settings-{shape}", frozenset({"gpu", "gpu-settings"}), run, 1)
+
+
+def _load() -> Iterator[Case]:
+    """What a seed bears."""
+    for name, run in {
+        "forks": partial(load.forks_case, shape=LOAD_MODEL, count=64),
+        "idle": partial(load.idle_case, shape=LOAD_MODEL, count=1000),
+        "exhausted": partial(load.exhausted_case, shape=LOAD_MODEL, count=345, descriptors=256),
+        "unread": partial(load.readers_case, shape=LOAD_MODEL, count=60, trickle=False),
+        "trickle": partial(load.readers_case, shape=LOAD_MODEL, count=60, trickle=True),
+        "floods": partial(load.floods_case, shape=LOAD_MODEL, peers=8),
+    }.items():
+        yield Case(f"load-{name}", frozenset({"load"}), run, rounds=3)

@@ -49,6 +49,7 @@ def publish(
     transports: list[str] | None = None,
     stable: bool = False,
     rate_limit: float | None = None,
+    stall: float = 15.0,
 ) -> dict[str, Any]:
     """Publish the model, after closing the seed if it is published already."""
     if state.seed is not None:
@@ -58,7 +59,9 @@ def publish(
     state.sync()
     start, cpu_start = time.perf_counter(), time.process_time()
     try:
-        state.seed = tensorfork.publish(state.model, transports=offered, stable=stable, rate_limit=rate_limit)
+        state.seed = tensorfork.publish(
+            state.model, transports=offered, stable=stable, rate_limit=rate_limit, stall=stall
+        )
     except tensorfork.TransportUnavailable as error:
         raise Skip(str(error)) from error
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start

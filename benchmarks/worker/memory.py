@@ -37,6 +37,11 @@ def stop_recording(state: WorkerState) -> dict[str, float | None]:
     return peaks
 
 
+def resident() -> int:
+    """Bytes of memory that this process has in use."""
+    return _resident("VmRSS")
+
+
 def _resident(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
     if found is None:

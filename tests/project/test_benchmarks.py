@@ -72,6 +72,19 @@ def test_a_case_that_cannot_run_here_is_skipped_with_the_reason(results: Path) -
     assert "needs 2 GPUs, there are 0" in case["why"]
 
 
+def test_what_a_seed_bears_is_measured_beside_one_fork_and_nothing_fails(tmp_path: Path) -> None:
+    names = ("load-forks", "load-unread")
+    done = run(*names, "--rounds", "1", "--scale", "0.05", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in names:
+        case = case_of(tmp_path / "results.json", name)
+        rows = {row["what"]: row["value"] for row in case["rows"]}
+        assert (case["status"], rows["forks that failed"]) == ("done", 0)
+        assert rows["memory added to the seed"] < 64  # MiB
+    assert rows["leases that are not read"] == 4
+    assert rows["until all are cut off"] < 20
+
+
 class FakeInterpreters(Bench):
     """Starts no process. Each import takes as many seconds as `seconds` says, for the modules that are imported."""
 

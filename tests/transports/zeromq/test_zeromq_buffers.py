@@ -158,7 +158,7 @@ def slow_dealer(served: ServedExport, stack: ExitStack) -> "zmq.Socket[bytes]":
 
 def test_forks_that_never_read_hold_their_shares_and_nobody_else_up(pool: SlotPool) -> None:
     with ExitStack() as stack:
-        for _ in range(7):
+        for _ in range(5):
             served = stack.enter_context(ServedExport(ZeroMQ(), 4 << 20))
             stall(slow_dealer(served, stack), served)
         with ServedExport(ZeroMQ(), 4 << 20) as another:
