@@ -17,6 +17,10 @@ FREE_THREADS = 4
 """Threads that must be free beside those that something will have."""
 
 
+STACK_BYTES = 1 << 20
+"""Of the threads that are created to find out whether they can be: enough for what libraries keep in each thread."""
+
+
 def require_descriptors() -> None:
     """Raise `ResourceExhausted` when this process has fewer than `FREE_DESCRIPTORS` left. Anybody can use them up, with
     idle connections to a seed.
@@ -46,14 +50,18 @@ def require_threads(count: int) -> None:
     """Raise `ResourceExhausted` when the system does not give this process so many more threads, and `FREE_THREADS`.
 
     They are created and ended again, in some 0.1 ms each. They run no Python, and the interpreter is not given away
-    meanwhile: a seed's engine would keep it for 5 ms.
+    meanwhile: a seed's engine would keep it for 5 ms. Their stacks are small: glibc keeps 40 MB of those of threads
+    that have ended, and unmaps what is beyond, which takes long in a process that uses a GPU.
     """
     libc, semaphore = _libc(), (ctypes.c_uint64 * 4)()  # a sem_t, which has 32 bytes
     libc.sem_init(semaphore, 0, 0)
+    attributes = (ctypes.c_uint64 * 8)()  # a pthread_attr_t, which has 56
+    libc.pthread_attr_init(attributes)
+    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK_BYTES))
     ids: list[ctypes.c_ulong] = []
     while len(ids) < count + FREE_THREADS:
         id = ctypes.c_ulong()
-        if libc.pthread_create(ctypes.byref(id), None, libc.sem_wait, semaphore):
+        if libc.pthread_create(ctypes.byref(id), attributes, libc.sem_wait, semaphore):
             break
         ids.append(id)
     for _ in ids:

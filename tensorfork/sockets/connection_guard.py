@@ -162,7 +162,17 @@ class ConnectionGuard:
     def register(self, poller: "zmq.Poller") -> None:
         """Have a poller wake up when `look` has something to do."""
         poller.register(self._monitor, zmq.POLLIN)
-        poller.register(self._epoll.fileno(), zmq.POLLIN)
+        poller.register(self.arrivals(), zmq.POLLIN)
+
+    def arrivals(self) -> int:
+        """The descriptor that can be read when something has arrived on a connection, or may be sent again."""
+        return self._epoll.fileno()
+
+    def is_due(self, now: float) -> bool:
+        """Whether `look` has something to do, whatever has arrived."""
+        due = self.next_look
+        has_event = int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN
+        return bool(self._gone or has_event) or (due is not None and now >= due)
 
     def all_received(self) -> None:
         """Every whole message has been received."""
@@ -220,10 +230,14 @@ class ConnectionGuard:
             if held is not None:
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
 
-    def look(self, now: float) -> None:
-        """Look at the connections on which something arrived, and end those that have sent too much. Never waits."""
+    def look(self, now: float) -> bool:
+        """Look at the connections on which something arrived, and end those that have sent too much. Never waits.
+
+        Returns whether something had arrived, or could be sent again.
+        """
         self._handle_events(now)
-        for number in {*(number for number, _ in self._epoll.poll(0)), *self._suspects}:
+        arrived = [number for number, _ in self._epoll.poll(0)]
+        for number in {*arrived, *self._suspects}:
             connection = self._connections.get(number)
             if connection is not None and not connection.ended:
                 self._look_at(number, connection, now)
@@ -237,6 +251,7 @@ class ConnectionGuard:
         for peer in gone:
             self._on_gone(peer)
         self._looked = now
+        return bool(arrived)
 
     def end(self, peer: bytes) -> None:
         """End the connection of this routing id, if there is one. `on_gone` follows."""

@@ -38,7 +38,9 @@ are: they are the same bytes for every peer."""
 MAX_RECEIVED = 100
 """Messages received in a row before others are sent."""
 
-_MORE = zmq.NOBLOCK | zmq.SNDMORE
+LOOK_PAUSE = 0.002
+"""Seconds between two looks at what has arrived on connections, and at where there is room to send again, which is told
+in the same way: while much is sent, that is all the time."""
 
 
 @frozen
@@ -81,7 +83,7 @@ class Port:
         self._waker = Waker()
         with ExitStack() as stack:
             stack.callback(self._waker.close)
-            self._sockets = Sockets()
+            self._sockets = Sockets(many_bytes=True)
             stack.callback(self._sockets.close)
             self._socket = self._sockets.new(zmq.ROUTER, max_message=MAX_MESSAGE, queue=MAX_QUEUED)
             self._socket.copy_threshold = COPY_BELOW
@@ -172,9 +174,11 @@ class Port:
         poller.register(arrivals, zmq.POLLIN)  # of the socket itself it would ask without the lock
         poller.register(self._waker.fileno(), zmq.POLLIN)
         self._guard.register(poller)
+        look_at: float | None = None
         try:
             while not self._ended.is_set():
-                wake = min((one for one in (self._tick(), self._guard.next_look) if one is not None), default=None)
+                times = self._tick(), self._guard.next_look, look_at
+                wake = min((one for one in times if one is not None), default=None)
                 ready = dict(poller.poll(None if wake is None else poll_timeout(wake)))
                 if self._waker.fileno() in ready:
                     self._waker.clear()
@@ -184,7 +188,7 @@ class Port:
                     self._receive()
                 while self._to_end:
                     self._guard.end(self._to_end.popleft())
-                self._guard.look(time.monotonic())
+                look_at = self._look(poller, look_at, time.monotonic())
                 with self._lock:
                     self._send_queued()
                     if self._has_arrivals():
@@ -193,6 +197,17 @@ class Port:
                     self._on_gone(self._gone.popleft())
         finally:
             self._release()
+
+    def _look(self, poller: zmq.Poller, look_at: float | None, now: float) -> float | None:
+        """Have the guard look, unless that is to wait until `look_at`. Returns until when the next look is to wait."""
+        if look_at is not None and now < look_at and not self._guard.is_due(now):
+            return look_at
+        arrived = self._guard.look(now)
+        if arrived and look_at is None:
+            poller.unregister(self._guard.arrivals())
+        elif not arrived and look_at is not None:
+            poller.register(self._guard.arrivals(), zmq.POLLIN)
+        return now + LOOK_PAUSE if arrived else None
 
     def _has_arrivals(self) -> bool:
         """Whether there is something to receive. To ask makes the descriptor unreadable that tells of it."""
@@ -230,12 +245,12 @@ class Port:
         """Send memory, and the notice that it was sent. Whether any is lent, so that the number will come."""
         lent = False
         try:
-            self._socket.send(peer.id, _MORE)
-            self._socket.send(header, zmq.NOBLOCK if memory is None else _MORE)
+            self._sender.send_part(peer.id, more=True)
+            self._sender.send_part(header, more=memory is not None)
             if memory is not None:
                 self._sender.send(*memory)
                 lent = True
-                self._socket.send(peer.id, _MORE)
+                self._sender.send_part(peer.id, more=True)
                 self._sender.send_notice(releases, number)
         except zmq.ZMQError as error:
             if lent:

@@ -97,6 +97,14 @@ class ZeroCopySender:
         self._message = (ctypes.c_uint64 * 8)()  # a zmq_msg_t, which has 64 bytes in zmq.h
         self._message_address = ctypes.addressof(self._message)
 
+    def send_part(self, data: bytes, *, more: bool) -> None:
+        """Send a frame of a few bytes. Raises `zmq.ZMQError`."""
+        flags = _NOBLOCK | (_MORE if more else 0)
+        if _native is None:
+            self._socket.send(data, flags)
+        elif _native.libzmq.zmq_send(self._handle, data, len(data), flags) < 0:
+            raise zmq.ZMQError(ctypes.get_errno())
+
     def send(self, address: int, nbytes: int) -> None:
         """Send memory as the last frame of a message. Raises `zmq.ZMQError`.
 
@@ -129,7 +137,7 @@ class ZeroCopySender:
             raise zmq.ZMQError(ctypes.get_errno())
 
 
-_NOBLOCK = int(zmq.NOBLOCK)
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 
 class _Notice(bytearray):
@@ -146,12 +154,17 @@ class _Notice(bytearray):
 
 
 class _Native:
-    """The libzmq that pyzmq uses, found through pyzmq's own module, and the C library's eventfd_write."""
+    """The libzmq that pyzmq uses, found through pyzmq's own module, and the C library's eventfd_write.
+
+    What is called here takes microseconds and never waits, so the interpreter is kept: to give it away five times an
+    answer, while another thread wants it, costs more than all of them.
+    """
 
     def __init__(self) -> None:
-        self.libzmq: Any = ctypes.CDLL(sys.modules[zmq.backend.Socket.__module__].__file__, use_errno=True)
+        self.libzmq: Any = ctypes.PyDLL(sys.modules[zmq.backend.Socket.__module__].__file__, use_errno=True)
         pointer = ctypes.c_void_p
         self.libzmq.zmq_msg_init_data.argtypes = [pointer, pointer, ctypes.c_size_t, pointer, pointer]
+        self.libzmq.zmq_send.argtypes = [pointer, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
         self.libzmq.zmq_msg_send.argtypes = [pointer, pointer, ctypes.c_int]
         self.eventfd_write = ctypes.cast(ctypes.CDLL(None).eventfd_write, pointer)
 

@@ -87,7 +87,7 @@ class Conversation:
         self.peer, self.resolved, self._stall = peer, resolved, stall
         self._cancel = threading.Event() if cancel is None else cancel
         self._leaving = False
-        self._sockets = Sockets()
+        self._sockets = Sockets(many_bytes=False)
         try:
             self._open_socket()
         except BaseException:

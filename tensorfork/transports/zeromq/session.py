@@ -68,7 +68,7 @@ class ZeroMQSession(Session):
             self._frame = frame
             self._memory = HostAccess(regions, slots)
             stack.callback(self._memory.close)
-            sockets = Sockets()
+            sockets = Sockets(many_bytes=True)
             stack.callback(sockets.close)
             retain_freed_memory(RETAINED_BYTES)
             recv_queue = max(1, min(RECV_QUEUE, 4 * RECV_QUEUE // connections))
