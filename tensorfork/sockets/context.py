@@ -4,8 +4,8 @@ There is one for what moves many bytes, the ports of seeds and the data of forks
 forks' conversations; each for as long as somebody uses it. So 64 leases of a seed, or the connections of a fork, cost
 no more threads than one.
 
-Why two: on virtual machines of 32 cores with two GPUs, a process that started five threads in its first milliseconds
-stood still for 20 to 45 ms, and for 3 with two. A fork over another transport needs no more than its conversation.
+Why two: a fork over another transport needs no more than its conversation. On virtual machines with two GPUs the step
+`hello` took 20 to 45 ms with four threads and 3 with one, before other changes; docs/performance.md has the pause.
 """
 
 import itertools
