@@ -31,7 +31,7 @@ MAX_MESSAGE = 1 << 20
 MAX_QUEUED = 256
 """Messages queued for a peer that does not read them; further ones are dropped."""
 MAX_STRANGERS = 256
-"""Connections that are told that nobody has their token; later ones are told nothing."""
+"""Connections at once that are told that nobody has their token; others are told nothing."""
 COPY_BELOW = 1 << 10
 """Frames of fewer bytes are copied when they are sent. Longer ones, such as a layout's pages, are sent from where they
 are: they are the same bytes for every peer."""
@@ -79,7 +79,7 @@ class Port:
         keep: Callable[[bytes], bool] = lambda peer: False,
     ) -> None:
         """Bind. Raises `OSError` when the address is taken, or not one of this host; `ResourceExhausted`."""
-        self._on_message, self._on_gone = on_message, on_gone
+        self._on_message, self._on_gone, self._keep = on_message, on_gone, keep
         self._waker = Waker()
         with ExitStack() as stack:
             stack.callback(self._waker.close)
@@ -90,7 +90,7 @@ class Port:
             self._socket.router_mandatory = True
             heartbeats(self._socket, stall)
             self._guard = ConnectionGuard(
-                self._sockets.monitor(self._socket, GUARDED_EVENTS), on_gone=on_gone, keep=keep
+                self._sockets.monitor(self._socket, GUARDED_EVENTS), on_gone=self._forget, keep=self._is_kept
             )
             stack.callback(self._guard.close)
             try:
@@ -106,6 +106,8 @@ class Port:
         self._gone: deque[bytes] = deque()
         self._to_end: deque[bytes] = deque()
         self._attached: dict[bytes, Receive] = {}
+        self._token_of: dict[bytes, bytes] = {}
+        """By peer, the token that he has used."""
         self._strangers: set[bytes] = set()
         self._ended = threading.Event()
         self._released = False
@@ -194,7 +196,7 @@ class Port:
                     if self._has_arrivals():
                         self._waker.wake()
                 while self._gone:
-                    self._on_gone(self._gone.popleft())
+                    self._forget(self._gone.popleft())
         finally:
             self._release()
 
@@ -225,10 +227,20 @@ class Port:
         token = message[len(TO_TOKEN) : len(TO_TOKEN) + TOKEN_BYTES]
         receive = self._attached.get(token)  # the hash is keyed: how long this takes says nothing of other tokens
         if receive is not None:
+            self._token_of[peer.id] = token
             receive(peer, message[len(TO_TOKEN) + TOKEN_BYTES :])
         elif peer.id not in self._strangers and len(self._strangers) < MAX_STRANGERS:
             self._strangers.add(peer.id)
             self._outbox.append([peer.id, NOBODY])
+
+    def _is_kept(self, peer: bytes) -> bool:
+        """Whether a connection is not to be ended to make room: its owner keeps it, or its token is attached."""
+        return self._keep(peer) or self._token_of.get(peer) in self._attached
+
+    def _forget(self, peer: bytes) -> None:
+        self._strangers.discard(peer)
+        self._token_of.pop(peer, None)
+        self._on_gone(peer)
 
     def _send_queued(self) -> None:
         while self._outbox:

@@ -3,10 +3,12 @@
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seed_leases import until
 from zeromq_export import OFFER, SECONDS, ServedExport, dealer, recv_answer, request
 
 from tensorfork import TransferFailed
@@ -41,8 +43,9 @@ def test_strangers_are_told_so_in_a_bounded_number_of_answers(
     served: ServedExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(port, "MAX_STRANGERS", 2)
-    for told in (True, True, False):
-        with dealer(served) as client:
+    with ExitStack() as strangers:
+        for told in (True, True, False):
+            client = strangers.enter_context(dealer(served))
             client.send(request(bytes(16)))
             client.send(request(served.token, (served.region, 0, 0), number=2))
             answers = []
@@ -50,6 +53,13 @@ def test_strangers_are_told_so_in_a_bounded_number_of_answers(
                 assert client.poll(SECONDS * 1000)
                 answers += client.recv_multipart()
             assert (NOBODY in answers) == told
+    until(lambda: told_that_nobody_has_its_token(served), "those are forgotten")
+
+
+def told_that_nobody_has_its_token(served: ServedExport) -> bool:
+    with dealer(served) as client:
+        client.send(request(bytes(16)))
+        return bool(client.poll(200))
 
 
 def test_a_greeting_is_answered(served: ServedExport) -> None:
@@ -157,3 +167,15 @@ def test_idle_connections_do_not_delay_forks(served: ServedExport) -> None:
     served.fork()
     for connection in idle:
         connection.close()
+
+
+def test_a_connection_of_a_lease_is_not_ended_to_make_room(served: ServedExport) -> None:
+    at = served.export._port
+    with dealer(served) as client, dealer(served) as stranger:
+        for one, token in ((client, served.token), (stranger, bytes(16))):
+            one.send(request(token, number=0))
+            assert one.poll(SECONDS * 1000)
+        assert [at._is_kept(peer) for peer in at._token_of] == [True]
+        at.detach(served.token)
+        assert [at._is_kept(peer) for peer in at._token_of] == [False]
+        at.attach(served.token, served.export._receive)
