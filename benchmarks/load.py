@@ -135,10 +135,10 @@ def exhausted_case(bench: Bench, outcome: Outcome, *, shape: str, count: int, de
     crowd = stage.crowd()
     stage.watch()
     bench.ask(crowd, "crowd.connect_idle", address=stage.address, count=count, shake_hands=False)
-    used = stage.watched()
     cpu = [bench.ask(stage.seed, "usage.cpu", seconds=1.0) for _ in range(bench.rounds)]
     bench.ask(crowd, "crowd.let_go")
     after, errors = stage.several(1)
+    used = stage.watched()  # not before: it takes a descriptor
     outcome.detail |= {"used": used, "errors": errors}
     what = f"processor beside {count} connections with {descriptors} descriptors"
     outcome.add(what, cpu, "ms/s", goal=IDLE_CPU_GOAL, less=True)
