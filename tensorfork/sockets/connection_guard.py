@@ -286,14 +286,21 @@ class ConnectionGuard:
             if held is None:
                 return  # it is gone already
             self._connections[number] = connection = _Connection(os.fstat(held.fileno()).st_ino, now)
+            if not self._watch(number):
+                self._end(held, connection)
+        self._accepted = self._is_bound
+
+    def _watch(self, number: int) -> bool:
+        """Have the epoll tell of arrivals. False where libzmq has closed the descriptor, or it cannot be watched."""
+        try:
+            # the descriptor of libzmq's, so that the registration ends with it
             try:
-                # the descriptor of libzmq's, so that the registration ends with it
                 self._epoll.register(number, _ARRIVALS)
             except FileExistsError:
                 self._epoll.modify(number, _ARRIVALS)
-            except OSError:  # libzmq has closed it meanwhile; or it cannot be watched
-                self._end(held, connection)
-        self._accepted = self._is_bound
+        except OSError:
+            return False
+        return True
 
     def _make_room(self) -> None:
         """End connections if this process has few descriptors left: where none is, libzmq tries without a pause to

@@ -4,6 +4,7 @@ Several may serve on it. A message that begins with `TO_TOKEN` and a token goes 
 token; all others go to the owner of the port. So one port is enough where a container or a firewall opens one.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +20,8 @@ from tensorfork.sockets.context import Sockets
 from tensorfork.sockets.waker import Waker
 from tensorfork.sockets.zero_copy import Releases, ZeroCopySender
 from tensorfork.sockets.zeromq import bind, heartbeats, poll_timeout, recv_arrived
+
+log = logging.getLogger("tensorfork")
 
 TO_TOKEN = b"\xc1"
 """The first byte of a message to a token: one that msgpack never uses."""
@@ -38,6 +41,8 @@ are: they are the same bytes for every peer."""
 MAX_RECEIVED = 100
 """Messages received in a row before others are sent."""
 
+PAUSE = 0.1
+"""Seconds for which nothing is done after an error that nobody expected."""
 LOOK_PAUSE = 0.002
 """Seconds between two looks at what has arrived on connections, and at where there is room to send again, which is told
 in the same way: while much is sent, that is all the time."""
@@ -111,7 +116,7 @@ class Port:
         self._strangers: set[bytes] = set()
         self._ended = threading.Event()
         self._released = False
-        self._thread = threading.Thread(target=self._run, name="tensorfork-port", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tensorfork-seed", daemon=True)
 
     def start(self, tick: Callable[[], float | None] = lambda: None) -> None:
         """Start the thread. It calls `tick` before each poll; `tick` returns when it must be called again
@@ -179,26 +184,37 @@ class Port:
         look_at: float | None = None
         try:
             while not self._ended.is_set():
-                times = self._tick(), self._guard.next_look, look_at
-                wake = min((one for one in times if one is not None), default=None)
-                ready = dict(poller.poll(None if wake is None else poll_timeout(wake)))
-                if self._waker.fileno() in ready:
-                    self._waker.clear()
-                with self._lock:
-                    if not self._has_arrivals():
-                        self._guard.all_received()
-                    self._receive()
-                while self._to_end:
-                    self._guard.end(self._to_end.popleft())
-                look_at = self._look(poller, look_at, time.monotonic())
-                with self._lock:
-                    self._send_queued()
-                    if self._has_arrivals():
-                        self._waker.wake()
-                while self._gone:
-                    self._forget(self._gone.popleft())
+                try:
+                    look_at = self._turn(poller, look_at)
+                except Exception:  # one event must not end the thread that serves all
+                    if self._socket.closed:
+                        raise
+                    log.exception("serving %s failed; it goes on", self.address)
+                    self._ended.wait(PAUSE)
         finally:
             self._release()
+
+    def _turn(self, poller: zmq.Poller, look_at: float | None) -> float | None:
+        """Wait, and handle what there is. Takes and returns until when the guard's next look is to wait."""
+        times = self._tick(), self._guard.next_look, look_at
+        wake = min((one for one in times if one is not None), default=None)
+        ready = dict(poller.poll(None if wake is None else poll_timeout(wake)))
+        if self._waker.fileno() in ready:
+            self._waker.clear()
+        with self._lock:
+            if not self._has_arrivals():
+                self._guard.all_received()
+            self._receive()
+        while self._to_end:
+            self._guard.end(self._to_end.popleft())
+        look_at = self._look(poller, look_at, time.monotonic())
+        with self._lock:
+            self._send_queued()
+            if self._has_arrivals():
+                self._waker.wake()
+        while self._gone:
+            self._forget(self._gone.popleft())
+        return look_at
 
     def _look(self, poller: zmq.Poller, look_at: float | None, now: float) -> float | None:
         """Have the guard look, unless that is to wait until `look_at`. Returns until when the next look is to wait."""

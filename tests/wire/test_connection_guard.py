@@ -262,3 +262,22 @@ def test_room_is_made_by_ending_who_has_been_idle_for_longest_and_never_who_is_t
         guarded.look_until(lambda: len(guard._connections) == 1)
         kept.sendall(frame(b"something"))
         assert guarded.receive() == held
+
+
+class Unwatchable:
+    """An epoll in which a number is registered already, until it is to be changed."""
+
+    def register(self, number: int, events: int) -> None:
+        raise FileExistsError
+
+    def modify(self, number: int, events: int) -> None:
+        raise OSError(9, "Bad file descriptor")
+
+
+def test_a_connection_that_libzmq_closes_as_it_is_registered_is_no_error(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = guarded.guard._epoll
+    monkeypatch.setattr(guarded.guard, "_epoll", Unwatchable())
+    assert not guarded.guard._watch(5)
+    monkeypatch.setattr(guarded.guard, "_epoll", real)

@@ -26,8 +26,10 @@ _ENDS = zmq.Event.DISCONNECTED, zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
 _ENDLESS = "sends what was not requested, without end"
 SLACK = 128 << 10
 """Bytes that may arrive beside those that were requested: headers, and answers to heartbeats."""
-STUCK_LOOKS = 12
-"""Looks in a row, a few milliseconds apart, at which more has arrived than one answer has, and no answer came of it,
+LOOK_SECONDS = 0.01
+"""Seconds between two looks at how much has arrived: what does not make an answer wakes nobody."""
+STUCK_LOOKS = 6
+"""Looks in a row at which more has arrived than one answer has, and no answer came of it,
 until that counts as a message that is never whole. A part of no bytes takes 2 on the wire, and 64 in libzmq."""
 
 
@@ -63,6 +65,8 @@ class Connection:
     ready: bool = False
     refused: bool = False
     greeted: bool = False
+    look_at: float | None = None
+    """When to look at how much has arrived; None: once something arrives."""
     _guard: ConnectionGuard = field(init=False)
     _stuck_looks: int = 0
 
@@ -94,6 +98,8 @@ class Connection:
         """Wait for what can happen on it."""
         poller.register(self.socket, zmq.POLLIN if self.greeted else zmq.POLLIN | zmq.POLLOUT)
         poller.register(self.monitor, zmq.POLLIN)
+        poller.register(self._guard.arrivals(), zmq.POLLIN)
+        self.look_at = None
 
     def advance(self, events: "dict[zmq.Socket[bytes] | int, int]", poller: zmq.Poller) -> bool:
         """Handle what the poller has seen, and greet. True if answers to requests can be received.
@@ -102,7 +108,8 @@ class Connection:
         the seed.
         """
         if self.monitor in events:
-            self.look()
+            self._look()
+        self._look_if_due(events, poller)
         seen = events.get(self.socket, 0)
         if seen & zmq.POLLOUT and not self.greeted:
             self._send_greeting()
@@ -112,12 +119,29 @@ class Connection:
             return False
         return bool(seen & zmq.POLLIN)
 
-    def look(self) -> None:
-        """Look at how much has arrived. Raises as `advance` does, also where that is more than a seed has to send."""
-        self._guard.look(time.monotonic())
+    def _look_if_due(self, events: "dict[zmq.Socket[bytes] | int, int]", poller: zmq.Poller) -> None:
+        """Look once `LOOK_SECONDS` have passed since something arrived, so that each arrival does not wake the fork."""
+        now = time.monotonic()
+        if self.look_at is None:
+            if self._guard.arrivals() in events:
+                poller.unregister(self._guard.arrivals())
+                self.look_at = now + LOOK_SECONDS
+        elif now >= self.look_at:
+            if self._look():
+                self.look_at = now + LOOK_SECONDS
+            else:
+                poller.register(self._guard.arrivals(), zmq.POLLIN)
+                self.look_at = None
+
+    def _look(self) -> bool:
+        """Look at how much has arrived; whether anything has. Raises as `advance` does, also where that is more than a
+        seed has to send.
+        """
+        arrived = self._guard.look(time.monotonic())
         self._stuck_looks = self._stuck_looks + 1 if self._guard.unfinished > self.frame + SLACK else 0
         if self._stuck_looks > STUCK_LOOKS:
             raise TransferFailed(f"{self.seed} {_ENDLESS}")
+        return arrived
 
     def received(self, *nbytes: int) -> None:
         """Frames of so many bytes were received, the parts of one message."""

@@ -37,8 +37,6 @@ RECV_QUEUE = 3
 """Answers that libzmq queues for each connection (its high-water mark), with up to four connections."""
 POLL_MS = 200
 """Milliseconds of one poll, at most: between two it is checked whether the fork was cancelled."""
-LOOK_SECONDS = 0.005
-"""Seconds between two looks at how much has arrived: what does not make an answer wakes nobody."""
 RETAINED_BYTES = 4 << 20
 """Bytes of freed memory that the C library is asked to keep: libzmq receives into it again and again."""
 
@@ -93,7 +91,7 @@ class ZeroMQSession(Session):
                 self._check_reached(silent_at)
                 if time.monotonic() >= deadline:
                     raise PeerUnreachable("nobody answers there by the deadline")
-                events = dict(poller.poll(min(poll_timeout(deadline), POLL_MS)))
+                events = dict(poller.poll(self._milliseconds(deadline)))
                 for connection in self._connections:
                     connection.advance(events, poller)
         except LeaseEnded as error:
@@ -116,20 +114,15 @@ class ZeroMQSession(Session):
         self._memory.wait_for_current_streams()
         requests = self._requests(copies)
         poller, silent_at = self._poller()
-        look_at = 0.0
         self._failed = True  # until all has arrived: after a failure, answers may still be on their way
         try:
             while self._send_requests(requests):
                 check_going_on(deadline, cancel, source=self._seed)
                 self._check_reached(silent_at)
-                events = dict(poller.poll(min(poll_timeout(deadline), int(LOOK_SECONDS * 1000))))
+                events = dict(poller.poll(self._milliseconds(deadline)))
                 for connection in self._connections:
                     if connection.advance(events, poller):
                         self._recv_answers(connection, remaining, done)
-                if (now := time.monotonic()) >= look_at:
-                    look_at = now + LOOK_SECONDS
-                    for connection in self._connections:
-                        connection.look()
                 self._report_gpu_copies(remaining, done)
             while self._gpu_copies:
                 self._report_gpu_copies(remaining, done, wait=True)
@@ -148,6 +141,11 @@ class ZeroMQSession(Session):
 
     def _unreached(self, why: object) -> str:
         return f"zeromq: further connections to the seed at {self._seed} cannot be made: {why}"
+
+    def _milliseconds(self, deadline: float) -> int:
+        """How long a poll may last."""
+        looks = (connection.look_at for connection in self._connections)
+        return min(POLL_MS, *(poll_timeout(one) for one in (deadline, *looks) if one is not None))
 
     def _poller(self) -> tuple[zmq.Poller, float]:
         """What waits for all connections, and when there must be one."""

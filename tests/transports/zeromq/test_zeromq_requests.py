@@ -179,3 +179,19 @@ def test_a_connection_of_a_lease_is_not_ended_to_make_room(served: ServedExport)
         at.detach(served.token)
         assert [at._is_kept(peer) for peer in at._token_of] == [False]
         at.attach(served.token, served.export._receive)
+
+
+def test_an_error_that_nobody_expected_does_not_end_the_port(
+    served: ServedExport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    look, failures = served.export._port._guard.look, [OSError(9, "Bad file descriptor")]
+
+    def failing(now: float) -> bool:
+        if failures:
+            raise failures.pop()
+        return look(now)
+
+    monkeypatch.setattr(served.export._port._guard, "look", failing)
+    served.fork()
+    assert not failures
+    assert "it goes on" in caplog.text
