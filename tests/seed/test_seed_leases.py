@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_request_of_a_connection_that_has_ended_gets_no_lasting_lease() -> Non
 
         conversation_closed = threading.Event()
         guard.received = late  # type: ignore[method-assign]
-        seed._service._listener.port._on_gone = lambda peer: None  # what cannot be sent does not tell
+        seed._service._listener.port._gone = deque(maxlen=0)  # what cannot be sent does not tell
         with connected(seed.address) as conversation:
             request = messages.TakeLease("zeromq", {}, 3600.0, False)
             conversation._send_frames([messages.encode(request, 1)], soon(), "lease")
