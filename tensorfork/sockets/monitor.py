@@ -11,11 +11,6 @@ import zmq
 _EVENT = struct.Struct("=HI")
 
 
-def recv_event(monitor: "zmq.Socket[bytes]") -> zmq.Event:
-    """The next event of a monitor that is ready for reading. Raises as `recv_connection_event`."""
-    return recv_connection_event(monitor)[0]
-
-
 def recv_connection_event(monitor: "zmq.Socket[bytes]") -> tuple[zmq.Event, int]:
     """The next event of a monitor, and its value: of most events the number of the connection's file descriptor.
 

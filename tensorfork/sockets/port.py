@@ -115,7 +115,6 @@ class Port:
         """By peer, the token that he has used."""
         self._strangers: set[bytes] = set()
         self._ended = threading.Event()
-        self._released = False
         self._thread = threading.Thread(target=self._run, name="tensorfork-seed", daemon=True)
 
     def start(self, tick: Callable[[], float | None] = lambda: None) -> None:
@@ -143,15 +142,16 @@ class Port:
         self._attached.pop(token, None)
 
     def lend(self, peer: Peer, header: bytes, memory: tuple[int, int] | None, releases: Releases, number: int) -> None:
-        """Send a message of a header and, if there is any, memory (address, bytes), which is not copied. From any
-        thread but the port's. `releases` tells the number once the memory is free; at once, where nothing was sent.
+        """Send a message of a header and, if there is any, memory (address, bytes), which is not copied. From the
+        thread that waits for `releases`, which is not the port's: they tell the number once the memory is free; at
+        once, where nothing was sent.
 
         It is sent on the caller's thread: to wake the port's for each answer cost a quarter of the speed.
         """
         with self._lock:
-            lent = not self._released and self._lend(peer, header, memory, releases, number)
+            lent = not self._socket.closed and self._lend(peer, header, memory, releases, number)
             # what has come since the port's thread looked is not shown by the descriptor that it waits for any more
-            has_come = not self._released and self._has_arrivals()
+            has_come = not self._socket.closed and self._has_arrivals()
         if not lent:
             releases.tell(number)
         if has_come or self._gone:
@@ -289,7 +289,6 @@ class Port:
 
     def _release(self) -> None:
         with self._lock:
-            self._released = True
             self._guard.close()
             self._sockets.close()
         self._waker.close()

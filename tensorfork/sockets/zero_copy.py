@@ -37,9 +37,10 @@ class Releases:
         os.eventfd_write(self._file, 1 << number)
 
     def no_notice(self, number: int, is_closed: Callable[[], bool]) -> None:
-        """Say that no notice of a number will come, and what tells when its connection is closed. For any thread."""
+        """Say that no notice of a number will come, and what tells when its connection is closed. For the thread that
+        waits.
+        """
         self._without_notice.append((number, is_closed))
-        self.tell(NUMBERS.stop)
 
     def take(self) -> Sequence[int]:
         """The numbers of what has been released since the last call. For one thread."""

@@ -29,8 +29,8 @@ SLACK = 128 << 10
 LOOK_SECONDS = 0.01
 """Seconds between two looks at how much has arrived: what does not make an answer wakes nobody."""
 STUCK_LOOKS = 6
-"""Looks in a row at which more has arrived than one answer has, and no answer came of it,
-until that counts as a message that is never whole. A part of no bytes takes 2 on the wire, and 64 in libzmq."""
+"""Looks in a row at which more has arrived than one answer has, and no answer came of it, until that counts as a
+message that is never whole. A part of no bytes takes 2 on the wire, and 64 in libzmq."""
 
 
 @frozen
